@@ -1,0 +1,39 @@
+# make demo: the whole path on synthetic data, in minutes on a CPU.   make test: the test suite.   make lint: style.
+PYTHON ?= python3
+BIN = .venv/bin
+READY = .venv/ready
+export TF_CPP_MIN_LOG_LEVEL = 2
+
+.PHONY: demo demo-commands test lint
+
+demo: $(READY)
+	@start=$$(date +%s) && $(MAKE) --no-print-directory demo-commands && echo "make demo: $$(($$(date +%s) - start)) seconds"
+
+demo-commands:
+	rm -rf runs/demo
+	$(BIN)/python -m mess_tf.train --workdir=runs/demo --recipe=demo
+	$(BIN)/python -m mess_tf.export_tflite --workdir=runs/demo --candidates
+	$(BIN)/python -m mess_tf.calibrate --workdir=runs/demo
+	$(BIN)/python -m mess_runtime benchmark runs/demo/candidates --output=runs/demo/latency.json
+	$(BIN)/python -m mess_tf.search --workdir=runs/demo --latency=runs/demo/latency.json --max_drop_pp=1
+	$(BIN)/python -m mess_tf.export_tflite --workdir=runs/demo --deployment=runs/demo/deployment.json
+	$(BIN)/python -m mess_runtime run runs/demo/bundle runs/demo/examples --output=runs/demo/masks
+	$(BIN)/python benchmarks/closed_loop.py --workdir=runs/demo --split=val
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not device"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The editable install puts mess_tf and mess_runtime on the path of .venv/bin/python.
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@
+
+# Every package of .venv, for MODULE.bazel.
+requirements_lock.txt: $(READY)
+	$(BIN)/pip freeze --all --exclude-editable --exclude pip > $@

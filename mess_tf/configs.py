@@ -1,0 +1,364 @@
+"""Every value of a run: frozen dataclasses, recipes, strict overrides and the JSON round trip.
+
+This module imports no TensorFlow, so that the search and the device side can read a configuration.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+FORMAT = 1
+IGNORE = 255
+
+
+def _check(ok: bool, argument: str, required: str, received: Any) -> None:
+    if not ok:
+        raise ValueError(f"{argument}: must be {required}, got {received!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how training augments them.
+
+    Attributes:
+      source: `synthetic`, `folder`, `voc` or `tfds:NAME`.
+      data_dir: root folder of the source; unused by `synthetic`.
+      train_split, val_split: names of the splits (folder names, ImageSets lists or tfds splits).
+      input_size: (height, width) in pixels of the exported network; scale 1 of training images.
+      crop_size: (height, width) of training crops; (0, 0) for the input size.
+      ignore_value: label value of pixels without a class as stored in the files; 255 inside the project.
+      scale_range: random rescaling of training images, uniform in this range.
+      flip: random horizontal flips.
+      brightness, contrast, saturation: largest relative change of training colours, 0 = off.
+      synthetic_train, synthetic_val: number of synthetic scenes.
+      synthetic_hard: share of hard scenes in them.
+      seed: of the synthetic scenes.
+    """
+
+    source: str = "synthetic"
+    data_dir: str = ""
+    train_split: str = "train"
+    val_split: str = "val"
+    input_size: tuple[int, int] = (96, 128)
+    crop_size: tuple[int, int] = (0, 0)
+    ignore_value: int = 255
+    scale_range: tuple[float, float] = (0.75, 1.75)
+    flip: bool = True
+    brightness: float = 0.3
+    contrast: float = 0.0
+    saturation: float = 0.0
+    synthetic_train: int = 512
+    synthetic_val: int = 128
+    synthetic_hard: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        _check(all(side >= 16 for side in self.input_size), "data.input_size", "two sides of at least 16 pixels", self.input_size)
+        crop_ok = self.crop_size == (0, 0) or all(side >= 16 for side in self.crop_size)
+        _check(crop_ok, "data.crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
+        low, high = self.scale_range
+        _check(0 < low <= high, "data.scale_range", "two positive factors, the smaller first", self.scale_range)
+        for name in ("brightness", "contrast", "saturation"):
+            _check(0 <= getattr(self, name) < 1, f"data.{name}", "in [0, 1)", getattr(self, name))
+        _check(0 <= self.synthetic_hard <= 1, "data.synthetic_hard", "a share in [0, 1]", self.synthetic_hard)
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of training crops."""
+        return self.input_size if self.crop_size == (0, 0) else self.crop_size
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """A feature extractor.
+
+    Attributes:
+      name: `mobilenet_v2`, `efficientnet_lite0` or `resnet50` (with output_stride 8: the paper's DRN-50).
+      width: channel multiplier of mobilenet_v2.
+      output_stride: image size over feature size at the end; lost strides become dilation.
+      weights: `none` (random), `imagenet` (download by keras.applications) or a file.
+      batch_norm_momentum: of the moving statistics, in the backbone and in all heads.
+    """
+
+    name: str = "mobilenet_v2"
+    width: float = 1.0
+    output_stride: int = 16
+    weights: str = "none"
+    batch_norm_momentum: float = 0.95
+
+    def __post_init__(self):
+        names = ("mobilenet_v2", "efficientnet_lite0", "resnet50")
+        _check(self.name in names, "backbone.name", f"one of {names}", self.name)
+        _check(self.output_stride in (8, 16, 32), "backbone.output_stride", "8, 16 or 32", self.output_stride)
+        _check(self.width > 0 and (self.width == 1 or self.name == "mobilenet_v2"), "backbone.width", "1 unless mobilenet_v2", self.width)
+        _check(0 < self.batch_norm_momentum < 1, "backbone.batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSpec:
+    """One point of the head space of mess.md, section 3. Its name is the word used in files, tables and flags, e.g. `decoder-r4-b1-d2`.
+
+    Attributes:
+      kind: `fcn`, `deeplab` (ASPP) or `decoder` (ASPP and a shallower tap).
+      reduction: the tap's channels are divided by this.
+      blocks: extra trainable blocks.
+      dilation: block j of 1..blocks is dilated by dilation**j; 1 without blocks, since there it means nothing.
+    """
+
+    kind: str = "fcn"
+    reduction: int = 1
+    blocks: int = 0
+    dilation: int = 1
+
+    def __post_init__(self):
+        _check(self.kind in ("fcn", "deeplab", "decoder"), "head.kind", "fcn, deeplab or decoder", self.kind)
+        _check(self.reduction in (1, 2, 4, 8), "head.reduction", "1, 2, 4 or 8", self.reduction)
+        _check(self.blocks in (0, 1, 2, 3), "head.blocks", "0, 1, 2 or 3", self.blocks)
+        _check(self.dilation in ((1, 2, 4) if self.blocks else (1,)), "head.dilation", "1, 2 or 4, and 1 without blocks", self.dilation)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-r{self.reduction}-b{self.blocks}" + (f"-d{self.dilation}" if self.blocks else "")
+
+    @classmethod
+    def parse(cls, name: str) -> "HeadSpec":
+        """Reads a name back; an unknown one raises a ValueError that lists the nearest."""
+        specs = {spec.name: spec for spec in HEAD_SPACE}
+        if name not in specs:
+            raise ValueError(f"head: must be one of the {len(specs)} heads, nearest {difflib.get_close_matches(name, specs, 3, 0)}, got {name!r}")
+        return specs[name]
+
+
+HEAD_SPACE = tuple(
+    HeadSpec(kind, reduction, blocks, dilation)
+    for kind in ("fcn", "deeplab", "decoder")
+    for reduction in (1, 2, 4, 8)
+    for blocks in (0, 1, 2, 3)
+    for dilation in ((1, 2, 4) if blocks else (1,))
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitsConfig:
+    """The exits of a network.
+
+    Attributes:
+      count: number of exits, the final one included (the paper's N).
+      final_head: the original network's own head.
+      plain_head: the head of every early exit in stage 1.
+      heads: the candidate heads of stage 2 at every exit point; empty for the whole space of 120.
+    """
+
+    count: int = 6
+    final_head: str = "decoder-r1-b0"
+    plain_head: str = "decoder-r1-b0"
+    heads: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _check(self.count >= 2, "exits.count", "at least 2", self.count)
+        for name in (self.final_head, self.plain_head, *self.heads):
+            HeadSpec.parse(name)
+
+    @property
+    def head_specs(self) -> tuple[HeadSpec, ...]:
+        return tuple(HeadSpec.parse(name) for name in self.heads) or HEAD_SPACE
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of training.
+
+    Attributes:
+      trains: `network` (everything, batch-norm statistics too) or `heads` (the original network is frozen, statistics too).
+      exits: which early exits a batch updates besides the final one: `round_robin` (exit dropout), `all` (joint deep supervision), `none` (plain training).
+        With trains=`heads`: always all candidates.
+      distillation: `none`, `all` (everywhere) or `filtered` (where the final exit is right). Only with trains=`heads`.
+      alpha: weight of distillation against cross-entropy.
+      temperature: of both softmaxes in distillation.
+      epochs, batch_size, learning_rate, final_learning_rate, power, momentum, weight_decay: SGD with Nesterov momentum, polynomial schedule, decoupled decay.
+      label_smoothing: share of the target spread over all classes.
+      class_weights: `none` or `sqrt_median_frequency`.
+      pixel_stride: the loss is taken on every n-th row and column of the full-resolution output, from a random first one each step.
+      group_size: heads trained in one call with trains=`heads`; memory grows with this number, not with that of all heads.
+      eval_epochs: epochs between evaluations on the validation split.
+      checkpoint_steps: steps between checkpoints.
+      precision: `float32` or `mixed_bfloat16`.
+      deterministic: run only kernels that give the same bits every time, so that a resumed run equals an unbroken one.
+      seed: of initial weights, batches and sampled pixels.
+    """
+
+    trains: Literal["network", "heads"] = "network"
+    exits: Literal["round_robin", "all", "none"] = "round_robin"
+    distillation: Literal["none", "all", "filtered"] = "none"
+    alpha: float = 0.5
+    temperature: float = 1.0
+    epochs: int = 10
+    batch_size: int = 8
+    learning_rate: float = 0.05
+    final_learning_rate: float = 1e-4
+    power: float = 0.9
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "sqrt_median_frequency"] = "sqrt_median_frequency"
+    pixel_stride: int = 2
+    group_size: int = 8
+    eval_epochs: int = 4
+    checkpoint_steps: int = 100
+    precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    deterministic: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, options in (
+            ("trains", ("network", "heads")),
+            ("exits", ("round_robin", "all", "none")),
+            ("distillation", ("none", "all", "filtered")),
+            ("class_weights", ("none", "sqrt_median_frequency")),
+            ("precision", ("float32", "mixed_bfloat16")),
+        ):
+            _check(getattr(self, name) in options, f"stage.{name}", f"one of {options}", getattr(self, name))
+        for name in ("epochs", "batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps"):
+            _check(getattr(self, name) >= 1, f"stage.{name}", "at least 1", getattr(self, name))
+        for name in ("alpha", "label_smoothing"):
+            _check(0 <= getattr(self, name) <= 1, f"stage.{name}", "in [0, 1]", getattr(self, name))
+        _check(self.temperature > 0, "stage.temperature", "positive", self.temperature)
+        _check(self.learning_rate > 0, "stage.learning_rate", "positive", self.learning_rate)
+        _check(
+            self.distillation == "none" or self.trains == "heads",
+            "stage.distillation",
+            "'none' unless trains='heads' (the final exit teaches)",
+            self.distillation,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run, as WORKDIR/config.json keeps it."""
+
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    exits: ExitsConfig = ExitsConfig()
+    stage1: StageConfig = StageConfig()
+    stage2: StageConfig = StageConfig(trains="heads", distillation="filtered", pixel_stride=4)
+
+
+# Twelve heads per exit point, all kinds, reductions and depths among them: the candidates of the quick recipes.
+TWELVE_HEADS = (
+    "fcn-r1-b0",
+    "fcn-r2-b0",
+    "fcn-r1-b1-d2",
+    "fcn-r2-b2-d2",
+    "deeplab-r1-b0",
+    "deeplab-r2-b0",
+    "deeplab-r4-b0",
+    "deeplab-r1-b1-d2",
+    "decoder-r1-b0",
+    "decoder-r2-b0",
+    "decoder-r4-b0",
+    "decoder-r1-b1-d2",
+)
+
+RECIPES = {
+    "default": Config(),
+    # 480x360 street scenes, 11 classes, EfficientNet-Lite0 from ImageNet: `--recipe=camvid_lite0 --data_dir=CAMVID --set backbone.weights=FILE`.
+    "camvid_lite0": Config(
+        data=DataConfig(source="folder", input_size=(360, 480), crop_size=(288, 384), ignore_value=11),
+        backbone=BackboneConfig(name="efficientnet_lite0"),
+        exits=ExitsConfig(count=7, heads=TWELVE_HEADS),
+        stage1=StageConfig(epochs=24, eval_epochs=8, weight_decay=1e-4),
+        stage2=StageConfig(trains="heads", distillation="filtered", epochs=6, pixel_stride=4, eval_epochs=6),
+    ),
+}
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Applies `section.field=value` strings, values in JSON (a bare word is a string).
+
+    Raises:
+      ValueError: for an unknown section or field (the nearest names are listed) or a value of another type.
+    """
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        section, _, field = path.partition(".")
+        _check(bool(separator and field), "--set", "section.field=value", override)
+        sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        _known(section, sections, "--set")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        document = dataclasses.asdict(sections[section])
+        _known(field, document, f"--set {section}")
+        config = dataclasses.replace(config, **{section: _from_dict(type(sections[section]), document | {field: value}, section)})
+    return config
+
+
+def check_recipe(name: str) -> None:
+    """Raises a ValueError that lists the nearest recipes if there is none of this name ('' is the default)."""
+    _known(name or "default", RECIPES, "--recipe")
+
+
+def with_data_dir(config: Config, data_dir: str) -> Config:
+    """The same configuration, with the data looked for elsewhere if `data_dir` is not empty."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir)) if data_dir else config
+
+
+def to_json(config: Config) -> str:
+    return json.dumps({"format": FORMAT} | dataclasses.asdict(config), indent=1) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Reads a configuration back; unknown or missing keys, other formats and values of another type raise a ValueError."""
+    document = json.loads(text)
+    _check(document.pop("format", None) == FORMAT, "config.json: format", str(FORMAT), document.get("format"))
+    return _from_dict(Config, document, "config.json")
+
+
+def load_config(workdir: str) -> Config:
+    """Reads WORKDIR/config.json."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"workdir: {workdir!r} holds no config.json; `python -m mess_tf.train --workdir={workdir}` makes one")
+    with open(path, encoding="utf-8") as file:
+        return from_json(file.read())
+
+
+def _known(name: str, names: Mapping[str, Any], where: str) -> None:
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, 3, 0.3) or sorted(names)
+        raise ValueError(f"{where}: unknown name {name!r}, nearest {nearest}")
+
+
+def _from_dict(cls: type, document: Any, where: str) -> Any:
+    """Builds a dataclass from parsed JSON, checking names and types."""
+    _check(isinstance(document, dict), where, "an object", document)
+    hints = typing.get_type_hints(cls)
+    for name in document:
+        _known(name, hints, where)
+    missing = sorted(set(hints) - set(document))
+    _check(not missing, where, "complete", f"nothing for {missing}")
+    return cls(**{name: _value(hints[name], document[name], f"{where}.{name}") for name in hints})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _from_dict(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        _check(value in arguments, where, f"one of {arguments}", value)
+        return value
+    if origin is tuple:
+        _check(isinstance(value, list | tuple), where, "a list", value)
+        variadic = arguments[-1] is Ellipsis
+        _check(variadic or len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
+        kinds = (arguments[0],) * len(value) if variadic else arguments
+        return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if hint is float and type(value) is int:
+        value = float(value)
+    _check(type(value) is hint, where, f"a {hint.__name__}", value)
+    return value

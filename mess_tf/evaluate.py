@@ -1,0 +1,94 @@
+"""Accuracy of every exit and head: mIoU, IoU per class, pixel accuracy. One code for Keras and TFLite models.
+
+`python -m mess_tf.evaluate --workdir=W [--split=val]` prints the table and writes WORKDIR/evaluation_SPLIT.json.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+from mess_tf import configs, metrics
+from mess_tf.data import Examples, evaluation_batches, open_split
+from mess_runtime.bundle import write_json
+from mess_tf.model import MultiExitNetwork, load_network
+
+Predictor = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def keras_predictor(network: MultiExitNetwork, candidates: Sequence[str]) -> Predictor:
+    """Makes a function from an image float32 [1, H, W, 3] in 0..255 to a dict of masks uint8 [1, H, W], one per candidate."""
+    features_of = network.features(candidates)
+
+    @tf.function(reduce_retracing=True)
+    def predict(image):
+        features = features_of(image, training=False)
+        size = tf.shape(image)[1:3]
+        logits = {name: tf.cast(network.head_logits(name, features), tf.float32) for name in candidates}
+        return {name: tf.cast(tf.argmax(tf.image.resize(x, size), -1, tf.int32), tf.uint8) for name, x in logits.items()}
+
+    return lambda image: {name: mask.numpy() for name, mask in predict(tf.convert_to_tensor(image)).items()}
+
+
+def confusion_matrices(predict: Predictor, examples: Examples) -> dict[str, np.ndarray]:
+    """Sums confusion matrices over a split: name to int64 [C, C] (see `metrics.confusion_matrix`)."""
+    total: dict[str, np.ndarray] = {}
+    for image, label in evaluation_batches(examples).as_numpy_iterator():
+        for name, mask in predict(image).items():
+            matrix = metrics.confusion_matrix(label, mask, examples.info.num_classes)
+            total[name] = total[name] + matrix if name in total else matrix
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """Accuracy of one candidate, all in 0..1; a class that no label holds has the IoU NaN."""
+
+    miou: float
+    pixel_accuracy: float
+    class_iou: tuple[float, ...]
+
+
+def accuracies(matrices: dict[str, np.ndarray]) -> dict[str, Accuracy]:
+    """Turns confusion matrices into accuracies."""
+    result = {}
+    for name, matrix in matrices.items():
+        tp, fp, fn = metrics.class_counts(matrix)
+        iou = tuple(float(value) for value in metrics.class_iou(tp, fp, fn))
+        result[name] = Accuracy(float(metrics.miou(tp, fp, fn)), float(metrics.pixel_accuracy(tp, fn)), iou)
+    return result
+
+
+def table(result: dict[str, Accuracy], classes: Sequence[str]) -> str:
+    """A table in percent: one row per candidate, mIoU, pixel accuracy and the IoU of each class."""
+    width = max(map(len, result))
+    rows = [f"{'':{width}}  {'mIoU':>6} {'pixels':>6} " + " ".join(f"{name[:7]:>7}" for name in classes)]
+    for name, accuracy in result.items():
+        iou = " ".join(f"{100 * value:7.1f}" for value in accuracy.class_iou)
+        rows.append(f"{name:{width}}  {100 * accuracy.miou:6.2f} {100 * accuracy.pixel_accuracy:6.2f} {iou}")
+    return "\n".join(rows)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
+    split = FLAGS.split or config.data.val_split
+    examples = open_split(config.data, split)
+    network = load_network(FLAGS.workdir, config, examples.info.num_classes)
+    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), examples))
+    print(table(result, examples.info.classes))
+    path = os.path.join(FLAGS.workdir, f"evaluation_{split}.json")
+    document = {name: dataclasses.asdict(accuracy) for name, accuracy in result.items()}
+    write_json(path, document)
+    print(path)
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_string("split", "", "split to evaluate on; default: the validation split")
+    app.run(main)

@@ -1,0 +1,202 @@
+"""Where exits can go (cut points of the graph at equal workload) and what a head is (`HeadSpec` to layers).
+
+Source: mess.md sections 2 and 3; Kouris et al., Multi-Exit Semantic Segmentation Networks, ECCV 2022, arXiv 2106.03527.
+"""
+
+import dataclasses
+import math
+
+import keras
+
+from mess_tf.configs import HeadSpec
+from mess_tf.costs import Node, graph_nodes, with_input_size
+from mess_tf.layers import BatchNormalization, ResizeLike
+
+ASPP_RATES = (2, 4, 8)  # at stride 16, scaled with the resolution elsewhere
+MIN_WIDTH, MAX_WIDTH = 48, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """A tensor of the network that a head may read.
+
+    Attributes:
+      name: the layer that makes it.
+      stride: image size over its size.
+      channels: its channels.
+      macs: multiply-accumulates from the image to it, of everything it depends on.
+    """
+
+    name: str
+    stride: int
+    channels: int
+    macs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitPoint:
+    """A place for an early exit: its tap, and the shallower tap that a decoder head reads beside it."""
+
+    name: str
+    tap: Tap
+    shallow: Tap
+
+
+def find_exit_points(network: keras.Model, count: int, input_size: tuple[int, int]) -> tuple[ExitPoint, ...]:
+    """Finds the early exits 1..count-1 of a network with `count` exits: the block boundaries nearest to i/count of the workload.
+
+    A boundary is a tensor that every path from the image to the deepest feature map passes, and at which a residual block ends
+    (or, in a network without enough residual blocks, one that a convolution reads).
+
+    Args:
+      network: functional model, image to logits.
+      count: number of exits, the final one included.
+      input_size: (height, width) in pixels for which the workload is counted.
+
+    Raises:
+      ValueError: if the graph has too few boundaries.
+    """
+    nodes = graph_nodes(with_input_size(network, input_size))
+    boundaries = _boundaries(nodes, count - 1)
+    if len(boundaries) < count - 1:
+        raise ValueError(f"exits.count: {network.name} has {len(boundaries)} block boundaries, so at most {len(boundaries) + 1}, got {count}")
+    by_name = {node.name: node for node in nodes}
+    taps = [_tap(node, by_name, input_size) for node in boundaries]
+    total = sum(node.macs for node in nodes)
+    chosen: list[int] = []
+    for i in range(1, count):
+        first, last = (chosen[-1] + 1 if chosen else 0), len(taps) - (count - i)
+        chosen.append(min(range(first, last + 1), key=lambda index: abs(taps[index].macs - i / count * total)))
+    dominators = [_tap(node, by_name, input_size) for node in _dominators(nodes)]
+    return tuple(ExitPoint(f"exit{i}", taps[index], _shallow_tap(taps[index], taps, dominators)) for i, index in enumerate(chosen, 1))
+
+
+def final_point(backbone: keras.Model, input_size: tuple[int, int]) -> ExitPoint:
+    """The end of a backbone as the place of the original network's own head."""
+    nodes = graph_nodes(with_input_size(backbone, input_size))
+    by_name = {node.name: node for node in nodes}
+    boundaries, dominators = ([_tap(node, by_name, input_size) for node in part] for part in (_boundaries(nodes, 1), _dominators(nodes)))
+    end = _tap(nodes[-1], by_name, input_size)
+    return ExitPoint("final", end, _shallow_tap(end, boundaries, dominators))
+
+
+def _deepest(nodes: list[Node]) -> Node:
+    """The last tensor of the coarsest feature map (1x1 maps, as of pooled context, do not count)."""
+    maps = [node for node in nodes if len(node.output.shape) == 4 and math.prod(node.output.shape[1:3]) > 1]
+    area = min(math.prod(node.output.shape[1:3]) for node in maps)
+    return [node for node in maps if math.prod(node.output.shape[1:3]) == area][-1]
+
+
+def _dominators(nodes: list[Node]) -> list[Node]:
+    """Tensors that every path from the image to the deepest feature map passes, image and output left out, in order."""
+    end = _deepest(nodes)
+    to_end = {node.name: 0 for node in nodes} | {end.name: 1}
+    for node in reversed(nodes):
+        for source in node.inputs:
+            to_end[source] += to_end[node.name]
+    from_image = {}
+    for node in nodes:
+        from_image[node.name] = sum(from_image[source] for source in node.inputs) if node.inputs else 1
+    return [
+        node
+        for node in nodes
+        if node.inputs and len(node.output.shape) == 4 and from_image[node.name] * to_end[node.name] == from_image[end.name] and ":" not in node.name
+    ]
+
+
+def _boundaries(nodes: list[Node], needed: int) -> list[Node]:
+    readers: dict[str, list[Node]] = {node.name: [] for node in nodes}
+    for node in nodes:
+        for source in set(node.inputs):
+            readers[source].append(node)
+    dominators = _dominators(nodes)
+    residual = [node for node in dominators if isinstance(node.operation, keras.layers.Add) or len(readers[node.name]) > 1]
+    if len(residual) >= needed:
+        return residual
+    convolutions = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
+    return [node for node in dominators if any(isinstance(reader.operation, convolutions) for reader in readers[node.name])]
+
+
+def _tap(node: Node, by_name: dict[str, Node], input_size: tuple[int, int]) -> Tap:
+    seen, stack, macs = set(), [node.name], 0
+    while stack:
+        name = stack.pop()
+        if name not in seen:
+            seen.add(name)
+            macs += by_name[name].macs
+            stack.extend(by_name[name].inputs)
+    height, channels = node.output.shape[1], node.output.shape[3]
+    return Tap(node.name, round(input_size[0] / height), channels, macs)
+
+
+def _shallow_tap(tap: Tap, boundaries: list[Tap], dominators: list[Tap]) -> Tap:
+    """The last boundary of stride 8 before a tap of stride >= 16, else of half its stride; failing that, the tensor next before it."""
+    wanted = 8 if tap.stride >= 16 else tap.stride // 2
+    for taps in (boundaries, dominators):
+        fitting = [other for other in taps if other.macs < tap.macs and other.stride == wanted]
+        if fitting:
+            return fitting[-1]
+    return [other for other in dominators if other.macs < tap.macs or other == tap][-2:][0]
+
+
+def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum: float) -> keras.Model:
+    """Builds one segmentation head.
+
+    Channel reduction, extra blocks, then an FCN, DeepLabV3 (ASPP) or decoder (DeepLabV3+ style) classifier (mess.md, section 3).
+    Departure: all 3x3 convolutions are depthwise separable, and widths are a share of the channels left after the reduction, with a floor.
+
+    Args:
+      spec: the head's configuration.
+      exit_point: the taps it reads.
+      num_classes: C.
+      momentum: of batch normalisation.
+
+    Returns:
+      Functional model named `exitK.SPEC`: [tap float32 [B, h, w, channels]] (a decoder: [tap, shallow tap [B, h', w', channels']]) to raw logits
+      float32 [B, h, w, C] (a decoder: [B, h', w', C]).
+    """
+    tap, shallow = exit_point.tap, exit_point.shallow
+    inputs = [keras.Input((None, None, tap.channels), name=tap.name)]
+    x = inputs[0]
+    channels = math.ceil(tap.channels / spec.reduction)
+    if spec.reduction > 1:
+        x = _conv(x, channels, momentum)
+    for block in range(spec.blocks):
+        x = keras.layers.Add()([x, _separable(x, channels, momentum, spec.dilation ** (block + 1), activation=None)])
+    width = min(MAX_WIDTH, max(MIN_WIDTH, 8 * math.ceil(channels / 32)))
+    if spec.kind == "fcn":
+        x = _separable(x, width, momentum)
+    else:
+        x = _aspp(x, width, momentum, [max(1, rate * 16 // tap.stride) for rate in ASPP_RATES])
+    if spec.kind == "decoder":
+        inputs.append(keras.Input((None, None, shallow.channels), name=shallow.name))
+        detail = _conv(inputs[1], width // 2, momentum)
+        x = keras.layers.Concatenate()([ResizeLike()([x, detail]), detail])
+        x = _separable(x, width * 3 // 2, momentum)
+    logits = keras.layers.Conv2D(num_classes, 1, dtype="float32", name="logits")(x)
+    return keras.Model(inputs, logits, name=f"{exit_point.name}.{spec.name}")
+
+
+def _conv(x: keras.KerasTensor, channels: int, momentum: float, activation: str | None = "relu6") -> keras.KerasTensor:
+    x = keras.layers.Conv2D(channels, 1, use_bias=False)(x)
+    x = BatchNormalization(momentum=momentum)(x)
+    return keras.layers.Activation(activation)(x) if activation else x
+
+
+def _separable(
+    x: keras.KerasTensor, channels: int, momentum: float, dilation: int = 1, activation: str | None = "relu6"
+) -> keras.KerasTensor:
+    x = keras.layers.DepthwiseConv2D(3, padding="same", dilation_rate=dilation, use_bias=False)(x)
+    x = BatchNormalization(momentum=momentum)(x)
+    return _conv(keras.layers.Activation("relu6")(x), channels, momentum, activation)
+
+
+def _aspp(x: keras.KerasTensor, width: int, momentum: float, rates: list[int]) -> keras.KerasTensor:
+    """Atrous spatial pyramid pooling (DeepLabV3). The pooled context joins after the projection, which equals joining before it."""
+    branches = [_conv(x, width, momentum)] + [_separable(x, width, momentum, rate) for rate in rates]
+    y = keras.layers.Conv2D(width, 1, use_bias=False)(keras.layers.Concatenate()(branches))
+    context = keras.layers.GlobalAveragePooling2D(keepdims=True)(x)
+    context = keras.layers.Conv2D(width, 1, activation="relu")(context)
+    context = keras.layers.Conv2D(width, 1, use_bias=False)(context)
+    y = BatchNormalization(momentum=momentum)(keras.layers.Add()([y, context]))
+    return keras.layers.Activation("relu6")(y)

@@ -1,0 +1,339 @@
+"""The files that pass between calibration, search and export: `stats.npz` and `deployment.json`.
+
+Reading is strict, writing is atomic. This module imports no TensorFlow.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from mess_runtime.bundle import (
+    ANYTIME,
+    BUDGETED,
+    FORMAT,
+    INPUT_DEPENDENT,
+    SETTINGS,
+    check,
+    decode_versioned,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from mess_tf import __version__
+
+# Up to this size `theta_img * pixels` is off by less than the 1e-9 that the exit rule allows for rounding.
+MAX_PIXELS = 2**22
+
+
+def made_by() -> dict[str, str]:
+    """Versions and git commit of the running code; the commit is empty outside a git checkout."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    return {"mess_tf": __version__, "python": platform.python_version(), "numpy": np.__version__, "git_commit": commit}
+
+
+# === stats.npz ===
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stats:
+    """What the search needs to know of a trained network: counts per image and candidate, and costs that need no device.
+
+    A candidate is one head at one exit. K candidates, E exits, I images, C classes, T pixel thresholds.
+
+    Attributes:
+      split: name of the calibration split.
+      candidates: K names `exit1.fcn-r2-b1-d2`, grouped by exit, exit1 to exitN-1; the last one, alone of its exit, is `final.<head>`.
+      images: I names.
+      classes: C names.
+      pixels: int64 [I], pixels of the mask (H·W), ignored ones included.
+      tp, fp, fn: int64 [K, I, C], predicted against labelled pixels, ignored ones not counted; tp + fn is the same for every candidate.
+      theta_pix: float64 [T], increasing, in [0, 1].
+      confident: int64 [K, I, T, 2], pixels with a confidence of at least theta_pix; last axis: plain, edge-aware.
+      prefix_macs: int64 [E], from the image to all that the exit's heads read.
+      head_macs: int64 [K].
+      prefix_sha256: E hashes of the exported submodels, empty strings before the export.
+      head_sha256: K hashes, likewise.
+      made_by: JSON object, the versions and the git commit that made it.
+
+    Raises:
+      ValueError: naming the key that does not fit.
+    """
+
+    split: str
+    candidates: tuple[str, ...]
+    images: tuple[str, ...]
+    classes: tuple[str, ...]
+    pixels: np.ndarray
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+    theta_pix: np.ndarray
+    confident: np.ndarray
+    prefix_macs: np.ndarray
+    head_macs: np.ndarray
+    prefix_sha256: tuple[str, ...]
+    head_sha256: tuple[str, ...]
+    made_by: str
+
+    def __post_init__(self):
+        for key in ("candidates", "images", "classes"):
+            names = getattr(self, key)
+            check(len(names) > 0 and len(set(names)) == len(names), key, "distinct names, at least one", names)
+        expected = [f"exit{number}" for number in range(1, len(self.exits))] + ["final"]
+        grouped = list(self.exit_of_candidate) == sorted(self.exit_of_candidate)
+        alone = sum(name.startswith("final.") for name in self.candidates) == 1
+        ok = list(self.exits) == expected and grouped and alone and all("." in name for name in self.candidates)
+        check(ok, "candidates", "EXIT.HEAD names grouped by exit: exit1 to exitN-1, then one `final.HEAD`", self.candidates)
+
+        k, e, i, c = len(self.candidates), len(self.exits), len(self.images), len(self.classes)
+        check(self.theta_pix.ndim == 1 and self.theta_pix.size > 0, "theta_pix", "a vector of at least one threshold", self.theta_pix.shape)
+        t = self.theta_pix.size
+        shapes = {"pixels": (i,), "tp": (k, i, c), "fp": (k, i, c), "fn": (k, i, c), "confident": (k, i, t, 2)}
+        for key, shape in (shapes | {"prefix_macs": (e,), "head_macs": (k,)}).items():
+            array = getattr(self, key)
+            check(array.dtype == np.int64, key, "int64", array.dtype.name)
+            check(array.shape == shape, key, f"of shape {shape}", array.shape)
+            check(not (array < 0).any(), key, "without negative values", array.min())
+        check(self.theta_pix.dtype == np.float64, "theta_pix", "float64", self.theta_pix.dtype.name)
+        low, high = self.theta_pix[0], self.theta_pix[-1]
+        ok = np.isfinite(self.theta_pix).all() and low >= 0 and high <= 1 and (np.diff(self.theta_pix) > 0).all()
+        check(ok, "theta_pix", "increasing numbers in [0, 1]", self.theta_pix.tolist())
+        ok = self.pixels.min() >= 1 and self.pixels.max() <= MAX_PIXELS
+        check(ok, "pixels", f"between 1 and {MAX_PIXELS} in each image", (self.pixels.min(), self.pixels.max()))
+        above = self.confident > self.pixels[:, None, None]
+        check(not above.any(), "confident", "at most the pixels of the image", f"{above.sum()} larger counts")
+        differs = ((self.tp + self.fn) != (self.tp[-1] + self.fn[-1])).any(axis=(1, 2))
+        check(not differs.any(), "fn", "labelled pixels less tp, the same sum for every candidate", [*np.array(self.candidates)[differs]])
+        check(self.tp[-1].sum() + self.fn[-1].sum() > 0, "fn", "counted on at least one labelled pixel, with tp", 0)
+        check(len(self.prefix_sha256) == e, "prefix_sha256", f"{e} strings", len(self.prefix_sha256))
+        check(len(self.head_sha256) == k, "head_sha256", f"{k} strings", len(self.head_sha256))
+        try:
+            maker = json.loads(self.made_by)
+        except json.JSONDecodeError:
+            maker = self.made_by
+        check(isinstance(maker, dict), "made_by", "a JSON object", self.made_by)
+
+    @functools.cached_property
+    def exits(self) -> tuple[str, ...]:
+        """The E exit names in order."""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.candidates))
+
+    @functools.cached_property
+    def exit_of_candidate(self) -> np.ndarray:
+        """int64 [K], the position in `exits` of each candidate's exit."""
+        return np.array([self.exits.index(name.partition(".")[0]) for name in self.candidates])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `stats.npz`, compressed."""
+        arrays = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, format=np.int64(FORMAT), **arrays)
+
+        write_atomically(path, write)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Reads and checks `stats.npz`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: naming the file and the key that is missing, unknown or does not fit.
+        """
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+        except (zipfile.BadZipFile, EOFError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{os.fspath(path)}: must be a complete stats.npz, got {error}") from error
+        try:
+            expected = {"format", *fields}
+            for problem, keys in (("missing", expected - arrays.keys()), ("unknown", arrays.keys() - expected)):
+                if keys:
+                    raise ValueError(f"{problem} key {', '.join(sorted(keys))}; required are {', '.join(sorted(expected))}")
+            check(arrays["format"].tolist() == FORMAT, "format", str(FORMAT), arrays["format"].tolist())
+            values = {}
+            for key, kind in fields.items():
+                array = arrays[key]
+                if kind is not np.ndarray:
+                    ndim = 0 if kind is str else 1
+                    check(
+                        array.dtype.kind == "U" and array.ndim == ndim, key, f"text of {ndim} dimensions", (array.dtype.name, array.shape)
+                    )
+                values[key] = array if kind is np.ndarray else array.item() if kind is str else tuple(array.tolist())
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+# === deployment.json ===
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Least mean cost with an mIoU of at least `min_miou`, or best mIoU with a mean cost of at most `max_cost`; exactly one is given.
+
+    Attributes:
+      min_miou: 0..1.
+      max_cost: above 0, in the unit of the costs.
+    """
+
+    min_miou: float | None = None
+    max_cost: float | None = None
+
+    def __post_init__(self):
+        given = (self.min_miou, self.max_cost)
+        check(given.count(None) == 1, "objective", "either min_miou or max_cost", given)
+        if self.min_miou is not None:
+            check(0 <= self.min_miou <= 1, "min_miou", "in [0, 1]", self.min_miou)
+        else:
+            check(self.max_cost > 0, "max_cost", "above 0", self.max_cost)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitChoice:
+    """One chosen exit, its head, and when an image leaves there.
+
+    Attributes:
+      exit: exit1 … exitN-1 or final.
+      head: name of the head, without the exit.
+      theta_pix: confidence from which a pixel counts as confident; None where no decision is taken.
+      theta_img: share of confident pixels from which the image leaves; None where no decision is taken.
+    """
+
+    exit: str
+    head: str
+    theta_pix: float | None = None
+    theta_img: float | None = None
+
+    def __post_init__(self):
+        check((self.theta_pix is None) == (self.theta_img is None), self.exit, "with both thresholds or none", self)
+        for name in ("theta_pix", "theta_img"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value <= 1, f"{self.exit}.{name}", "in [0, 1]", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """A way to run the network.
+
+    Attributes:
+      setting: `budgeted` (one exit), `input-dependent` (an image leaves at the first exit that is sure of it) or `anytime` (all chosen
+        exits one after another, until the deadline).
+      edge_aware: the confidence is edge-aware.
+      exits: the chosen exits, shallow to deep. With `input-dependent`, all but the last have thresholds; otherwise none has.
+      horizon: latest deadline of `anytime`, in the unit of the costs; None in the other settings.
+    """
+
+    setting: str
+    edge_aware: bool
+    exits: tuple[ExitChoice, ...]
+    horizon: float | None
+
+    def __post_init__(self):
+        check(self.setting in SETTINGS, "setting", f"one of {', '.join(SETTINGS)}", self.setting)
+        names = [choice.exit for choice in self.exits]
+        check(len(names) > 0 and len(set(names)) == len(names), "exits", "distinct exits, at least one", names)
+        check(self.setting != BUDGETED or len(names) == 1, "exits", "one exit in the budgeted setting", names)
+        decides = [choice.theta_pix is not None for choice in self.exits]
+        expected = [self.setting == INPUT_DEPENDENT] * (len(names) - 1) + [False]
+        check(decides == expected, "exits", "with thresholds in all but the last exit, and only if input-dependent", self.exits)
+        check((self.horizon is not None) == (self.setting == ANYTIME), "horizon", "given with anytime and only there", self.horizon)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """What the calibration split promises.
+
+    Attributes:
+      miou: 0..1; with `anytime`, the mean over the deadlines.
+      cost_name: unit of the costs, `macs` or `latency_ms`.
+      cost_mean, cost_p90: over the images.
+      exit_rates: share of the images that leave at each chosen exit.
+    """
+
+    miou: float
+    cost_name: str
+    cost_mean: float
+    cost_p90: float
+    exit_rates: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """The network without early exits: mIoU (0..1) and cost of its final exit alone."""
+
+    miou: float
+    cost: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """How the optimum was made sure: covered = scored + all that was cut.
+
+    Attributes:
+      covered: configurations of the searched space.
+      scored: those with an exactly computed mIoU.
+      cut_by_rule: those that a rule has shown to be no better than the result, per rule.
+      gap: largest possible distance to the optimum of the space; 0 is exact.
+      seconds: of the search.
+      quantiles: values of theta_img per exit and theta_pix where two early exits decide.
+    """
+
+    covered: int
+    scored: int
+    cut_by_rule: dict[str, int]
+    gap: float
+    seconds: float
+    quantiles: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment(Configuration):
+    """The result of the search: a configuration, what was asked, and what it promises.
+
+    Attributes:
+      constraint: what was asked.
+      predicted, original, certificate: see there.
+      stats_sha256: of the `stats.npz` that was searched; empty where the statistics came from no file.
+      made_by: versions and git commit.
+    """
+
+    constraint: Objective
+    predicted: Predicted
+    original: Original
+    certificate: Certificate
+    stats_sha256: str
+    made_by: dict[str, str]
+
+    def __post_init__(self):
+        super().__post_init__()
+        rates = self.predicted.exit_rates
+        check(len(rates) == len(self.exits), "predicted.exit_rates", f"{len(self.exits)} shares, one per exit", rates)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `deployment.json`."""
+        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Reads and checks `deployment.json`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: naming the file and the key that is missing, unknown or does not fit.
+        """
+        return read_json(path, lambda value: decode_versioned(cls, value, "deployment"))

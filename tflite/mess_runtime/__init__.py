@@ -1,0 +1,3 @@
+"""Device side of mess_tf: runs and times exported bundles with NumPy, Pillow and a TFLite interpreter, without TensorFlow."""
+
+__version__ = "0.1.0"

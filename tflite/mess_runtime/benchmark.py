@@ -1,0 +1,263 @@
+"""Latency of .tflite files on this machine, and latency.json, the table that the search reads."""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+import mess_runtime
+from mess_runtime.bundle import FORMAT, check, check_sha256, decode_versioned, file_sha256
+from mess_runtime.runner import RUNTIME, Interpreter, open_interpreter
+
+BACKEND = "xnnpack"
+WARMUP = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyRow:
+    """Latency of one submodel on one device.
+
+    Attributes:
+      submodel: file name without `.tflite`.
+      sha256, size_bytes: of the file.
+      device: host name or model; soc: processor; os: system and release.
+      runtime, runtime_version: of the interpreter.
+      backend_requested, backend_obtained: `xnnpack`, `cpu`, or what a phone offers; obtained is `unknown` where the runtime does not tell.
+      threads: of the interpreter.
+      p50_ms, p90_ms, mean_ms: of the interpreter's invocation alone, over `runs` samples.
+      runs: number of samples.
+      temperature_c: hottest sensor in degrees Celsius when the file was last measured, None where there is none.
+    """
+
+    submodel: str
+    sha256: str
+    size_bytes: int
+    device: str
+    soc: str
+    os: str
+    runtime: str
+    runtime_version: str
+    backend_requested: str
+    backend_obtained: str
+    threads: int
+    p50_ms: float
+    p90_ms: float
+    mean_ms: float
+    runs: int
+    temperature_c: float | None
+
+    def __post_init__(self):
+        check_sha256(self.sha256)
+        for name in ("size_bytes", "threads", "p50_ms", "p90_ms", "mean_ms", "runs"):
+            check(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        check(self.p50_ms <= self.p90_ms, "p50_ms", f"at most p90_ms = {self.p90_ms}", self.p50_ms)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What makes a row the successor of another: sha256, device and threads."""
+        return self.sha256, self.device, self.threads
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyTable:
+    """The content of latency.json.
+
+    Attributes:
+      created_by: versions of what last wrote it.
+      rows: no two with the same sha256, device and threads.
+    """
+
+    created_by: dict[str, str]
+    rows: tuple[LatencyRow, ...]
+
+    def __post_init__(self):
+        keys = [row.key for row in self.rows]
+        check(len(set(keys)) == len(keys), "rows", "different in sha256, device or threads", keys)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the table as JSON values."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Reads what `to_json` made.
+
+        Raises:
+          ValueError: the format is another one, a key is unknown or missing, or a value is not allowed.
+        """
+        return decode_versioned(cls, value, "latency")
+
+    def merged(self, rows: Sequence[LatencyRow]) -> Self:
+        """Returns a table of this program with `rows` in it, and of the rows here those that none of them replaces."""
+        merged = {row.key: row for row in (*self.rows, *rows)}
+        return dataclasses.replace(self, created_by=created_by(), rows=tuple(merged.values()))
+
+
+def created_by() -> dict[str, str]:
+    """Returns the versions that a file written here records."""
+    return {
+        "mess_runtime": mess_runtime.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str:
+    """The commit of the source tree that this package is part of; a copy elsewhere has none."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "--show-prefix", "HEAD"]
+    try:
+        prefix, commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return "unknown"
+    return commit if prefix == "tflite/mess_runtime/" else "unknown"
+
+
+def benchmark_file(path: str | os.PathLike, threads: int = 1, warmup: int = WARMUP, runs: int = 50, min_seconds: float = 0.5) -> LatencyRow:
+    """Measures one .tflite on random inputs: at least `runs` invocations and at least `min_seconds` of them.
+
+    Args:
+      path: a file with a single signature.
+      threads: of the interpreter.
+      warmup: invocations that are not counted.
+      runs: least number of samples.
+      min_seconds: least total time of the samples.
+
+    Raises:
+      ValueError: the file cannot be loaded, or has several signatures.
+    """
+    (row,) = benchmark_files([path], threads, warmup, runs, min_seconds, rounds=1)
+    return row
+
+
+def benchmark_files(
+    paths: Sequence[str | os.PathLike],
+    threads: int = 1,
+    warmup: int = WARMUP,
+    runs: int = 50,
+    min_seconds: float = 0.5,
+    rounds: int = 5,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[LatencyRow]:
+    """Measures files in turns, so that drift of the machine meets all of them alike; one is loaded at a time.
+
+    Args:
+      paths: files with a single signature each. Of files with equal content only the first is measured.
+      threads: of the interpreter.
+      warmup: invocations after each loading that are not counted.
+      runs, min_seconds: least number and least total time of a file's samples, spread over the rounds.
+      rounds: turns.
+      progress: receives a line after every file of every round.
+
+    Returns:
+      A row per file, over the samples of all rounds.
+
+    Raises:
+      ValueError: an argument is out of range, a file cannot be loaded, or it has several signatures.
+    """
+    for name, value, least in (("threads", threads, 1), ("warmup", warmup, 0), ("runs", runs, 1), ("rounds", rounds, 1)):
+        check(value >= least, name, f"at least {least}", value)
+    check(min_seconds >= 0, "min_seconds", "at least 0", min_seconds)
+    files = {}
+    for path in paths:
+        files.setdefault(file_sha256(path), Path(path))
+    samples, backends, temperatures = {sha256: [] for sha256 in files}, {}, {}
+    begin = time.perf_counter()
+    for count, (number, (sha256, path)) in enumerate(itertools.product(range(1, rounds + 1), files.items()), start=1):
+        interpreter = open_interpreter(path, threads)
+        samples[sha256] += _sample(path, interpreter, warmup, math.ceil(runs / rounds), min_seconds / rounds)
+        backends[sha256] = _backend(interpreter)
+        temperatures[sha256] = _temperature_c()
+        eta = (time.perf_counter() - begin) / count * (rounds * len(files) - count)
+        progress(f"round {number}/{rounds} {path.stem} p50_ms={np.median(samples[sha256]):.3f} eta_s={eta:.0f}")
+    machine = {
+        "device": platform.node() or "unknown",
+        "soc": _soc(),
+        "os": f"{platform.system()} {platform.release()}",
+        "runtime": RUNTIME,
+        "runtime_version": _runtime_version(),
+    }
+    return [
+        LatencyRow(
+            submodel=path.stem,
+            sha256=sha256,
+            size_bytes=path.stat().st_size,
+            **machine,
+            backend_requested=BACKEND,
+            backend_obtained=backends[sha256],
+            threads=threads,
+            p50_ms=float(np.percentile(samples[sha256], 50)),
+            p90_ms=float(np.percentile(samples[sha256], 90)),
+            mean_ms=float(np.mean(samples[sha256])),
+            runs=len(samples[sha256]),
+            temperature_c=temperatures[sha256],
+        )
+        for sha256, path in files.items()
+    ]
+
+
+def _sample(path: Path, interpreter: Interpreter, warmup: int, runs: int, min_seconds: float) -> list[float]:
+    """Latencies in ms of at least `runs` invocations that take at least `min_seconds` together."""
+    signatures = list(interpreter.get_signature_list())
+    check(len(signatures) <= 1, f"{path}: signatures", "a single one, since only the first would be measured", signatures)
+    generator = np.random.default_rng(0)
+    for details in interpreter.get_input_details():
+        shape, dtype = details["shape"], np.dtype(details["dtype"])
+        values = generator.random(shape) if dtype.kind == "f" else generator.integers(0, 128, shape)
+        interpreter.set_tensor(details["index"], values.astype(dtype))
+    for _ in range(warmup):
+        interpreter.invoke()
+    samples, total = [], 0.0
+    while len(samples) < runs or total < min_seconds * 1e3:
+        start = time.perf_counter_ns()
+        interpreter.invoke()
+        samples.append((time.perf_counter_ns() - start) / 1e6)
+        total += samples[-1]
+    return samples
+
+
+def _backend(interpreter: Interpreter) -> str:
+    """The only delegate that the interpreter takes by itself is XNNPACK: a delegated node means that it runs part of the graph or all."""
+    try:
+        operations = interpreter._get_ops_details()
+    except AttributeError:
+        return "unknown"
+    return BACKEND if any(operation["op_name"] == "DELEGATE" for operation in operations) else "cpu"
+
+
+def _runtime_version() -> str:
+    try:
+        return importlib.metadata.version(RUNTIME)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _soc() -> str:
+    """The processor's name, as far as the system tells; on boards the device tree's model."""
+    for path, field in (("/proc/device-tree/model", ""), ("/proc/cpuinfo", "model name")):
+        if Path(path).is_file():
+            for line in Path(path).read_text(errors="replace").splitlines():
+                if line.startswith(field):
+                    return line.rpartition(":")[2].strip(" \t\0")
+    return platform.processor() or platform.machine()
+
+
+def _temperature_c() -> float | None:
+    """The hottest thermal zone of Linux in degrees Celsius."""
+    readings = []
+    for path in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
+        try:
+            readings.append(int(path.read_text()) / 1000)
+        except (OSError, ValueError):
+            continue
+    return max(readings, default=None)

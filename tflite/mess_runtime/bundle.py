@@ -1,0 +1,316 @@
+"""The deployable folder: a manifest and one .tflite per segment, checked before anything runs.
+
+The strict JSON reading and atomic writing here also serve latency.json. This module needs no interpreter.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+# Names inside a segment file: its only signature, and that signature's inputs and outputs.
+SIGNATURE = "serve"
+IMAGE = "image"
+MASK = "mask"
+CONFIDENT_PIXELS = "confident_pixels"
+
+INPUT_DEPENDENT = "input-dependent"
+BUDGETED = "budgeted"
+ANYTIME = "anytime"
+SETTINGS = (INPUT_DEPENDENT, BUDGETED, ANYTIME)
+
+T = TypeVar("T")
+
+
+def check(ok: bool, argument: str, required: str, received: Any) -> None:
+    """Raises ValueError that names the argument, what it must be and what it was, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{argument}: must be {required}, got {received!r}")
+
+
+def check_sha256(value: str) -> None:
+    """Raises ValueError unless `value` is a SHA-256 in lower-case hexadecimal."""
+    check(re.fullmatch(r"[0-9a-f]{64}", value) is not None, "sha256", "64 lower-case hexadecimal digits", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class CreatedBy:
+    """Versions of what wrote the bundle."""
+
+    mess_tf: str
+    tensorflow: str
+    git_commit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """Size in pixels of the network's input, RGB float32 [1, height, width, 3] in 0..255; scaling is inside the graph."""
+
+    height: int
+    width: int
+
+    def __post_init__(self):
+        check(self.height > 0, "height", "positive", self.height)
+        check(self.width > 0, "width", "positive", self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Mean cost of one image: milliseconds for `latency_ms`, multiply-accumulates for `macs`."""
+
+    name: Literal["latency_ms", "macs"]
+    mean: float
+
+    def __post_init__(self):
+        check(self.mean >= 0, "mean", "at least 0", self.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """What the search expects of the bundle; mIoU in 0..1."""
+
+    miou: float
+    cost: Cost
+
+    def __post_init__(self):
+        check(0 <= self.miou <= 1, "miou", "in [0, 1]", self.miou)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One .tflite: the backbone from the exit before to this exit, and this exit's head.
+
+    Attributes:
+      exit: name of the exit at the segment's end.
+      head: name of the head there.
+      file: plain file name inside the bundle.
+      sha256, size_bytes: of the file.
+      macs: multiply-accumulates of one run of the segment.
+      theta_pix: a pixel is confident from this probability on; built into the graph, kept here to be read.
+      theta_img: an image leaves here from this share of confident pixels on; None where there is no decision.
+      edge_aware: whether the confidence of pixels on predicted edges is the median around them.
+    """
+
+    exit: str
+    head: str
+    file: str
+    sha256: str
+    size_bytes: int
+    macs: int
+    theta_pix: float | None
+    theta_img: float | None
+    edge_aware: bool
+
+    def __post_init__(self):
+        check(bool(self.exit), "exit", "a name", self.exit)
+        check(bool(self.head), "head", "a name", self.head)
+        check(re.fullmatch(r"[\w.-]+\.tflite", self.file) is not None, "file", "a plain .tflite file name inside the bundle", self.file)
+        check_sha256(self.sha256)
+        check(self.size_bytes > 0, "size_bytes", "positive", self.size_bytes)
+        check(self.macs >= 0, "macs", "at least 0", self.macs)
+        for name in ("theta_pix", "theta_img"):
+            theta = getattr(self, name)
+            check(theta is None or 0 <= theta <= 1, name, "in [0, 1] or null", theta)
+        both_or_none = (self.theta_pix is None) == (self.theta_img is None)
+        check(both_or_none, "theta_img", "given or null together with theta_pix", self.theta_img)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the segment as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "segment") -> Self:
+        """Reads what `to_json` made; errors begin with `where`.
+
+        Raises:
+          ValueError: a key is unknown or missing, or a value is not allowed.
+        """
+        return decode(cls, value, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything about a bundle that is not in its graphs.
+
+    Attributes:
+      created_by: versions of what wrote it.
+      input: size of the network's input.
+      classes: names by class index.
+      palette: RGB in 0..255 by class index.
+      setting: how the bundle is meant to run, one of `SETTINGS`.
+      predicted: what the search expects, if there was a search.
+      segments: in the order of execution; every image that leaves nowhere else leaves at the last.
+    """
+
+    created_by: CreatedBy
+    input: InputSpec
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    setting: Literal["input-dependent", "budgeted", "anytime"]
+    predicted: Predicted | None
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self):
+        check(0 < len(set(self.classes)) == len(self.classes) <= 256, "classes", "1 to 256 different names", self.classes)
+        check(len(self.palette) == len(self.classes), "palette", f"one colour for each of {len(self.classes)} classes", len(self.palette))
+        for index, colour in enumerate(self.palette):
+            check(all(0 <= channel <= 255 for channel in colour), f"palette[{index}]", "three values in 0..255", colour)
+        check(len(self.segments) > 0, "segments", "at least one segment", self.segments)
+        for key in ("exit", "file"):
+            values = [getattr(segment, key) for segment in self.segments]
+            check(len(set(values)) == len(values), f"segments.{key}", "different in every segment", values)
+        *early, last = self.segments
+        check(last.theta_img is None, f"segments[{len(early)}].theta_img", "null in the last segment", last.theta_img)
+        if self.setting == INPUT_DEPENDENT:
+            for index, segment in enumerate(early):
+                check(segment.theta_img is not None, f"segments[{index}].theta_img", f"given for {INPUT_DEPENDENT}", segment.theta_img)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the manifest as JSON values."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Reads what `to_json` made.
+
+        Raises:
+          ValueError: the format is another one, a key is unknown or missing, or a value is not allowed.
+        """
+        return decode_versioned(cls, value, "manifest")
+
+
+def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> Path:
+    """Writes the manifest into the bundle folder atomically and returns its path."""
+    path = Path(folder) / MANIFEST
+    write_json(path, manifest.to_json())
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle folder whose manifest and files passed every check."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Reads `folder`/manifest.json and compares every segment file with its size and SHA-256.
+
+        Raises:
+          FileNotFoundError: the manifest or a segment file is missing.
+          ValueError: the manifest breaks the schema or a file is not the one that it describes.
+        """
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST, Manifest.from_json)
+        for index, segment in enumerate(manifest.segments):
+            path = folder / segment.file
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: missing, named by segments[{index}].file of {folder / MANIFEST}")
+            check(path.stat().st_size == segment.size_bytes, f"{path}: size", f"{segment.size_bytes} bytes", path.stat().st_size)
+            received = file_sha256(path)
+            check(received == segment.sha256, f"{path}: sha256", segment.sha256, received)
+        return cls(folder, manifest)
+
+    def path(self, segment: Segment) -> Path:
+        """Returns where the segment's .tflite is."""
+        return self.folder / segment.file
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file in lower-case hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a temporary file in the folder of `path`, then puts it in the place of `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON atomically; NaN and infinities raise ValueError."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str | os.PathLike, from_json: Callable[[Any], T]) -> T:
+    """Returns `from_json` of the file's content.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not JSON, or `from_json` refused it; the message begins with the path.
+    """
+    text = Path(path).read_bytes()
+    try:
+        return from_json(json.loads(text))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def decode_versioned(cls: type[T], value: Any, where: str) -> T:
+    """Returns the dataclass `cls` from a JSON object that also holds `format`, which is looked at first."""
+    check(isinstance(value, dict), where, "a JSON object", value)
+    check(value.get("format") == FORMAT, f"{where}.format", str(FORMAT), value.get("format"))
+    return decode(cls, {key: item for key, item in value.items() if key != "format"}, where)
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """Returns a JSON value as the annotated type `kind`, or raises ValueError with the path `where` of the offending key.
+
+    Known types: dataclasses, tuples, string dictionaries, literals, optional types, str, bool, int and finite float (int accepted).
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    if origin is types.UnionType:
+        return None if value is None else decode(arguments[0], value, where)
+    if origin is Literal:
+        check(value in arguments, where, f"one of {', '.join(arguments)}", value)
+    elif origin is tuple:
+        check(isinstance(value, list), where, "a list", value)
+        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        check(len(items) == len(value), where, f"a list of {len(items)}", value)
+        return tuple(decode(item, entry, f"{where}[{index}]") for index, (item, entry) in enumerate(zip(items, value, strict=True)))
+    elif origin is dict:
+        check(isinstance(value, dict), where, "a JSON object", value)
+        return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif kind is float:
+        check(type(value) in (int, float) and math.isfinite(value), where, "a finite number", value)
+        return float(value)
+    else:
+        check(type(value) is kind, where, f"of type {kind.__name__}", value)
+    return value
+
+
+def _decode_dataclass(cls: type, value: Any, where: str) -> Any:
+    check(isinstance(value, dict), where, "a JSON object", value)
+    hints = typing.get_type_hints(cls)
+    for key in value:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints) or list(hints)
+            raise ValueError(f"{where}.{key}: unknown key, must be one of {', '.join(near)}")
+    for key in hints:
+        check(key in value, where, f"an object with the key {key!r}", sorted(value))
+    arguments = {key: decode(hint, value[key], f"{where}.{key}") for key, hint in hints.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
