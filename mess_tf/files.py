@@ -65,6 +65,8 @@ class Stats:
       head_macs: int64 [K].
       prefix_sha256: E hashes of the exported submodels, empty strings before the export.
       head_sha256: K hashes, likewise.
+      mask_sha256, plain_sha256, edge_sha256: K hashes each, likewise, of the submodels from a candidate's logits to its mask, and to its mask and
+        plain or edge-aware confidence; candidates with logits of one size share them.
       made_by: JSON object, the versions and the git commit that made it.
 
     Raises:
@@ -85,6 +87,9 @@ class Stats:
     head_macs: np.ndarray
     prefix_sha256: tuple[str, ...]
     head_sha256: tuple[str, ...]
+    mask_sha256: tuple[str, ...]
+    plain_sha256: tuple[str, ...]
+    edge_sha256: tuple[str, ...]
     made_by: str
 
     def __post_init__(self):
@@ -118,7 +123,8 @@ class Stats:
         check(not differs.any(), "fn", "labelled pixels less tp, the same sum for every candidate", [*np.array(self.candidates)[differs]])
         check(self.tp[-1].sum() + self.fn[-1].sum() > 0, "fn", "counted on at least one labelled pixel, with tp", 0)
         check(len(self.prefix_sha256) == e, "prefix_sha256", f"{e} strings", len(self.prefix_sha256))
-        check(len(self.head_sha256) == k, "head_sha256", f"{k} strings", len(self.head_sha256))
+        for key in ("head_sha256", "mask_sha256", "plain_sha256", "edge_sha256"):
+            check(len(getattr(self, key)) == k, key, f"{k} strings", len(getattr(self, key)))
         try:
             maker = json.loads(self.made_by)
         except json.JSONDecodeError:

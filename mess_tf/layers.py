@@ -26,7 +26,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 class ResizeLike(keras.layers.Layer):
     """Resizes a feature map bilinearly (half-pixel centres) to the height and width of another tensor.
 
-    Call with [features float [B, h, w, C], like [B, H, W, any]]; returns float32 [B, H, W, C]. With static shapes the export sees constants.
+    Call with [features float [B, h, w, C], like [B, H, W, any]]; returns [B, H, W, C] of the features' dtype.
+    With static shapes the export sees constants.
     """
 
     def call(self, inputs):

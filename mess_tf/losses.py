@@ -1,7 +1,8 @@
 """Masked cross-entropy, the exit schedule of stage 1 and positive filtering distillation (mess.md, section 4).
 
-The losses are those of the full-resolution output, taken on a grid of its pixels: every n-th row and column, the first ones drawn anew each step.
-The bilinear upsampling is computed at these pixels only, which is exact there and makes the loss n*n times cheaper; over the steps every pixel counts alike.
+The losses are those of the full-resolution output, taken on a grid of its pixels: every n-th row and column, the first ones drawn anew
+each step. The bilinear upsampling is computed at these pixels only, which is exact there and makes the loss n*n times cheaper; over the
+steps every pixel counts alike.
 """
 
 import numpy as np
@@ -58,10 +59,10 @@ def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, class_weights: tf.Tensor
     labels = tf.cast(labels, tf.int32)
     valid = labels != IGNORE
     classes = tf.where(valid, labels, 0)
-    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=classes, logits=logits)
+    log_probability = tf.nn.log_softmax(logits)
+    loss = -tf.reduce_sum(tf.one_hot(classes, logits.shape[-1]) * log_probability, axis=-1)  # faster on a CPU than the sparse op
     if label_smoothing:
-        uniform = -tf.reduce_mean(tf.nn.log_softmax(logits), axis=-1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+        loss = (1 - label_smoothing) * loss - label_smoothing * tf.reduce_mean(log_probability, axis=-1)
     weights = tf.cast(valid, tf.float32)
     if class_weights is not None:
         weights *= tf.gather(class_weights, classes)

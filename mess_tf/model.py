@@ -3,15 +3,16 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import keras
 import numpy as np
 
-from mess_tf.backbones import build_backbone
+from mess_runtime.bundle import write_atomically
+from mess_tf.backbones import build_backbone, read_arrays
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.costs import graph_nodes
 from mess_tf.exits import ExitPoint, build_head, final_point, find_exit_points
-from mess_runtime.bundle import write_atomically
 from mess_tf.layers import LogProbability
 
 FINAL = "final.original"
@@ -41,10 +42,12 @@ class MultiExitNetwork:
         return [*self.heads, FINAL]
 
     def add_heads(self, specs: Sequence[HeadSpec], momentum: float) -> None:
-        """Replaces all heads by new ones: each of `specs` at every exit point."""
-        self.heads = {
-            f"{point.name}.{spec.name}": build_head(spec, point, self.num_classes, momentum) for point in self.exit_points for spec in specs
-        }
+        """Puts each of `specs` at every exit point. A head of the same name that is there already is kept as it is, any other goes."""
+        kept, self.heads = self.heads, {}
+        for point in self.exit_points:
+            for spec in specs:
+                name = f"{point.name}.{spec.name}"
+                self.heads[name] = kept.get(name) or build_head(spec, point, self.num_classes, momentum)
 
     def taps(self, candidate: str) -> tuple[str, ...]:
         """Names of the layers whose outputs a candidate reads; for the original, its last layer."""
@@ -57,7 +60,12 @@ class MultiExitNetwork:
     def save_weights(self, path: str, dtype: str = "float32") -> None:
         """Writes all weights of the original and the heads to one .npz file, atomically; `dtype` float16 halves it."""
         arrays = {name: variable.numpy().astype(dtype) for name, variable in self._variables()}
-        write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+
+        write_atomically(path, write)
 
     def load_weights(self, path: str) -> None:
         """Reads a file of `save_weights` into a network of the same candidates.
@@ -65,8 +73,7 @@ class MultiExitNetwork:
         Raises:
           ValueError: if a weight is missing, unknown or of another shape; nothing is loaded then.
         """
-        with np.load(path) as arrays:
-            saved = dict(arrays)
+        saved = read_arrays(path)
         variables = dict(self._variables())
         wrong = [name for name in variables if name not in saved or saved[name].shape != variables[name].shape]
         unknown = sorted(saved.keys() - variables.keys())
@@ -78,7 +85,11 @@ class MultiExitNetwork:
     def _variables(self) -> list[tuple[str, keras.Variable]]:
         """Every weight with a name that does not depend on how many layers a process has made before."""
         parts = {FINAL: self.original} | self.heads
-        return [(f"{part}/{index:03d}.{variable.name}", variable) for part, model in parts.items() for index, variable in enumerate(model.weights)]
+        return [
+            (f"{part}/{index:03d}.{variable.name}", variable)
+            for part, model in parts.items()
+            for index, variable in enumerate(model.weights)
+        ]
 
     def features(self, candidates: Iterable[str]) -> keras.Model:
         """Image to a dict of every tensor that these candidates read, by layer name. Computes nothing deeper than they need."""
@@ -103,8 +114,8 @@ class MultiExitNetwork:
           candidates: one per exit, shallow to deep.
 
         Returns:
-          Functional models, dict to dict. Inputs: `image`, or the tensors of earlier segments that this one reads. Outputs: `logits` of its candidate,
-          and the tensors that later segments or heads still need and no earlier segment has handed over.
+          Functional models, dict to dict. Inputs: `image`, or the tensors of earlier segments that this one reads.
+          Outputs: `logits` of its candidate, and the tensors that later segments or heads still need and no earlier one has handed over.
         """
         nodes = {node.name: node for node in graph_nodes(self.original)}
         image = next(name for name, node in nodes.items() if not node.inputs)
@@ -125,7 +136,9 @@ class MultiExitNetwork:
         segments = []
         for k, candidate in enumerate(candidates):
             handed = [name for name in nodes if name in owned[k] and any(name in later for later in read[k + 1 :])]
-            inputs = {name: keras.Input(batch_shape=nodes[name].output.shape, dtype=nodes[name].output.dtype, name=name) for name in read[k]}
+            inputs = {
+                name: keras.Input(batch_shape=nodes[name].output.shape, dtype=nodes[name].output.dtype, name=name) for name in read[k]
+            }
             wanted = dict.fromkeys([*self.taps(candidate), *handed])
             inner = keras.Model([nodes[n].output for n in read[k]], [nodes[n].output for n in wanted if n in owned[k]])
             made = dict(zip([n for n in wanted if n in owned[k]], keras.tree.flatten(inner([inputs[n] for n in read[k]])), strict=True))
@@ -138,7 +151,8 @@ def convert(model: keras.Model, exits: int, input_size: tuple[int, int], from_lo
     """Turns any functional segmentation network into a multi-exit network; its layers and weights are used as they are.
 
     Args:
-      model: functional, one image [B, H, W, 3] to one map [B, h, w, C] (any h, w; it is resized to the image bilinearly).
+      model: functional or a built Sequential, one image [B, H, W, 3] to one map [B, h, w, C] (any h, w; it is resized
+        to the image bilinearly).
       exits: number of exits, the final one included; early ones are found at equal workload (mess.md, section 2).
       input_size: (height, width) in pixels for which the workload is counted.
       from_logits: False if the model's output has passed a softmax.
@@ -149,22 +163,26 @@ def convert(model: keras.Model, exits: int, input_size: tuple[int, int], from_lo
     Raises:
       ValueError: for a model that is not functional or has other inputs or outputs, or too few cut points.
     """
-    if not isinstance(model, keras.models.Model) or not hasattr(model, "operations"):
-        raise ValueError(f"model: must be a functional Keras model, got {type(model).__name__}")
-    if len(model.inputs) != 1 or len(model.outputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.outputs[0].shape) != 4:
-        shapes = [tuple(tensor.shape) for tensor in (*model.inputs, *model.outputs)]
+    if not _is_graph(model):
+        raise ValueError(f"model: must be a functional Keras model or a built Sequential, got {type(model).__name__}")
+    shapes = [tuple(tensor.shape) for tensor in (*model.inputs, *model.outputs)]
+    if len(model.inputs) != 1 or len(shapes) != 2 or len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][3] != 3:
         raise ValueError(f"model: must map one image [B, H, W, 3] to one map [B, h, w, C], got inputs and outputs of shapes {shapes}")
-    network = _flatten(model)
+    network = _flatten(keras.Model(model.inputs[0], model.outputs[0], name=model.name))
     if not from_logits:
         network = keras.Model(network.input, LogProbability()(network.output), name=network.name)
     return MultiExitNetwork(network, find_exit_points(network, exits, input_size))
 
 
-def _flatten(model: keras.Model) -> keras.Model:
-    """Puts the layers of nested functional models into the outer graph, so that cut points inside them are seen; the input becomes `image`."""
+def _is_graph(operation) -> bool:
+    """Whether the layers inside are known: a functional model, or a Sequential that has been built."""
+    if isinstance(operation, keras.Sequential):
+        return operation.built
+    return isinstance(operation, keras.Model) and hasattr(operation, "operations")
 
-    def nested(operation) -> bool:
-        return isinstance(operation, keras.Model) and hasattr(operation, "operations")
+
+def _flatten(model: keras.Model) -> keras.Model:
+    """Puts the layers of nested models into the outer graph, so that cut points inside them are seen; the input becomes `image`."""
 
     def conversion(operation) -> bool:  # what inlining a nested model puts in front of it
         return type(operation).__name__ == "ConvertToTensor"
@@ -172,11 +190,11 @@ def _flatten(model: keras.Model) -> keras.Model:
     def call(operation, *args, **kwargs):
         if conversion(operation):
             return args[0]
-        return operation.call(*args) if nested(operation) else operation(*args, **kwargs)
+        return operation.call(*args) if _is_graph(operation) else operation(*args, **kwargs)
 
     flat = False
     while not flat:
-        flat = not any(nested(operation) or conversion(operation) for operation in model.operations)
+        flat = not any(_is_graph(operation) or conversion(operation) for operation in model.operations)
         image = keras.tree.map_structure(lambda t: keras.Input(batch_shape=t.shape, dtype=t.dtype, name="image"), model.input)
         model = keras.models.clone_model(model, input_tensors=image, clone_function=lambda layer: layer, call_function=call)
     return model
@@ -200,9 +218,9 @@ def best_weights(workdir: str, stage: str) -> str:
 def load_network(workdir: str, config: Config, num_classes: int) -> MultiExitNetwork:
     """Rebuilds a trained network: with all candidate heads after stage 2, with the plain ones after stage 1."""
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="none"))
-    network = build_network(config, num_classes)
     for stage, specs in (("stage2", config.exits.head_specs), ("stage1", (HeadSpec.parse(config.exits.plain_head),))):
         if os.path.exists(path := best_weights(workdir, stage)):
+            network = build_network(config, num_classes)
             network.add_heads(specs, config.backbone.batch_norm_momentum)
             network.load_weights(path)
             return network

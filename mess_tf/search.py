@@ -59,12 +59,14 @@ class Costs:
     Attributes:
       name: `macs` or `latency_ms`.
       prefix: float64 [E], from the image to the tap of each exit, above 0.
-      head: float64 [K], of each candidate.
+      head: float64 [K], of each candidate, up to its mask.
+      decision: float64 [K, 2], of computing a candidate's confidence beside its mask, plain and edge-aware.
     """
 
     name: str
     prefix: np.ndarray
     head: np.ndarray
+    decision: np.ndarray
 
     def __post_init__(self):
         check(self.prefix.min() > 0, "prefix", "above 0 at every exit", self.prefix.tolist())
@@ -72,7 +74,7 @@ class Costs:
 
 def macs_costs(stats: Stats) -> Costs:
     """Costs in multiply-accumulate operations, which need no device."""
-    return Costs("macs", stats.prefix_macs.astype(np.float64), stats.head_macs.astype(np.float64))
+    return Costs("macs", stats.prefix_macs.astype(np.float64), stats.head_macs.astype(np.float64), np.zeros((len(stats.candidates), 2)))
 
 
 def latency_costs(stats: Stats, rows: Sequence[Mapping[str, Any]], device: str | None = None, threads: int | None = None) -> Costs:
@@ -99,6 +101,8 @@ def latency_costs(stats: Stats, rows: Sequence[Mapping[str, Any]], device: str |
     measured = {row["submodel"] for row in rows}
     wanted = {f"prefix.{name}": sha256 for name, sha256 in zip(stats.exits, stats.prefix_sha256, strict=True)}
     wanted |= {f"head.{name}": sha256 for name, sha256 in zip(stats.candidates, stats.head_sha256, strict=True)}
+    for mode, of_candidate in (("mask", stats.mask_sha256), ("plain", stats.plain_sha256), ("edge", stats.edge_sha256)):
+        wanted |= {f"{mode}.{name}": sha256 for name, sha256 in zip(stats.candidates, of_candidate, strict=True)}
     problems = []
     for submodel, sha256 in wanted.items():
         if not sha256:
@@ -108,25 +112,36 @@ def latency_costs(stats: Stats, rows: Sequence[Mapping[str, Any]], device: str |
     if problems:
         raise ValueError(f"latency.json: must have a row for every submodel of stats.npz, missing are {', '.join(problems)}")
     values = np.array([by_sha256[sha256]["p50_ms"] for sha256 in wanted.values()], np.float64)
-    return Costs("latency_ms", values[: len(stats.exits)], values[len(stats.exits) :])
+    prefix, (head, mask, plain, edge) = values[: len(stats.exits)], values[len(stats.exits) :].reshape(4, -1)
+    return Costs("latency_ms", prefix, head, np.maximum(np.stack([plain - mask, edge - mask], axis=1), 0.0))
 
 
-def arrival_costs(stats: Stats, costs: Costs, chain: Sequence[int]) -> np.ndarray:
-    """Cost of reaching the result of each exit of a chain: its prefix and all chosen heads up to it.
+def arrival_costs(stats: Stats, costs: Costs, chain: Sequence[int], edge_aware: bool | None) -> np.ndarray:
+    """Cost of reaching the result of each exit of a chain: its prefix, all chosen heads up to it, and the decisions taken on the way.
 
     Args:
       stats: of the candidates.
       costs: of the candidates.
       chain: m candidates, shallow to deep.
+      edge_aware: how all exits but the last decide; None where none does.
 
     Returns:
       float64 [m].
     """
     chain = list(chain)
-    return costs.prefix[stats.exit_of_candidate[chain]] + np.cumsum(costs.head[chain])
+    arrivals = costs.prefix[stats.exit_of_candidate[chain]] + np.cumsum(costs.head[chain])
+    if edge_aware is not None:
+        decision = costs.decision[chain, int(edge_aware)]
+        decision[-1] = 0.0
+        arrivals += np.cumsum(decision)
+    return arrivals
 
 
 # === The definition ===
+
+
+def _decides(configuration: Configuration) -> bool | None:
+    return configuration.edge_aware if configuration.setting == INPUT_DEPENDENT else None
 
 
 def evaluate_configuration(stats: Stats, costs: Costs, configuration: Configuration) -> tuple[float, float, np.ndarray]:
@@ -144,7 +159,7 @@ def evaluate_configuration(stats: Stats, costs: Costs, configuration: Configurat
       int64 [I], the exit where each image leaves, as position in `configuration.exits`; with `anytime` always the last.
     """
     chain = [stats.candidates.index(f"{choice.exit}.{choice.head}") for choice in configuration.exits]
-    arrivals = arrival_costs(stats, costs, chain)
+    arrivals = arrival_costs(stats, costs, chain, _decides(configuration))
     leaves_at = np.full(len(stats.images), len(chain) - 1)
     if configuration.setting == ANYTIME:
         miou_of_exit = [float(miou(stats.tp[k].sum(0), stats.fp[k].sum(0), stats.fn[k].sum(0))) for k in chain]
@@ -391,7 +406,7 @@ def search(
     configuration = best.configuration()
     accuracy, cost, leaves_at = evaluate_configuration(stats, costs, configuration)
     chain = [stats.candidates.index(f"{choice.exit}.{choice.head}") for choice in configuration.exits]
-    cost_p90 = np.quantile(arrival_costs(stats, costs, chain)[leaves_at], 0.9, method="inverted_cdf")
+    cost_p90 = np.quantile(arrival_costs(stats, costs, chain, _decides(configuration))[leaves_at], 0.9, method="inverted_cdf")
     rates = np.bincount(leaves_at, minlength=len(chain)) / leaves_at.size
     return Deployment(
         **{field.name: getattr(configuration, field.name) for field in dataclasses.fields(Configuration)},
@@ -413,7 +428,7 @@ def _choices(stats: Stats, chain: Sequence[int], thetas: Sequence[tuple[float, f
 def _search_anytime(stats: Stats, costs: Costs, best: Best, max_early_exits: int, horizon: float) -> None:
     miou_of_candidate = miou(stats.tp.sum(1), stats.fp.sum(1), stats.fn.sum(1))
     for chain in itertools.chain.from_iterable(chains(stats, length) for length in range(1, max_early_exits + 2)):
-        arrivals = arrival_costs(stats, costs, chain)
+        arrivals = arrival_costs(stats, costs, chain, None)
         accuracy = mean_over_deadlines(miou_of_candidate[list(chain)], arrivals, horizon)
         best.covered += 1
         best.offer(
@@ -438,7 +453,7 @@ def _score_chain(
 ) -> None:
     """Scores what may be better among all combinations of the decisions of a chain's early exits."""
     best.covered += math.prod(each.theta_img.size for each in chosen)
-    arrivals = arrival_costs(stats, costs, chain)
+    arrivals = arrival_costs(stats, costs, chain, edge_aware)
     labelled = (stats.tp[-1] + stats.fn[-1]).sum(0)
     present = labelled > 0
     labelled = labelled[present]

@@ -1,26 +1,27 @@
 """Two-stage training of a multi-exit network (mess.md, section 4).
 
-`python -m mess_tf.train --workdir=W --recipe=camvid_lite0 --data_dir=D [--set section.field=value ...]` trains both stages, each from its last
-checkpoint if there is one. WORKDIR/config.json keeps the resolved configuration; a later start must ask for the same or nothing.
+`python -m mess_tf.train --workdir=W --recipe=camvid_lite0 --data_dir=D [--set section.field=value ...]` trains both stages, each from its
+last checkpoint if there is one. WORKDIR/config.json keeps the resolved configuration; a later start must ask for the same or nothing.
 """
 
 import dataclasses
+import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
+from mess_runtime.bundle import write_atomically
 from mess_tf import configs, losses
 from mess_tf.configs import Config, HeadSpec, StageConfig
 from mess_tf.data import Examples, class_weights, evaluation_batches, open_split, palette, training_batches
 from mess_tf.evaluate import accuracies, confusion_matrices, keras_predictor
-from mess_runtime.bundle import write_atomically
 from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network
 
 LOG_STEPS = 10
@@ -47,13 +48,30 @@ def make_optimizer(stage: StageConfig, variables: list[keras.Variable]) -> keras
 
 def sampled_pixels(stage: StageConfig, size: tuple[int, int], step: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the full-resolution output on which the loss of a step is taken, int32 [R] and [S]."""
-    first = np.random.default_rng([stage.seed, step]).integers(stage.pixel_stride, size=2)
-    return tuple(np.arange(side // stage.pixel_stride, dtype=np.int32) * stage.pixel_stride + start for side, start in zip(size, first, strict=True))
+    stride = stage.pixel_stride
+    first = np.random.default_rng([stage.seed, step]).integers(stride, size=2).tolist()
+    rows, columns = (np.arange(side // stride, dtype=np.int32) * stride + start for side, start in zip(size, first, strict=True))
+    return rows, columns
 
 
 def pick(labels: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
     """Labels [B, H, W] at the sampled rows and columns: [B, R, S]."""
     return tf.gather(tf.gather(labels, rows, axis=1), columns, axis=2)
+
+
+def fix_summation_order() -> None:
+    """Makes every later step give the same bits each time on a CPU, at no cost, as long as its gradients come from `gradients`.
+
+    `AddN` sums three or more tensors in an order that depends on which of them is free first. `gradients` adds two at a time; TensorFlow's
+    graph rewriting would join these sums again. (`enable_op_determinism` leaves that order open.)
+    """
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+
+
+def gradients(values: dict[str, tf.Tensor], variables: list[keras.Variable]) -> list[tf.Tensor]:
+    """Gradients of the sum of some losses, inside a `tf.function`."""
+    pairwise = tf.AggregationMethod.EXPERIMENTAL_TREE
+    return tf.gradients(list(values.values()), [variable.value for variable in variables], aggregation_method=pairwise)
 
 
 def network_step(
@@ -72,13 +90,11 @@ def network_step(
         def step(images, labels, rows, columns):
             target = pick(labels, rows, columns)
             values = {}
-            with tf.GradientTape() as tape:
-                features = features_of(images, training=True)
-                for name in (*candidates, FINAL):
-                    logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
-                    values[name] = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
-                total = tf.add_n(list(values.values()))
-            optimizer.apply(tape.gradient(total, [variable.value for variable in trained]), trained)
+            features = features_of(images, training=True)
+            for name in (*candidates, FINAL):
+                logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
+                values[name] = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
+            optimizer.apply(gradients(values, trained), trained)
             return values
 
         return step
@@ -102,7 +118,7 @@ def network_step(
 def heads_step(
     network: MultiExitNetwork, stage: StageConfig, optimizer: keras.optimizers.Optimizer, size: tuple[int, int], weights: np.ndarray
 ) -> Step:
-    """Makes the step of stage 2: the frozen original runs once, then the heads are trained on its features in groups, one group after the other."""
+    """Makes the step of stage 2: the frozen original runs once, then the heads are trained on its features, one group after the other."""
     names = list(network.heads)
     features_of = network.features(network.candidates)
 
@@ -117,15 +133,13 @@ def heads_step(
         @tf.function
         def step(features, target, teacher, rows, columns):
             values = {}
-            with tf.GradientTape() as tape:
-                for name in group:
-                    logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
-                    values[name] = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
-                    if stage.distillation != "none":
-                        distilled = losses.distillation(logits, teacher, target, stage.distillation == "filtered", stage.temperature)
-                        values[name] = stage.alpha * distilled + (1 - stage.alpha) * values[name]
-                total = tf.add_n(list(values.values()))
-            optimizer.apply(tape.gradient(total, [variable.value for variable in trained]), trained)
+            for name in group:
+                logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
+                values[name] = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
+                if stage.distillation != "none":
+                    distilled = losses.distillation(logits, teacher, target, stage.distillation == "filtered", stage.temperature)
+                    values[name] = stage.alpha * distilled + (1 - stage.alpha) * values[name]
+            optimizer.apply(gradients(values, trained), trained)
             return values
 
         return step
@@ -144,9 +158,10 @@ def heads_step(
 
 
 class Log:
-    """One line per interval on the terminal, the same fields in metrics.jsonl and as TensorBoard scalars, and example masks."""
+    """The same fields in metrics.jsonl and as TensorBoard scalars, and example masks in TensorBoard."""
 
     def __init__(self, folder: str, last_step: int):
+        """Goes on with the log in `folder`; rows after `last_step`, whose work is lost and done again, are dropped."""
         os.makedirs(folder, exist_ok=True)
         self.path = os.path.join(folder, "metrics.jsonl")
         rows = []
@@ -157,22 +172,26 @@ class Log:
         self.summaries = tf.summary.create_file_writer(os.path.join(folder, "tensorboard"))
 
     def write(self, step: int, **fields) -> None:
+        """Writes one row; a field is a number or a dict of them."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | fields) + "\n")
         with self.summaries.as_default(step=step):
-            for group, values in fields.items():
-                for name, value in (values if isinstance(values, dict) else {group: values}).items():
-                    tf.summary.scalar(f"{group}/{name}" if isinstance(values, dict) else name, value)
-            self.summaries.flush()
+            for name, value in fields.items():
+                scalars = {f"{name}/{key}": number for key, number in value.items()} if isinstance(value, dict) else {name: value}
+                for tag, number in scalars.items():
+                    tf.summary.scalar(tag, number)
+        self.summaries.flush()
 
-    def masks(self, step: int, image: np.ndarray, masks: dict[str, np.ndarray], num_classes: int) -> None:
-        colours = palette(num_classes)
-        pictures = [image[0].astype(np.uint8)] + [colours[mask[0]] for mask in masks.values()]
+    def masks(self, step: int, name: str, image: np.ndarray, masks: dict[str, np.ndarray], num_classes: int) -> None:
+        """Shows an image, float32 [1, H, W, 3], and masks of it, uint8 [1, H, W] each, side by side."""
+        pictures = [image.astype(np.uint8)] + [palette(num_classes)[mask] for mask in masks.values()]
         with self.summaries.as_default(step=step):
-            tf.summary.image(f"image and {', '.join(masks)}", np.concatenate(pictures, axis=1)[None])
+            tf.summary.image(f"examples/{name}", np.concatenate(pictures, axis=2), description=f"image, {', '.join(masks)}")
 
 
-def train_stage(name: str, stage: StageConfig, network: MultiExitNetwork, config: Config, train: Examples, val: Examples, workdir: str) -> None:
+def train_stage(
+    name: str, stage: StageConfig, network: MultiExitNetwork, config: Config, train: Examples, val: Examples, workdir: str
+) -> None:
     """Trains one stage to its end, from its last checkpoint if there is one, and leaves `network` with the best evaluation's weights.
 
     Raises:
@@ -188,11 +207,9 @@ def train_stage(name: str, stage: StageConfig, network: MultiExitNetwork, config
     make_step = heads_step if stage.trains == "heads" else network_step
     train_step = make_step(network, stage, optimizer, config.data.training_size, weights)
 
-    # ---- Restore policy: (1) the stage's last checkpoint, so that a stopped run goes on as if it had not been; (2) the network as it comes.
+    # ---- Restore policy: (1) the stage's last checkpoint, so that a stopped run ends as an unbroken one; (2) the network as it comes.
     step_variable, best_variable = tf.Variable(0, dtype=tf.int64), tf.Variable(-1.0)
-    checkpoint = tf.train.Checkpoint(
-        parts=parts, optimizer=optimizer, step=step_variable, best=best_variable
-    )
+    checkpoint = tf.train.Checkpoint(parts=parts, optimizer=optimizer, step=step_variable, best=best_variable)
     manager = tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
     if manager.latest_checkpoint:
         checkpoint.restore(manager.latest_checkpoint).assert_consumed()
@@ -200,64 +217,69 @@ def train_stage(name: str, stage: StageConfig, network: MultiExitNetwork, config
     first_step = int(step_variable.numpy())
     log = Log(os.path.join(workdir, "logs", name), first_step)
 
-    # ---- Evaluation
-    candidates = network.candidates if stage.trains == "network" else list(network.heads)
+    # ---- Evaluation of what this stage trains. Best weights are written before the checkpoint, so a kill in between only repeats work.
+    candidates = list(network.heads) if stage.trains == "heads" else [FINAL] if stage.exits == "none" else network.candidates
     predict = keras_predictor(network, candidates)
-    examples = list(evaluation_batches(val).take(EXAMPLE_MASKS).as_numpy_iterator())
+    examples = list(zip(val.names, evaluation_batches(val).take(EXAMPLE_MASKS).as_numpy_iterator(), strict=False))
 
-    def evaluate(step: int) -> None:
+    def evaluate(done: int) -> None:
         result = {key: accuracy.miou for key, accuracy in accuracies(confusion_matrices(predict, val)).items()}
         mean = float(np.mean(list(result.values())))
-        shown = result if len(result) <= 8 else {"mean": mean, "best": max(result.values())}
-        logging.info("%s: step %d val mIoU %s", name, step, " ".join(f"{key} {100 * value:.2f}" for key, value in shown.items()))
-        log.write(step, epoch=step / steps_per_epoch, miou=result)
-        for image, _ in examples:
-            log.masks(step, image, {key: mask for key, mask in predict(image).items() if key in shown}, val.info.num_classes)
+        best_of_exit = [max(keys, key=result.get) for _, keys in itertools.groupby(result, lambda key: key.split(".")[0])]
+        shown = " ".join(f"{key} {100 * result[key]:.2f}" for key in best_of_exit)
+        logging.info("%s: step %d val mIoU mean %.2f best %s", name, done, 100 * mean, shown)
+        log.write(done, epoch=done / steps_per_epoch, miou=result)
+        for example, (image, _) in examples:
+            masks = predict(image)
+            log.masks(done, example, image, {key: masks[key] for key in best_of_exit}, val.info.num_classes)
         if mean > float(best_variable.numpy()):
             best_variable.assign(mean)
             network.save_weights(best_weights(workdir, name))
 
-    # ---- Loop
+    # ---- Loop. A reported interval ends at every checkpoint, so that a resumed run reports what an unbroken one does, and no NaN is kept.
+    batches = ()
     if first_step < total_steps:
         logging.info("%s: %d images, %d steps of %d images, %d heads", name, len(train), total_steps, stage.batch_size, len(network.heads))
+        batches = training_batches(train, config.data, stage.batch_size, stage.seed, first_step, total_steps - first_step)
     interval: list[dict[str, tf.Tensor]] = []
-    busy, ran = 0.0, 0
-    batches = training_batches(train, config.data, stage.batch_size, stage.seed, first_step, total_steps - first_step)
+    pace: list[float] = []  # seconds per step of each interval; the first one compiles
+    started = time.perf_counter()
     for step, (images, labels) in enumerate(batches, first_step):
-        started = time.perf_counter()
         rate = learning_rate(stage, step, total_steps)
         optimizer.learning_rate.assign(rate)
         interval.append(train_step(images, labels, step))
         done = step + 1
-        if done % LOG_STEPS == 0 or done == total_steps:
-            means = {key: float(np.mean([values[key].numpy() for values in interval if key in values])) for key in {k: 0 for v in interval for k in v}}
-            if not np.all(np.isfinite(list(means.values()))):
-                bad = [key for key, value in means.items() if not np.isfinite(value)]
-                raise FloatingPointError(f"{name}: the loss of {bad} is not finite in steps {done - len(interval)} to {done}; lower stage.learning_rate")
-            busy, ran = busy + time.perf_counter() - started, ran + 1
+        evaluate_now = done % (stage.eval_epochs * steps_per_epoch) == 0 or done == total_steps
+        save_now = evaluate_now or done % stage.checkpoint_steps == 0
+        if save_now or done % LOG_STEPS == 0:
+            keys = dict.fromkeys(key for values in interval for key in values)
+            means = {key: float(np.mean([values[key] for values in interval if key in values])) for key in keys}
+            if bad := [key for key, value in means.items() if not np.isfinite(value)]:
+                steps = f"{done - len(interval) + 1} to {done}"
+                raise FloatingPointError(f"{name}: the loss of {bad} is not finite in steps {steps}; lower {name}.learning_rate")
+            pace.append((time.perf_counter() - started) / len(interval))
+            seconds = float(np.median(pace[1:][-20:] or pace))
             log.write(done, epoch=done / steps_per_epoch, learning_rate=rate, loss=means)
-            eta = (total_steps - done) * busy / max(ran, 1)
             print(
-                f"{name} step {done}/{total_steps} epoch {done / steps_per_epoch:.2f} lr {rate:.4f} loss {np.mean(list(means.values())):.4f} "
-                f"{busy / ran:.2f} s/step eta {eta / 60:.1f} min",
+                f"{name} step {done}/{total_steps} epoch {done / steps_per_epoch:.2f} lr {rate:.4f} "
+                f"loss {np.mean(list(means.values())):.4f} {seconds:.2f} s/step eta {(total_steps - done) * seconds / 60:.1f} min",
                 flush=True,
             )
-            interval = []
-        elif done - first_step > len(network.exit_points):  # the first steps compile
-            busy, ran = busy + time.perf_counter() - started, ran + 1
-        evaluate_now = done % (stage.eval_epochs * steps_per_epoch) == 0 or done == total_steps
-        if evaluate_now:
-            evaluate(done)
-        if evaluate_now or done % stage.checkpoint_steps == 0:
-            step_variable.assign(done)
-            manager.save(checkpoint_number=done)
+            if evaluate_now:
+                evaluate(done)
+            if save_now:
+                step_variable.assign(done)
+                manager.save(checkpoint_number=done)
+            interval, started = [], time.perf_counter()
     network.load_weights(best_weights(workdir, name))
 
 
-def train(config: Config, workdir: str, stages: Sequence[str] = ("stage1", "stage2")) -> MultiExitNetwork:
-    """Runs the stages of a configuration in WORKDIR and returns the trained network."""
-    if config.stage1.deterministic:
-        tf.config.experimental.enable_op_determinism()
+def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "both") -> MultiExitNetwork:
+    """Runs the stages of a configuration in WORKDIR, each from its last checkpoint if there is one, and returns the trained network.
+
+    Sets Keras' random seed and precision policy and TensorFlow's summation order (`fix_summation_order`) for the whole process.
+    """
+    fix_summation_order()
     keras.mixed_precision.set_global_policy(config.stage1.precision)
     keras.utils.set_random_seed(config.stage1.seed)
     train_examples, val_examples = open_split(config.data, config.data.train_split), open_split(config.data, config.data.val_split)
@@ -265,7 +287,7 @@ def train(config: Config, workdir: str, stages: Sequence[str] = ("stage1", "stag
     momentum = config.backbone.batch_norm_momentum
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], momentum)
     train_stage("stage1", config.stage1, network, config, train_examples, val_examples, workdir)
-    if "stage2" in stages:
+    if stages == "both":
         keras.mixed_precision.set_global_policy(config.stage2.precision)
         keras.utils.set_random_seed(config.stage2.seed)
         network.add_heads(config.exits.head_specs, momentum)
@@ -274,7 +296,11 @@ def train(config: Config, workdir: str, stages: Sequence[str] = ("stage1", "stag
 
 
 def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, overrides: Sequence[str]) -> Config:
-    """The configuration of WORKDIR if it has one (flags must then agree with it), else that of the recipe and flags, which is written there."""
+    """The configuration of WORKDIR if it has one, else that of the recipe and flags, which is written there.
+
+    Raises:
+      ValueError: for an unknown recipe or override, or if WORKDIR was made with other values than the flags ask for; they are named.
+    """
     configs.check_recipe(recipe)
     config = configs.RECIPES[recipe or "default"]
     if data:
@@ -283,8 +309,11 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
         kept = configs.load_config(workdir)
-        if (recipe or data or overrides) and kept != configs.with_data_dir(config, kept.data.data_dir):
-            raise ValueError(f"workdir: {path} was made with other values; leave the flags out to go on with it, or choose another folder")
+        old, new = dataclasses.asdict(kept), dataclasses.asdict(configs.with_data_dir(config, kept.data.data_dir))
+        fields = [(section, field) for section in old for field in old[section] if old[section][field] != new[section][field]]
+        if (recipe or data or overrides) and fields:
+            other = "; ".join(f"{section}.{field} {old[section][field]!r}, not {new[section][field]!r}" for section, field in fields)
+            raise ValueError(f"workdir: {path} was made with {other}; leave the flags out to go on with it, or choose another folder")
         return configs.with_data_dir(kept, data_dir)
     os.makedirs(workdir, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(configs.to_json(config), encoding="utf-8"))
@@ -306,5 +335,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", "", "data source, in place of the recipe's: synthetic, folder, voc or tfds:NAME")
     flags.DEFINE_string("data_dir", "", "root folder of the data")
     flags.DEFINE_multi_string("set", [], "section.field=value, e.g. stage1.epochs=30; may be given several times")
-    flags.DEFINE_list("stages", ["stage1", "stage2"], "stages to run")
-    sys.exit(app.run(main))
+    flags.DEFINE_enum("stages", "both", ["stage1", "both"], "stages to run")
+    app.run(main)

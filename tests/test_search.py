@@ -61,6 +61,9 @@ def make_stats(seed: int, heads=(2, 1), images=4, classes=3, thetas=2, largest=6
         head_macs=rng.integers(0, 4, k),
         prefix_sha256=tuple(f"{e:064x}" for e in range(exits)),
         head_sha256=tuple(f"{100 + c:064x}" for c in range(k)),
+        mask_sha256=tuple(f"{200 + c % 2:064x}" for c in range(k)),
+        plain_sha256=tuple(f"{202 + c % 2:064x}" for c in range(k)),
+        edge_sha256=tuple(f"{204 + c % 2:064x}" for c in range(k)),
         made_by='{"mess_tf": "0"}',
     )
 
@@ -102,9 +105,9 @@ def best_by_brute_force(scores: list[tuple[float, float]], objective: Objective)
 
 def check_against_brute_force(stats: Stats, setting: str, max_early_exits: int, quantiles: int) -> int:
     """Compares at feasible, tight and unreachable constraints; returns how many searches found something."""
-    costs = macs_costs(stats)
-    found = 0
     rng = np.random.default_rng(0)
+    costs = dataclasses.replace(macs_costs(stats), decision=rng.integers(0, 3, (len(stats.candidates), 2)).astype(float))
+    found = 0
     scores_at: dict[float | None, list[tuple[float, float]]] = {}
 
     def scores(horizon: float | None) -> list[tuple[float, float]]:
@@ -227,6 +230,9 @@ def two_images() -> Stats:
         head_macs=np.array([2, 5]),
         prefix_sha256=("", ""),
         head_sha256=("", ""),
+        mask_sha256=("", ""),
+        plain_sha256=("", ""),
+        edge_sha256=("", ""),
         made_by="{}",
     )
 
@@ -298,7 +304,7 @@ def test_search_refuses(argument):
 
 def test_costs_refuse_a_free_prefix():
     with pytest.raises(ValueError, match="prefix"):
-        Costs("macs", np.array([0.0, 1.0]), np.array([1.0, 1.0]))
+        Costs("macs", np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.zeros((2, 2)))
 
 
 # === latency ===
@@ -306,7 +312,8 @@ def test_costs_refuse_a_free_prefix():
 
 def latency_rows(stats: Stats, device="board", threads=1, factor=1.0) -> list[dict]:
     names = [f"prefix.{name}" for name in stats.exits] + [f"head.{name}" for name in stats.candidates]
-    hashes = (*stats.prefix_sha256, *stats.head_sha256)
+    names += [f"{mode}.{size}" for mode in ("mask", "plain", "edge") for size in ("45x60", "23x30")]
+    hashes = (*stats.prefix_sha256, *stats.head_sha256, *stats.mask_sha256[:2], *stats.plain_sha256[:2], *stats.edge_sha256[:2])
     return [
         {"submodel": name, "sha256": sha256, "device": device, "threads": threads, "p50_ms": factor * (index + 1)}
         for index, (name, sha256) in enumerate(zip(names, hashes, strict=True))
@@ -322,6 +329,7 @@ def test_latency_join_is_by_hash():
     assert costs.name == "latency_ms"
     assert costs.prefix.tolist() == [1, 2, 3]
     assert costs.head.tolist() == [4, 5, 6, 7]
+    assert costs.decision.tolist() == [[2, 4]] * 4  # what confidence adds to the mask
 
 
 def test_latency_device_and_threads():
@@ -341,6 +349,8 @@ def test_latency_missing_stale_and_not_exported():
     stats = make_stats(0)
     rows = latency_rows(stats)
     with pytest.raises(ValueError, match=r"missing are head\.final\.fcn$"):
+        latency_costs(stats, [row for row in rows if row["submodel"] != "head.final.fcn"])
+    with pytest.raises(ValueError, match=r"missing are edge\.exit1\.fcn-b1, edge\.final\.fcn$"):
         latency_costs(stats, rows[:-1])
     with pytest.raises(ValueError, match=r"missing are prefix\.exit2 \(stale"):
         latency_costs(stats, [row | {"sha256": "f" * 64} if row["submodel"] == "prefix.exit2" else row for row in rows])
@@ -401,6 +411,7 @@ BROKEN = {
     "class_twice": ("classes", lambda v: np.char.replace(v, "class1", "class0")),
     "prefix_hashes": ("prefix_sha256", lambda v: v[1:]),
     "head_hashes": ("head_sha256", lambda v: v[1:]),
+    "edge_hashes": ("edge_sha256", lambda v: v[1:]),
     "made_by": ("made_by", lambda v: np.array("me")),
     "made_by_list": ("made_by", lambda v: np.array("[]")),
     "format": ("format", lambda v: v + 1),

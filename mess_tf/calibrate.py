@@ -1,0 +1,117 @@
+"""One pass over the calibration split: everything the search needs, per image, exit and head, in WORKDIR/stats.npz.
+
+`python -m mess_tf.calibrate --workdir=W [--data_dir=D]`. Run it after `export_tflite --candidates`, so that the statistics name the submodels whose
+latencies belong to them.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags, logging
+
+from mess_runtime.bundle import file_sha256
+from mess_tf import configs, metrics, policy
+from mess_tf.costs import model_cost
+from mess_tf.data import Examples, evaluation_batches, open_split, resize_image, resize_label
+from mess_tf.export_tflite import CANDIDATES, head_macs, policy_name
+from mess_tf.files import Stats, made_by
+from mess_tf.model import MultiExitNetwork, load_network
+
+THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+def calibrate(
+    network: MultiExitNetwork, examples: Examples, split: str, size: tuple[int, int], folder: str, theta_pix: Sequence[float] = THETA_PIX
+) -> Stats:
+    """Runs every exit and head once over a split.
+
+    Args:
+      network: with all heads trained.
+      examples: the calibration split. Images are resized to `size`, masks back to the image (nearest pixel), as on the device.
+      split: its name.
+      size: (height, width) in pixels of the exported network.
+      folder: of the exported candidates; without them the hashes stay empty and the search knows MACs only.
+      theta_pix: thresholds of the pixel confidence, increasing.
+
+    Returns:
+      The statistics, see `Stats`.
+    """
+    candidates = network.candidates
+    features_of = tf.function(lambda image: network.features(candidates)(image, training=False))
+
+    def scorer(candidate: str):
+        @tf.function
+        def score(features):
+            upsampled = policy.upsample(tf.cast(network.head_logits(candidate, features), tf.float32), size)
+            predicted = policy.mask(upsampled)
+            window = policy.median_window(size, network.head_logits(candidate, features))
+            counts = [policy.confident_pixels(upsampled, predicted, theta_pix, edge_aware, window) for edge_aware in (False, True)]
+            return predicted, tf.stack(counts, axis=-1)
+
+        return score
+
+    scorers = {candidate: scorer(candidate) for candidate in candidates}
+    num_classes = examples.info.num_classes
+    counts = np.zeros((3, len(candidates), len(examples), num_classes), np.int64)
+    confident = np.zeros((len(candidates), len(examples), len(theta_pix), 2), np.int64)
+    for i, (image, label) in enumerate(evaluation_batches(examples)):
+        features = features_of(resize_image(image, size))
+        for k, candidate in enumerate(candidates):
+            predicted, confident[k, i] = scorers[candidate](features)
+            prediction = resize_label(predicted, tuple(label.shape[1:3]))
+            counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label.numpy(), prediction.numpy(), num_classes))
+        logging.log_every_n_seconds(logging.INFO, "calibrate: image %d of %d", 10, i + 1, len(examples))
+
+    def sha256(name: str) -> str:
+        path = os.path.join(folder, f"{name}.tflite")
+        return file_sha256(path) if os.path.exists(path) else ""
+
+    exits = [point.name for point in network.exit_points] + ["final"]
+    of_exit = [[name for name in candidates if name.startswith(f"{exit_name}.")] for exit_name in exits]
+    policies = {mode: tuple(sha256(policy_name(network, name, size, mode)) for name in candidates) for mode in ("mask", "plain", "edge")}
+    return Stats(
+        split=split,
+        candidates=tuple(candidates),
+        images=examples.names,
+        classes=examples.info.classes,
+        pixels=np.full(len(examples), size[0] * size[1], np.int64),
+        tp=counts[0],
+        fp=counts[1],
+        fn=counts[2],
+        theta_pix=np.array(theta_pix, np.float64),
+        confident=confident,
+        prefix_macs=np.array([model_cost(network.features(names), size).macs for names in of_exit], np.int64),
+        head_macs=np.array([head_macs(network, name, size) for name in candidates], np.int64),
+        prefix_sha256=tuple(sha256(f"prefix.{exit_name}") for exit_name in exits),
+        head_sha256=tuple(sha256(f"head.{name}") for name in candidates),
+        mask_sha256=policies["mask"],
+        plain_sha256=policies["plain"],
+        edge_sha256=policies["edge"],
+        made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.INFO)
+    config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
+    split = FLAGS.split or config.data.val_split
+    examples = open_split(config.data, split)
+    network = load_network(FLAGS.workdir, config, examples.info.num_classes)
+    folder = os.path.join(FLAGS.workdir, CANDIDATES)
+    stats = calibrate(network, examples, split, config.data.input_size, folder, [float(theta) for theta in FLAGS.theta_pix])
+    path = os.path.join(FLAGS.workdir, "stats.npz")
+    stats.save(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_string("split", "", "split to calibrate on; default: the validation split")
+    flags.DEFINE_list("theta_pix", [str(theta) for theta in THETA_PIX], "grid of pixel thresholds")
+    app.run(main)

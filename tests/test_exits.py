@@ -1,0 +1,171 @@
+"""Where exits go, what a tap declares, and every head of the head space."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mess_tf.backbones import build_backbone
+from mess_tf.configs import HEAD_SPACE, BackboneConfig, HeadSpec
+from mess_tf.costs import model_cost
+from mess_tf.exits import ExitPoint, Tap, build_head, final_point, find_exit_points
+
+LAYERS = keras.layers
+SIZE = (32, 64)
+CLASSES = 5
+STRIDE8 = ExitPoint("exit1", Tap("deep", 8, 40, 2), Tap("shallow", 4, 24, 1))
+STRIDE16 = ExitPoint("exit2", Tap("deep", 16, 112, 2), Tap("shallow", 8, 40, 1))
+
+
+def residual_chain(blocks: list[int]) -> keras.Model:
+    """One residual block of n 1×1 convolutions, 4 to 4 channels, for each n."""
+    image = keras.Input((None, None, 4), name="image")
+    x = LAYERS.ReLU()(image)
+    for index, convolutions in enumerate(blocks):
+        y = x
+        for _ in range(convolutions):
+            y = LAYERS.Conv2D(4, 1, use_bias=False)(y)
+        x = LAYERS.Add(name=f"block{index}")([x, y])
+    return keras.Model(image, x, name="chain")
+
+
+def plain_chain(convolutions: int) -> keras.Model:
+    image = keras.Input((None, None, 4), name="image")
+    x = image
+    for index in range(convolutions):
+        x = LAYERS.ReLU(name=f"relu{index}")(LAYERS.Conv2D(4, 1, use_bias=False)(x))
+    return keras.Model(image, x, name="plain")
+
+
+def names(model: keras.Model, count: int) -> list[str]:
+    return [point.tap.name for point in find_exit_points(model, count, (4, 4))]
+
+
+# === Exit points ===
+
+
+def test_blocks_of_equal_work_are_cut_evenly():
+    assert names(residual_chain([1] * 12), 4) == ["block2", "block5", "block8"]
+    assert names(residual_chain([1] * 12), 2) == ["block5"]
+
+
+def test_the_cut_is_where_the_work_is_nearest():
+    # Cumulative work 1, 2, 8, 9, 10 of 10; wanted: 10/3 and 20/3.
+    assert names(residual_chain([1, 1, 6, 1, 1]), 3) == ["block1", "block2"]
+
+
+def test_exits_never_share_a_place():
+    # Cumulative work 1, 2, 10, 11 of 11: both wanted places, 11/3 and 22/3, could be nearest to a taken one.
+    assert names(residual_chain([2, 12, 1, 1]), 4) == ["block0", "block1", "block2"]
+    assert names(residual_chain([12, 1, 1, 2]), 4) == ["block0", "block1", "block2"]
+
+
+def test_without_residual_blocks_a_cut_is_before_a_convolution():
+    assert names(plain_chain(8), 4) == ["relu1", "relu3", "relu5"]
+
+
+def test_no_exit_is_before_the_first_convolution():
+    image = keras.Input((None, None, 4), name="image")
+    scaled = LAYERS.Rescaling(1 / 255)(image)  # read twice, so a boundary but for its work of 0
+    first = LAYERS.Conv2D(4, 1, strides=2, name="first")(scaled)
+    second = LAYERS.Conv2D(4, 1, name="second")(first)
+    up = LAYERS.UpSampling2D(2)(LAYERS.Conv2D(4, 1)(second))
+    assert names(keras.Model(image, LAYERS.Concatenate()([up, scaled])), 3) == ["first", "second"]
+
+
+def test_too_many_exits_are_an_error():
+    assert len(names(residual_chain([1] * 4), 5)) == 4
+    with pytest.raises(ValueError, match=r"exits\.count: plain has 3 block boundaries, so at most 4, got 7"):
+        names(plain_chain(4), 7)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BackboneConfig(width=0.35), BackboneConfig("efficientnet_lite0"), BackboneConfig("resnet50", output_stride=8)],
+    ids=lambda c: c.name,
+)
+def test_taps_are_what_they_declare(config):
+    backbone = build_backbone(config)
+    points = find_exit_points(backbone, 6, SIZE)
+    assert [point.name for point in points] == ["exit1", "exit2", "exit3", "exit4", "exit5"]
+    macs = [point.tap.macs for point in points]
+    assert macs == sorted(set(macs))
+    taps = {tap.name: tap for point in (*points, final_point(backbone, SIZE)) for tap in (point.tap, point.shallow)}
+    features = keras.Model(backbone.input, {name: backbone.get_layer(name).output for name in taps})
+    shapes = {name: x.shape for name, x in features(np.zeros((1, *SIZE, 3), np.float32)).items()}
+    for name, tap in taps.items():
+        assert shapes[name] == (1, SIZE[0] // tap.stride, SIZE[1] // tap.stride, tap.channels)
+        assert tap.macs == model_cost(keras.Model(backbone.input, features.output[name]), SIZE).macs
+    total = model_cost(backbone, SIZE).macs
+    free = [tap.macs for tap in taps.values() if tap.name.endswith("add") and tap.macs not in macs]
+    for index, point in enumerate(points, 1):
+        assert point.shallow.macs < point.tap.macs
+        assert point.shallow.stride == (8 if point.tap.stride >= 16 else point.tap.stride // 2)
+        assert all(abs(point.tap.macs - index / 6 * total) <= abs(other - index / 6 * total) for other in free)
+    end = final_point(backbone, SIZE)
+    assert end.tap.stride == config.output_stride
+    assert end.tap.macs == total
+
+
+# === Heads ===
+
+
+def structure(head: keras.Model) -> str:
+    """A model's graph in JSON without the names, which differ in any two models."""
+    text = head.to_json().replace(f'"{head.name}"', '""')
+    for index, layer in enumerate(head.layers):
+        text = text.replace(f'"{layer.name}"', f'"{index}"')
+    return text
+
+
+@pytest.mark.parametrize(("point", "specs"), [(STRIDE16, HEAD_SPACE), (STRIDE8, HEAD_SPACE[::8])], ids=["stride16", "stride8"])
+def test_heads_build_at_their_taps_and_no_two_are_the_same(point, specs):
+    structures = set()
+    for spec in specs:
+        head = build_head(spec, point, CLASSES, momentum=0.9)
+        taps = (point.tap, point.shallow) if spec.kind == "decoder" else (point.tap,)
+        shapes = [(1, 64 // tap.stride, 128 // tap.stride, tap.channels) for tap in taps]
+        assert head.name == f"{point.name}.{spec.name}"
+        assert [tensor.name for tensor in head.inputs] == [tap.name for tap in taps]
+        assert head([keras.KerasTensor(shape) for shape in shapes]).shape == (*shapes[-1][:3], CLASSES)
+        structures.add(structure(head))
+    assert len(structures) == len(specs)
+
+
+@pytest.mark.parametrize("name", ["fcn-r8-b0", "fcn-r1-b3-d2", "deeplab-r2-b1-d4", "decoder-r1-b0", "decoder-r4-b2-d1"])
+def test_every_variable_of_a_head_gets_a_gradient(name):
+    head = build_head(HeadSpec.parse(name), STRIDE16, CLASSES, momentum=0.9)
+    sizes = {"deep": (2, 4, 8, 112), "shallow": (2, 8, 16, 40)}
+    inputs = [np.random.normal(size=sizes[tensor.name]).astype(np.float32) for tensor in head.inputs]
+    with tf.GradientTape() as tape:
+        logits = head(inputs, training=True)
+        loss = tf.reduce_sum(logits * np.random.normal(size=logits.shape))
+    gradients = tape.gradient(loss, [variable.value for variable in head.trainable_variables])
+    assert logits.dtype == tf.float32
+    assert [v.path for v, slope in zip(head.trainable_variables, gradients, strict=True) if slope is None or not np.any(slope)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "dilations"),
+    [
+        ("fcn-r1-b0", 16, [1]),
+        ("fcn-r1-b3-d1", 16, [1, 1, 1, 1]),
+        ("fcn-r1-b3-d4", 16, [4, 16, 64, 1]),
+        ("deeplab-r1-b0", 8, [4, 8, 16]),
+        ("deeplab-r1-b2-d2", 16, [2, 4, 2, 4, 8]),
+        ("decoder-r1-b0", 32, [1, 2, 4, 1]),
+    ],
+)
+def test_dilation_grows_with_the_blocks_and_aspp_rates_with_the_resolution(name, stride, dilations):
+    head = build_head(
+        HeadSpec.parse(name), ExitPoint("exit1", Tap("deep", stride, 8, 2), Tap("shallow", stride // 2, 8, 1)), CLASSES, momentum=0.9
+    )
+    assert sorted(layer.dilation_rate[0] for layer in head.layers if isinstance(layer, LAYERS.DepthwiseConv2D)) == sorted(dilations)
+
+
+def test_reduction_makes_a_head_cheaper():
+    for kind in ("fcn", "deeplab", "decoder"):
+        heads = [build_head(HeadSpec(kind, reduction, 1), STRIDE16, CLASSES, momentum=0.9) for reduction in (2, 4, 8)]
+        sizes = {"deep": (4, 8), "shallow": (8, 16)}
+        macs = [model_cost(head, {tensor.name: sizes[tensor.name] for tensor in head.inputs}).macs for head in heads]
+        assert macs == sorted(set(macs), reverse=True)

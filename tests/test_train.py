@@ -1,0 +1,357 @@
+"""Training: killed and started again, switched, frozen, and learning."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mess_tf import configs, train
+from mess_tf.configs import Config, DataConfig, HeadSpec, StageConfig
+from mess_tf.data import open_split
+from mess_tf.evaluate import Accuracy, accuracies, confusion_matrices, keras_predictor
+from mess_tf.layers import BatchNormalization
+from mess_tf.metrics import class_counts, confusion_matrix, miou
+from mess_tf.model import FINAL, MultiExitNetwork, best_weights, convert
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SIZE, CLASSES = (32, 64), 8
+HEADS = ("decoder-r4-b0", "fcn-r2-b0")
+
+# 4 steps an epoch. Stage 1: 20 steps, checkpoints at 8, 12, 16, 20. Stage 2: 16 steps, checkpoints at 6, 8, 12, 16.
+OVERRIDES = (
+    "data.input_size=[32, 64]",
+    "data.synthetic_train=16",
+    "data.synthetic_val=2",
+    "backbone.width=0.35",
+    "exits.count=3",
+    "exits.plain_head=fcn-r2-b0",
+    'exits.heads=["decoder-r4-b0", "fcn-r8-b1-d2"]',
+    *("stage1.epochs=5", "stage1.batch_size=4", "stage1.checkpoint_steps=8", "stage1.eval_epochs=3", "stage1.weight_decay=0.0001"),
+    *("stage2.epochs=4", "stage2.batch_size=4", "stage2.checkpoint_steps=6", "stage2.eval_epochs=2", "stage2.group_size=3"),
+)
+STEPS = {"stage1": [8, 10, 12, 12, 16, 20, 20], "stage2": [6, 8, 8, 10, 12, 16, 16]}
+
+
+@pytest.fixture(autouse=True)
+def _float32():
+    yield
+    keras.mixed_precision.set_global_policy("float32")
+
+
+# ------------------------------------------------------------------------------------------------------ stopped and started again
+
+
+def logged_steps(workdir: Path, stage: str) -> list[int]:
+    path = workdir / "logs" / stage / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+
+
+def last_checkpoint(workdir: Path, stage: str) -> int:
+    return int(tf.train.latest_checkpoint(str(workdir / "checkpoints" / stage)).rsplit("-", 1)[1])
+
+
+def start(workdir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mess_tf.train", f"--workdir={workdir}", *(f"--set={override}" for override in OVERRIDES)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
+    with open(workdir / "output.txt", "a") as output:
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def run_to_the_end(workdir: Path) -> None:
+    train.train(train.resolve_config(str(workdir), "", "", "", OVERRIDES), str(workdir))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("unbroken")
+    run_to_the_end(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A run of the same configuration, killed in each stage at step 10, after checkpoint 8."""
+    workdir = tmp_path_factory.mktemp("killed")
+    for stage in STEPS:
+        process = start(workdir)
+        while process.poll() is None and 10 not in logged_steps(workdir, stage):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (workdir / "output.txt").read_text()
+        assert 8 <= last_checkpoint(workdir, stage) < STEPS[stage][-1]
+    run_to_the_end(workdir)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STEPS)
+def test_killed_run_ends_with_the_weights_of_an_unbroken_one(unbroken, killed, stage):
+    for name, array in np.load(best_weights(str(unbroken), stage)).items():
+        np.testing.assert_array_equal(np.load(best_weights(str(killed), stage))[name], array, name)
+    expected, received = (tf.train.load_checkpoint(str(workdir / "checkpoints" / stage)) for workdir in (unbroken, killed))
+    names = [name for name, dtype in expected.get_variable_to_dtype_map().items() if dtype != tf.string]
+    assert any("momentum" in name or "optimizer" in name for name in names)
+    for name in names:
+        np.testing.assert_array_equal(received.get_tensor(name), expected.get_tensor(name), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STEPS)
+def test_killed_run_logs_what_an_unbroken_one_does(unbroken, killed, stage):
+    assert logged_steps(killed, stage) == STEPS[stage]
+    assert (killed / "logs" / stage / "metrics.jsonl").read_text() == (unbroken / "logs" / stage / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_stage2_leaves_the_original_as_it_is(unbroken):
+    before, after = (dict(np.load(best_weights(str(unbroken), stage))) for stage in STEPS)
+    original = [name for name in before if name.startswith(FINAL)]
+    assert sum("moving_variance" in name for name in original) > 50
+    for name in original:
+        np.testing.assert_array_equal(after[name], before[name], name)
+
+
+def test_gradients_are_summed_two_at_a_time():
+    variable = keras.Variable(np.ones(3, np.float32))
+
+    @tf.function
+    def step(x):
+        return train.gradients({"a": x * variable.value, "b": x * tf.exp(variable.value), "c": tf.sin(variable.value) * x}, [variable])
+
+    train.fix_summation_order()
+    graph = step.get_concrete_function(tf.ones(3)).graph
+    assert [len(operation.inputs) for operation in graph.get_operations() if operation.type == "AddN"] == [2, 2]
+    assert tf.config.optimizer.get_experimental_options()["arithmetic_optimization"] is False
+    np.testing.assert_allclose(step(tf.ones(3))[0], 1 + np.exp(1) + np.cos(1), rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- steps of a small network
+
+
+def make_network(heads: tuple[str, ...] = ("fcn-r2-b0",), seed: int = 0) -> MultiExitNetwork:
+    """Four residual blocks, stride 8, with exits 1 and 2."""
+    keras.utils.set_random_seed(seed)
+    image = keras.Input((None, None, 3), name="image")
+    x = keras.layers.Rescaling(1 / 127.5, -1.0)(image)
+    for channels, strides in ((8, 2), (16, 2), (24, 2), (24, 1)):
+        x = keras.layers.Conv2D(channels, 3, strides, padding="same", use_bias=False)(x)
+        x = keras.layers.ReLU()(BatchNormalization(momentum=0.9)(x))
+        y = keras.layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
+        x = keras.layers.Add()([x, BatchNormalization(momentum=0.9)(y)])
+    network = convert(keras.Model(image, keras.layers.Conv2D(CLASSES, 1, dtype="float32")(x)), 3, SIZE)
+    network.add_heads([HeadSpec.parse(head) for head in heads], 0.9)
+    return network
+
+
+def weights_of(model: keras.Model) -> list[np.ndarray]:
+    return [variable.numpy() for variable in model.weights]
+
+
+def same(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def make_batch(seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
+    rng = np.random.default_rng(seed)
+    images, labels = rng.uniform(0, 255, (2, *SIZE, 3)), rng.integers(0, CLASSES, (2, *SIZE))
+    labels[:, :4] = configs.IGNORE
+    return tf.constant(images, tf.float32), tf.constant(labels, tf.uint8)
+
+
+def make_step(network: MultiExitNetwork, stage: StageConfig) -> train.Step:
+    parts = list(network.heads.values()) + ([network.original] if stage.trains == "network" else [])
+    optimizer = train.make_optimizer(stage, [variable for part in parts for variable in part.trainable_variables])
+    make = train.network_step if stage.trains == "network" else train.heads_step
+    return make(network, stage, optimizer, SIZE, np.ones(CLASSES, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("exits", "expected"),
+    [
+        ("none", [set(), set()]),
+        ("all", [{"exit1.fcn-r2-b0", "exit2.fcn-r2-b0"}] * 2),
+        ("round_robin", [{"exit1.fcn-r2-b0"}, {"exit2.fcn-r2-b0"}]),
+    ],
+)
+def test_stage1_updates_the_original_and_the_exits_of_the_schedule(exits, expected):
+    network = make_network()
+    step = make_step(network, StageConfig(exits=exits, weight_decay=0.1))
+    for number, changing in enumerate(expected):
+        original, before = weights_of(network.original), {name: weights_of(head) for name, head in network.heads.items()}
+        values = step(*make_batch(), number)
+        assert {name for name, head in network.heads.items() if not same(before[name], weights_of(head))} == changing
+        assert set(values) == changing | {FINAL}
+        assert not any(same([a], [b]) for a, b in zip(original, weights_of(network.original), strict=True) if b.ndim == 4)
+
+
+def train_heads(heads: tuple[str, ...], steps: int, teacher_factor: float = 1.0, **values) -> tuple[MultiExitNetwork, int]:
+    """A network after some steps of stage 2, and how often the original ran."""
+    network, runs = make_network(heads), tf.Variable(0)
+    kernel = network.original.layers[-1].kernel
+    kernel.assign(teacher_factor * kernel)
+    features = network.features
+
+    def counted_features(candidates):
+        model = features(candidates)
+
+        def call(images, training):
+            runs.assign_add(1)
+            return model(images, training=training)
+
+        return call
+
+    network.features = counted_features
+    step = make_step(network, StageConfig(trains="heads", **values))
+    for number in range(steps):
+        step(*make_batch(number), number)
+    return network, int(runs.numpy())
+
+
+def largest_difference(first: MultiExitNetwork, second: MultiExitNetwork) -> float:
+    pairs = [(a, b) for name in first.heads for a, b in zip(weights_of(first.heads[name]), weights_of(second.heads[name]), strict=True)]
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def heads_in_groups_of_three() -> tuple[MultiExitNetwork, int]:
+    return train_heads(HEADS, steps=3, distillation="filtered", group_size=3)
+
+
+def test_stage2_trains_every_head_and_nothing_else(heads_in_groups_of_three):
+    untrained, network = make_network(HEADS), heads_in_groups_of_three[0]
+    assert same(weights_of(network.original), weights_of(untrained.original))
+    for name, head in network.heads.items():
+        changed = [not np.array_equal(a, b) for a, b in zip(weights_of(head), weights_of(untrained.heads[name]), strict=True)]
+        assert all(changed), name
+
+
+def test_the_original_runs_once_per_batch_and_groups_do_not_change_the_result(heads_in_groups_of_three):
+    network, runs = heads_in_groups_of_three
+    one_by_one, runs_one_by_one = train_heads(HEADS, steps=3, distillation="filtered", group_size=1)
+    assert runs == runs_one_by_one == 3
+    assert largest_difference(network, one_by_one) == 0
+
+
+def test_distillation_switches():
+    heads = {kind: train_heads(("fcn-r2-b0",), steps=1, distillation=kind)[0] for kind in ("none", "all", "filtered")}
+    for first, second in (("none", "all"), ("none", "filtered"), ("all", "filtered")):
+        assert largest_difference(heads[first], heads[second]) > 1e-4
+    other_teacher, _ = train_heads(("fcn-r2-b0",), steps=1, teacher_factor=-3.0, distillation="none")
+    assert largest_difference(heads["none"], other_teacher) == 0
+
+
+def test_learning_rate_schedule():
+    stage = StageConfig(learning_rate=0.1, final_learning_rate=0.01, power=2.0)
+    assert [train.learning_rate(stage, step, 10) for step in (0, 5, 10)] == pytest.approx([0.1, 0.01 + 0.09 / 4, 0.01])
+
+
+def test_weight_decay_leaves_biases_and_batch_normalisation_alone():
+    network = make_network()
+    variables = network.original.trainable_variables + network.heads["exit1.fcn-r2-b0"].trainable_variables
+    before = [variable.numpy() + 1 for variable in variables]
+    for variable, value in zip(variables, before, strict=True):
+        variable.assign(value)
+    train.make_optimizer(StageConfig(learning_rate=0.5, weight_decay=0.1), variables).apply([tf.zeros_like(v.value) for v in variables])
+    assert {variable.name for variable in variables} == {"kernel", "gamma", "beta", "bias"}
+    for variable, value in zip(variables, before, strict=True):
+        factor = 0.95 if variable.name == "kernel" else 1
+        np.testing.assert_allclose(variable.numpy(), factor * value, rtol=1e-6, err_msg=variable.path)
+
+
+def test_mixed_precision_learns():
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    network = make_network()
+    step = make_step(network, StageConfig(exits="all", precision="mixed_bfloat16", label_smoothing=0.1))
+    computed = {layer.compute_dtype for layer in network.original.layers}
+    values = [step(*make_batch(), number) for number in range(12)]
+    assert computed == {"bfloat16", "float32"} and all(variable.dtype == "float32" for variable in network.original.weights)
+    for name in values[0]:
+        assert values[0][name].dtype == tf.float32 and float(values[-1][name]) < float(values[0][name]) - 0.05
+
+
+# --------------------------------------------------------------------------------------------------------- a stage of a small network
+
+
+def run_stage(workdir: Path, network: MultiExitNetwork, images: int = 16, **values) -> None:
+    stage = StageConfig(batch_size=4, **values)
+    config = Config(DataConfig(input_size=SIZE, synthetic_train=images, synthetic_val=4))
+    splits = [open_split(config.data, split) for split in ("train", "val")]
+    train.train_stage("stage1", stage, network, config, *splits, str(workdir))
+
+
+def rows_of(workdir: Path, field: str) -> list[dict]:
+    rows = [json.loads(line) for line in (workdir / "logs" / "stage1" / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if field in row]
+
+
+def test_a_short_run_learns_to_beat_the_best_constant_answer(tmp_path, capsys):
+    network = make_network()
+    run_stage(tmp_path, network, images=32, epochs=12, eval_epochs=12)
+    losses = [row["loss"] for row in rows_of(tmp_path, "loss")]
+    assert len(losses) == 10 and all(losses[-1][name] < 0.7 * losses[0][name] for name in losses[0])
+
+    val = open_split(DataConfig(input_size=SIZE, synthetic_val=4), "val")
+    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), val))
+    labels = np.stack([val.load(index)[1] for index in range(len(val))])
+    constant = max(float(miou(*class_counts(confusion_matrix(labels, np.full_like(labels, c), CLASSES)))) for c in range(CLASSES))
+    assert all(accuracy.miou > 2 * constant for accuracy in result.values())
+    assert rows_of(tmp_path, "miou")[-1]["miou"] == pytest.approx({name: accuracy.miou for name, accuracy in result.items()})
+
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"stage1 step 96/96 epoch 12\.00 lr 0\.\d{4} loss \d\.\d{4} \d+\.\d\d s/step eta 0\.0 min", line)
+
+
+def test_the_best_evaluation_is_kept(tmp_path, monkeypatch):
+    network = make_network()
+    means, seen = [0.3, 0.6, 0.2], []
+
+    def accuracies_to_order(matrices):
+        seen.append(weights_of(network.original))
+        return {name: Accuracy(means[len(seen) - 1], 0.0, ()) for name in matrices}
+
+    monkeypatch.setattr(train, "accuracies", accuracies_to_order)
+    run_stage(tmp_path, network, exits="none", epochs=3, eval_epochs=1)
+    assert [row["miou"] for row in rows_of(tmp_path, "miou")] == [{FINAL: mean} for mean in means]
+    assert same(weights_of(network.original), seen[1]) and not same(seen[1], seen[2])
+    network.load_weights(best_weights(str(tmp_path), "stage1"))
+    assert same(weights_of(network.original), seen[1])
+
+
+def test_a_loss_that_is_not_finite_names_the_steps_and_is_not_kept(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"stage1: the loss of \[.*final\.original.*\] is not finite in steps 1 to 4; lower stage1\."
+    ):
+        run_stage(tmp_path, make_network(), exits="all", learning_rate=1e38, epochs=2, checkpoint_steps=4)
+    assert not list((tmp_path / "checkpoints" / "stage1").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the command
+
+
+def test_a_folder_keeps_its_configuration(tmp_path):
+    config = train.resolve_config(str(tmp_path), "camvid_lite0", "", "somewhere", ["stage1.epochs=3"])
+    assert config == configs.load_config(str(tmp_path))
+    assert train.resolve_config(str(tmp_path), "", "", "", []) == config
+    assert train.resolve_config(str(tmp_path), "camvid_lite0", "", "", ["stage1.epochs=3"]) == config
+    elsewhere = train.resolve_config(str(tmp_path), "", "", "elsewhere", [])
+    assert elsewhere == dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="elsewhere"))
+    with pytest.raises(ValueError, match=r"workdir: .*config\.json was made with stage1\.epochs 3, not 4; leave the flags out"):
+        train.resolve_config(str(tmp_path), "camvid_lite0", "", "", ["stage1.epochs=4"])
+    with pytest.raises(ValueError, match=r"data\.source 'folder', not 'synthetic'"):
+        train.resolve_config(str(tmp_path), "camvid_lite0", "synthetic", "", ["stage1.epochs=3"])
+
+
+def test_an_unknown_recipe_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"--recipe: unknown name 'camvid', nearest \['camvid_lite0'"):
+        train.resolve_config(str(tmp_path / "new"), "camvid", "", "", [])
+    assert not (tmp_path / "new").exists()
