@@ -1,9 +1,11 @@
-"""The closed loop on real images: what the search predicts of a deployment against what its bundle does, and its speed-up over the original.
+"""The closed loop on real images: what the search predicts of a deployment, what its bundle does, and its speed-up over the original.
 
-`python benchmarks/closed_loop.py --workdir W [--data_dir D] --split val [--max_drop_pp 1]`, after training, `export_tflite --candidates` and `calibrate`.
+`python benchmarks/closed_loop.py --workdir W [--data_dir D] --split val [--max_drop_pp 1]`, after training, `export_tflite --candidates`
+and `calibrate`.
 
-In one process: times every candidate submodel, searches the least mean latency within `max_drop_pp` of the original's mIoU, exports that bundle and the
-original the same way, then runs both over all images of the split, image by image in turn. The last line is one JSON object:
+In one process: times every candidate submodel, searches the least mean latency within `max_drop_pp` of the original's mIoU, exports that
+bundle and the original the same way, then runs both over all images of the split, image by image in turn. The last line is one JSON
+object:
   speedup: mean latency of the original over that of the bundle; speedup_interval: 95 % bootstrap interval over the images.
   miou_drop_pp: mIoU of the original less that of the bundle, in percentage points, both from the masks returned.
   latency_error: |predicted - measured| / measured mean latency of the bundle; miou_error_pp: the same difference for its mIoU.

@@ -1,7 +1,7 @@
 """One pass over the calibration split: everything the search needs, per image, exit and head, in WORKDIR/stats.npz.
 
-`python -m mess_tf.calibrate --workdir=W [--data_dir=D]`. Run it after `export_tflite --candidates`, so that the statistics name the submodels whose
-latencies belong to them.
+`python -m mess_tf.calibrate --workdir=W [--data_dir=D]`. Run it after `export_tflite --candidates`, so that the statistics name the
+submodels whose latencies belong to them.
 """
 
 import json

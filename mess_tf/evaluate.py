@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
+from mess_runtime.bundle import write_json
 from mess_tf import configs, metrics
 from mess_tf.data import Examples, evaluation_batches, open_split
-from mess_runtime.bundle import write_json
 from mess_tf.model import MultiExitNetwork, load_network
 
 Predictor = Callable[[np.ndarray], dict[str, np.ndarray]]

@@ -1,9 +1,10 @@
 """Export to TFLite: submodels to measure, and the bundle to deploy.
 
-`python -m mess_tf.export_tflite --workdir=W --candidates` writes WORKDIR/candidates/: per exit `prefix.EXIT` (image to the tensors that its heads read), per
-candidate `head.EXIT.HEAD` (those tensors to the mask), and per size of logits the exit policy alone. Their latencies add up to those of any deployment.
-`python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes WORKDIR/bundle/ (one segment per chosen exit, run by mess_runtime or an app),
-WORKDIR/submodels/ (each chosen exit as one network, image to mask) and WORKDIR/bundle_original/ (the original network alone).
+`python -m mess_tf.export_tflite --workdir=W --candidates` writes WORKDIR/candidates/: per exit `prefix.EXIT` (image to the tensors that
+its heads read), per candidate `head.EXIT.HEAD` (those tensors to the mask), and per size of logits the exit policy alone. Their latencies
+add up to those of any deployment. `python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes WORKDIR/bundle/ (one
+segment per chosen exit, run by mess_runtime or an app), WORKDIR/submodels/ (each chosen exit as one network, image to mask),
+WORKDIR/bundle_original/ (the original network alone) and WORKDIR/examples/ (some validation images to try them on).
 """
 
 import os
@@ -18,6 +19,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
+from PIL import Image
 
 from mess_runtime import bundle as bundles
 from mess_tf import configs, policy
@@ -27,6 +29,7 @@ from mess_tf.files import Configuration, Deployment, ExitChoice, made_by
 from mess_tf.model import FINAL, MultiExitNetwork, load_network
 
 CANDIDATES = "candidates"
+EXAMPLES = 8
 LOGITS_TOLERANCE = 1e-3  # of float tensors, relative to the largest value; pixels whose two best classes are nearer than this may differ
 
 Graph = Callable[..., Mapping[str, tf.Tensor]]
@@ -206,7 +209,7 @@ class Exporter:
         )
 
     def bundle(self, folder: Path, configuration: Configuration, predicted: bundles.Predicted, classes: Sequence[str]) -> None:
-        """The deployable folder of a configuration: one segment per chosen exit and a manifest. An earlier bundle there is replaced as a whole."""
+        """The deployable folder of a configuration: one segment per chosen exit and a manifest. An earlier one is replaced as a whole."""
         choices = configuration.exits
         names = [f"{choice.exit}.{choice.head}" for choice in choices]
         models = self.network.segments(names)
@@ -293,13 +296,17 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError("give either --candidates or --deployment=FILE")
     workdir = Path(FLAGS.workdir)
     config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
-    classes = open_split(config.data, config.data.val_split).info.classes
+    examples = open_split(config.data, config.data.val_split)
+    classes = examples.info.classes
     network = load_network(FLAGS.workdir, config, len(classes))
     if FLAGS.candidates:
         export_candidates(network, config.data.input_size, workdir / CANDIDATES)
         print(workdir / CANDIDATES)
         return
     export_deployment(network, config.data.input_size, Deployment.load(FLAGS.deployment), classes, workdir)
+    (workdir / "examples").mkdir(exist_ok=True)
+    for i in range(min(EXAMPLES, len(examples))):
+        Image.fromarray(examples.load(i)[0]).save(workdir / "examples" / f"{Path(examples.names[i]).name}.png")
     print(workdir / "bundle")
 
 

@@ -65,8 +65,8 @@ class Stats:
       head_macs: int64 [K].
       prefix_sha256: E hashes of the exported submodels, empty strings before the export.
       head_sha256: K hashes, likewise.
-      mask_sha256, plain_sha256, edge_sha256: K hashes each, likewise, of the submodels from a candidate's logits to its mask, and to its mask and
-        plain or edge-aware confidence; candidates with logits of one size share them.
+      mask_sha256, plain_sha256, edge_sha256: K hashes each, likewise, of the submodels from a candidate's logits to its mask, and to
+        its mask and plain or edge-aware confidence; candidates with logits of one size share them.
       made_by: JSON object, the versions and the git commit that made it.
 
     Raises:

@@ -1,9 +1,10 @@
 """The exit policy: mask, confidence map, edge handling, image confidence (mess.md, section 5).
 
-The same functions make the search's statistics and the graphs on the device, so that a threshold means the same in both. Builtin TFLite ops only.
+The same functions make the search's statistics and the graphs on the device, so that a threshold means the same in both. Builtin TFLite
+ops only.
 
-Departures: edges are pixels of the predicted mask that differ from one of their 8 neighbours, where the paper runs Canny on the mask; the window of
-the median is cut off at the border of the image; of an even number of values the median is the upper of the two in the middle.
+Departures: edges are pixels of the predicted mask that differ from one of their 8 neighbours, where the paper runs Canny on the mask; the
+window of the median is cut off at the border of the image; of an even number of values the median is the upper of the two in the middle.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ def _edges(predicted: tf.Tensor) -> tf.Tensor:
 def _box_mean(values: tf.Tensor, window: int) -> tf.Tensor:
     """Mean of the window around each pixel, cut off at the border: float32 [1, H, W] to the same.
 
-    First along the columns, then along the rows, the other axis standing in for the channels: pooling of many channels is what runtimes vectorise.
+    First along the columns, then along the rows, the other axis standing in for the channels: pooling of many channels is what runtimes
+    vectorise.
     """
     for _ in range(2):
         _, rows, columns = values.shape

@@ -236,7 +236,7 @@ def train_stage(
             best_variable.assign(mean)
             network.save_weights(best_weights(workdir, name))
 
-    # ---- Loop. A reported interval ends at every checkpoint, so that a resumed run reports what an unbroken one does, and no NaN is kept.
+    # ---- Loop. A reported interval ends at every checkpoint: resumed and unbroken runs report the same, and no checkpoint follows a NaN.
     batches = ()
     if first_step < total_steps:
         logging.info("%s: %d images, %d steps of %d images, %d heads", name, len(train), total_steps, stage.batch_size, len(network.heads))
