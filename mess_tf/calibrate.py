@@ -97,6 +97,7 @@ def calibrate(
 def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.INFO)
+    tf.get_logger().setLevel("ERROR")  # no remarks on tracing one function per head
     config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
     split = FLAGS.split or config.data.val_split
     examples = open_split(config.data, split)

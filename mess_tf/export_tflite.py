@@ -304,6 +304,7 @@ def export_deployment(
 def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.INFO)
+    tf.get_logger().setLevel("ERROR")  # no remarks on tracing one function per head
     if FLAGS.candidates == bool(FLAGS.deployment):
         raise app.UsageError("give either --candidates or --deployment=FILE")
     workdir = Path(FLAGS.workdir)

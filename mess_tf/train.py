@@ -323,6 +323,7 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
 def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.INFO)
+    tf.get_logger().setLevel("ERROR")  # no remarks on tracing one function per head
     config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
     train(config, FLAGS.workdir, FLAGS.stages)
     print(os.path.join(FLAGS.workdir, "checkpoints"))
