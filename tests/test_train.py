@@ -61,6 +61,7 @@ def last_checkpoint(workdir: Path, stage: str) -> int:
 
 
 def start(workdir: Path) -> subprocess.Popen:
+    """In a process of its own, as users do: the bits depend on what a process has built before."""
     command = [sys.executable, "-m", "mess_tf.train", f"--workdir={workdir}", *(f"--set={override}" for override in OVERRIDES)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
     with open(workdir / "output.txt", "a") as output:
@@ -73,25 +74,30 @@ def run_to_the_end(workdir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("unbroken")
-    run_to_the_end(workdir)
-    return workdir
+def unbroken_and_killed(tmp_path_factory) -> tuple[Path, Path]:
+    """Two runs of the same configuration side by side; the second is killed in each stage at step 10, after checkpoint 8."""
+    unbroken, killed = tmp_path_factory.mktemp("unbroken"), tmp_path_factory.mktemp("killed")
+    undisturbed = start(unbroken)
+    for stage in STEPS:
+        process = start(killed)
+        while process.poll() is None and 10 not in logged_steps(killed, stage):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (killed / "output.txt").read_text()
+        assert 8 <= last_checkpoint(killed, stage) < STEPS[stage][-1]
+    for workdir, process in ((killed, start(killed)), (unbroken, undisturbed)):
+        assert process.wait() == 0, (workdir / "output.txt").read_text()
+    return unbroken, killed
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Path:
-    """A run of the same configuration, killed in each stage at step 10, after checkpoint 8."""
-    workdir = tmp_path_factory.mktemp("killed")
-    for stage in STEPS:
-        process = start(workdir)
-        while process.poll() is None and 10 not in logged_steps(workdir, stage):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, (workdir / "output.txt").read_text()
-        assert 8 <= last_checkpoint(workdir, stage) < STEPS[stage][-1]
-    run_to_the_end(workdir)
-    return workdir
+def unbroken(unbroken_and_killed) -> Path:
+    return unbroken_and_killed[0]
+
+
+@pytest.fixture(scope="module")
+def killed(unbroken_and_killed) -> Path:
+    return unbroken_and_killed[1]
 
 
 @pytest.mark.slow
