@@ -45,9 +45,10 @@ def calibrate(
     def scorer(candidate: str):
         @tf.function
         def score(features):
-            upsampled = policy.upsample(tf.cast(network.head_logits(candidate, features), tf.float32), size)
+            logits = tf.cast(network.head_logits(candidate, features), tf.float32)
+            upsampled = policy.upsample(logits, size)
             predicted = policy.mask(upsampled)
-            window = policy.median_window(size, network.head_logits(candidate, features))
+            window = policy.median_window(size, logits)
             counts = [policy.confident_pixels(upsampled, predicted, theta_pix, edge_aware, window) for edge_aware in (False, True)]
             return predicted, tf.stack(counts, axis=-1)
 
