@@ -283,9 +283,9 @@ RECIPES = {
     "camvid_lite0": Config(
         data=DataConfig(source="folder", input_size=(360, 480), crop_size=(288, 384), ignore_value=11),
         backbone=BackboneConfig(name="efficientnet_lite0"),
-        exits=ExitsConfig(count=7, heads=TWELVE_HEADS),
-        stage1=StageConfig(epochs=24, eval_epochs=8, weight_decay=1e-4),
-        stage2=StageConfig(trains="heads", distillation="filtered", epochs=5, pixel_stride=8, eval_epochs=5),
+        exits=ExitsConfig(count=5, heads=TWELVE_HEADS),
+        stage1=StageConfig(epochs=36, eval_epochs=12, weight_decay=1e-4),
+        stage2=StageConfig(trains="heads", distillation="filtered", epochs=12, pixel_stride=8, eval_epochs=6),
     ),
 }
 

@@ -13,7 +13,7 @@ from mess_tf.costs import Node, graph_nodes, with_input_size
 from mess_tf.layers import BatchNormalization, ResizeLike
 
 ASPP_RATES = (2, 4, 8)  # at stride 16, scaled with the resolution elsewhere
-MIN_WIDTH, MAX_WIDTH = 48, 256
+MIN_WIDTH, MAX_WIDTH = 64, 256
 
 
 @dataclasses.dataclass(frozen=True)
