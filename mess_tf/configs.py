@@ -271,6 +271,14 @@ TWELVE_HEADS = (
 
 RECIPES = {
     "default": Config(),
+    # Every command on a few tiny scenes: does it run here? Under a minute, and the masks mean nothing.
+    "smoke": Config(
+        data=DataConfig(input_size=(48, 64), synthetic_train=16, synthetic_val=8),
+        backbone=BackboneConfig(width=0.35),
+        exits=ExitsConfig(count=3, heads=("fcn-r2-b0", "decoder-r1-b0")),
+        stage1=StageConfig(epochs=2, eval_epochs=2),
+        stage2=StageConfig(trains="heads", distillation="filtered", epochs=1, eval_epochs=1),
+    ),
     # `make demo`: synthetic streets at 96x128, a thin MobileNetV2 from scratch; minutes on 2 cores.
     "demo": Config(
         backbone=BackboneConfig(width=0.5),
