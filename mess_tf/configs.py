@@ -261,17 +261,17 @@ class Config:
 # Twelve heads per exit point, all kinds, reductions and depths among them: the candidates of the quick recipes.
 TWELVE_HEADS = (
     "fcn-r1-b0",
-    "fcn-r2-b0",
-    "fcn-r1-b1-d2",
-    "fcn-r2-b2-d2",
+    "fcn-r1-b2-d2",
+    "fcn-r2-b3-d2",
+    "fcn-r4-b0",
     "deeplab-r1-b0",
-    "deeplab-r2-b0",
+    "deeplab-r1-b2-d2",
     "deeplab-r4-b0",
-    "deeplab-r1-b1-d2",
     "decoder-r1-b0",
-    "decoder-r2-b0",
-    "decoder-r4-b0",
     "decoder-r1-b1-d2",
+    "decoder-r1-b3-d2",
+    "decoder-r2-b2-d2",
+    "decoder-r4-b0",
 )
 
 RECIPES = {
