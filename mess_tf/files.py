@@ -32,6 +32,8 @@ from mess_tf import __version__
 # Up to this size `theta_img * pixels` is off by less than the 1e-9 that the exit rule allows for rounding.
 MAX_PIXELS = 2**22
 
+RISKS = ("final", "labels")
+
 
 def made_by() -> dict[str, str]:
     """Versions and git commit of the running code; the commit is empty outside a git checkout."""
@@ -61,8 +63,10 @@ class Stats:
       tp, fp, fn: int64 [K, I, C], predicted against labelled pixels, ignored ones not counted; tp + fn is the same for every candidate.
       theta_pix: float64 [T], increasing, in [0, 1].
       confident: int64 [K, I, T, 2], pixels with a confidence of at least theta_pix; last axis: plain, edge-aware.
-      prefix_macs: int64 [E], from the image to all that the exit's heads read.
-      head_macs: int64 [K].
+      changed: int64 [K, I], pixels of the mask whose class is not the final exit's.
+      prefix_macs, prefix_parameters, prefix_memory_bytes: int64 [E], from the image to all that the exit's heads read; memory is the most
+        that is alive at once.
+      head_macs, head_parameters, head_memory_bytes: int64 [K].
       prefix_sha256: E hashes of the exported submodels, empty strings before the export.
       head_sha256: K hashes, likewise.
       mask_sha256, plain_sha256, edge_sha256: K hashes each, likewise, of the submodels from a candidate's logits to its mask, and to
@@ -83,8 +87,13 @@ class Stats:
     fn: np.ndarray
     theta_pix: np.ndarray
     confident: np.ndarray
+    changed: np.ndarray
     prefix_macs: np.ndarray
     head_macs: np.ndarray
+    prefix_parameters: np.ndarray
+    head_parameters: np.ndarray
+    prefix_memory_bytes: np.ndarray
+    head_memory_bytes: np.ndarray
     prefix_sha256: tuple[str, ...]
     head_sha256: tuple[str, ...]
     mask_sha256: tuple[str, ...]
@@ -105,8 +114,10 @@ class Stats:
         k, e, i, c = len(self.candidates), len(self.exits), len(self.images), len(self.classes)
         check(self.theta_pix.ndim == 1 and self.theta_pix.size > 0, "theta_pix", "a vector of at least one threshold", self.theta_pix.shape)
         t = self.theta_pix.size
-        shapes = {"pixels": (i,), "tp": (k, i, c), "fp": (k, i, c), "fn": (k, i, c), "confident": (k, i, t, 2)}
-        for key, shape in (shapes | {"prefix_macs": (e,), "head_macs": (k,)}).items():
+        shapes = {"pixels": (i,), "tp": (k, i, c), "fp": (k, i, c), "fn": (k, i, c), "confident": (k, i, t, 2), "changed": (k, i)}
+        for cost in ("macs", "parameters", "memory_bytes"):
+            shapes |= {f"prefix_{cost}": (e,), f"head_{cost}": (k,)}
+        for key, shape in shapes.items():
             array = getattr(self, key)
             check(array.dtype == np.int64, key, "int64", array.dtype.name)
             check(array.shape == shape, key, f"of shape {shape}", array.shape)
@@ -117,8 +128,9 @@ class Stats:
         check(ok, "theta_pix", "increasing numbers in [0, 1]", self.theta_pix.tolist())
         ok = self.pixels.min() >= 1 and self.pixels.max() <= MAX_PIXELS
         check(ok, "pixels", f"between 1 and {MAX_PIXELS} in each image", (self.pixels.min(), self.pixels.max()))
-        above = self.confident > self.pixels[:, None, None]
-        check(not above.any(), "confident", "at most the pixels of the image", f"{above.sum()} larger counts")
+        for key, above in (("confident", self.confident > self.pixels[:, None, None]), ("changed", self.changed > self.pixels)):
+            check(not above.any(), key, "at most the pixels of the image", f"{above.sum()} larger counts")
+        check(not self.changed[-1].any(), "changed", "0 at the final exit", self.changed[-1].max())
         differs = ((self.tp + self.fn) != (self.tp[-1] + self.fn[-1])).any(axis=(1, 2))
         check(not differs.any(), "fn", "labelled pixels less tp, the same sum for every candidate", [*np.array(self.candidates)[differs]])
         check(self.tp[-1].sum() + self.fn[-1].sum() > 0, "fn", "counted on at least one labelled pixel, with tp", 0)
@@ -190,23 +202,23 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Least mean cost with an mIoU of at least `min_miou`, or best mIoU with a mean cost of at most `max_cost`; exactly one is given.
+    """What to reach: the least of a cost, or the best mIoU, within limits.
 
     Attributes:
-      min_miou: 0..1.
-      max_cost: above 0, in the unit of the costs.
+      minimise: name of the cost, see `search.Costs`; None to maximise mIoU.
+      min_miou: 0..1, None for any.
+      limits: largest allowed value of costs by name, above 0.
     """
 
+    minimise: str | None = None
     min_miou: float | None = None
-    max_cost: float | None = None
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        given = (self.min_miou, self.max_cost)
-        check(given.count(None) == 1, "objective", "either min_miou or max_cost", given)
-        if self.min_miou is not None:
-            check(0 <= self.min_miou <= 1, "min_miou", "in [0, 1]", self.min_miou)
-        else:
-            check(self.max_cost > 0, "max_cost", "above 0", self.max_cost)
+        check(self.min_miou is None or 0 <= self.min_miou <= 1, "min_miou", "in [0, 1]", self.min_miou)
+        check(self.minimise is None or self.min_miou is not None, "min_miou", "given where a cost is minimised", self.min_miou)
+        for name, limit in self.limits.items():
+            check(limit > 0, f"limits.{name}", "above 0", limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,13 +274,16 @@ class Configuration:
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-    """What the calibration split promises.
+    """What the calibration images promise.
 
     Attributes:
       miou: 0..1; with `anytime`, the mean over the deadlines.
-      cost_name: unit of the costs, `macs` or `latency_ms`.
+      cost_name: unit of the cost of an image, `macs` or `latency_ms`.
       cost_mean, cost_p90: over the images.
       exit_rates: share of the images that leave at each chosen exit.
+      costs: all costs by name.
+      miou_interval, cost_interval: of `miou` and `cost_mean`, 95 % bootstrap over the images.
+      images: number of calibration images that these figures are of.
     """
 
     miou: float
@@ -276,6 +291,10 @@ class Predicted:
     cost_mean: float
     cost_p90: float
     exit_rates: tuple[float, ...]
+    costs: dict[str, float]
+    miou_interval: tuple[float, float]
+    cost_interval: tuple[float, float]
+    images: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,23 +307,53 @@ class Original:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """How the optimum was made sure: covered = scored + all that was cut.
+    """How the optimum was made sure: covered = scored + all that was cut + open.
 
     Attributes:
-      covered: configurations of the searched space.
+      covered: configurations of the searched space; twice where a second pass has settled which of several equally cheap ones is best.
       scored: those with an exactly computed mIoU.
-      cut_by_rule: those that a rule has shown to be no better than the result, per rule.
-      gap: largest possible distance to the optimum of the space; 0 is exact.
+      cut_by_rule: those that a rule has shown to be no better than the result, per rule: `bound` of a part of the space, `reduced_cost` of
+        one of its decisions, `linear_bound` of the configuration itself, `limit` that it breaks.
+      open: those left when the time was up.
+      bound: no configuration is better than this, in mIoU or in the cost that is minimised.
+      gap: distance of the result to the bound; 0 is exact.
       seconds: of the search.
-      quantiles: values of theta_img per exit and theta_pix where two early exits decide.
+      quantiles: values of theta_img per exit and theta_pix where several early exits decide; None for every one that changes a decision.
     """
 
     covered: int
     scored: int
     cut_by_rule: dict[str, int]
+    open: int
+    bound: float
     gap: float
     seconds: float
-    quantiles: int
+    quantiles: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Guarantee:
+    """A promise on images like those of the calibration (drawn independently from the same source), by Learn then Test.
+
+    Attributes:
+      risk: `final`, the share of an image's pixels whose class is not the original network's, or `labels`, the pixel accuracy that an image
+        loses against the original network (0 where it gains); both as the mean over images.
+      max_risk: what the risk does not exceed ...
+      confidence: ... with at least this probability over the draw of the checking images.
+      estimate: of the risk, on the checking images.
+      images: number of checking images; none of them was used to choose.
+    """
+
+    risk: str
+    max_risk: float
+    confidence: float
+    estimate: float
+    images: int
+
+    def __post_init__(self):
+        check(self.risk in RISKS, "risk", f"one of {', '.join(RISKS)}", self.risk)
+        check(0 < self.max_risk < 1, "max_risk", "between 0 and 1", self.max_risk)
+        check(0 < self.confidence < 1, "confidence", "between 0 and 1", self.confidence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +363,7 @@ class Deployment(Configuration):
     Attributes:
       constraint: what was asked.
       predicted, original, certificate: see there.
+      guarantee: what is promised, where it was asked for.
       stats_sha256: of the `stats.npz` that was searched; empty where the statistics came from no file.
       made_by: versions and git commit.
     """
@@ -322,6 +372,7 @@ class Deployment(Configuration):
     predicted: Predicted
     original: Original
     certificate: Certificate
+    guarantee: Guarantee | None
     stats_sha256: str
     made_by: dict[str, str]
 
