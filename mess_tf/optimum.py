@@ -15,6 +15,7 @@ three steps make it tractable:
 Source: Lagrangian decomposition with potentials as in Held and Karp (1970) and Guignard and Kim (1987); McCormick planes (1976).
 """
 
+import concurrent.futures
 import dataclasses
 import heapq
 import itertools
@@ -23,15 +24,17 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from scipy.optimize import minimize
 
 # A constraint counts as met, and a bound as reached, within the rounding of sums of float64.
 ROUNDING = 1e-12
 # The sums of a bound have as many terms as there are images and exits, so its rounding is larger.
 SLACK = 1e-10
-# Chunks of parallel loops. Their results are added up in a fixed order, so the number of cores does not change them.
-CHUNKS = 8
+# Parts of a loop that run side by side. Their results are put together in a fixed order, so the number of cores does not change them.
+CHUNKS = 4
+# Shorter loops, in steps over sorted images, run on one core.
+PARALLEL_STEPS = 1e5
 MEAN, P90, TOTAL, PEAK = range(4)
 P90_SHARE = 0.9
 # Of the softened maximum, in mIoU; coarse first, so that the search for potentials neither stalls nor stops too early.
@@ -136,7 +139,7 @@ class Proof:
 # === Kernels ===
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs):
     """Costs [R] of a chain of candidates, of which counts[j] images leave at chain[j]."""
     length, images = chain.size, counts.sum()
@@ -172,22 +175,25 @@ def _chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs):
             costs[r] = max(peak, prefix[r, exit_of[chain[length - 1]]])
 
 
-@njit(cache=True)
-def _mixture_miou(tp, fp, labelled, who):
-    """mIoU with image i taken at candidate who[i]."""
-    images, classes = who.size, labelled.size
-    t, f = np.zeros(classes), np.zeros(classes)
-    for i in range(images):
-        for c in range(classes):
-            t[c] += tp[who[i], i, c]
-            f[c] += fp[who[i], i, c]
+@njit(cache=True, nogil=True)
+def _within(costs, limits):
+    """Whether all costs are within their limits."""
+    for r in range(costs.size):
+        if costs[r] > limits[r] * (1 + ROUNDING):
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _miou(tp, fp, labelled):
+    """mIoU of sums over the images, [C] each."""
     total = 0.0
-    for c in range(classes):
-        total += t[c] / (labelled[c] + f[c])
-    return total / classes
+    for c in range(labelled.size):
+        total += tp[c] / (labelled[c] + fp[c])
+    return total / labelled.size
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _stay_and_gain(first, worth, leave, stay, inside, outside, gain):
     """Worth of a decision at which nobody leaves, and in `gain` what changes when an image leaves; all given the potentials."""
     total = 0.0
@@ -201,14 +207,14 @@ def _stay_and_gain(first, worth, leave, stay, inside, outside, gain):
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _share(chunk, size):
     """The part of a range that a chunk works on."""
     return size * chunk // CHUNKS, size * (chunk + 1) // CHUNKS
 
 
-@njit(cache=True, parallel=True)
-def _best_cuts(w, prices, order, position, candidate, theta, allowed, potentials, floors, best):
+@njit(cache=True, nogil=True)
+def _best_cuts(w, prices, order, position, candidate, theta, allowed, potentials, floors, best, chunk):
     """Largest worth of each order's allowed cuts, into `best` [n]; takes the permission from cuts worth less than their position's floor.
 
     Args:
@@ -220,27 +226,26 @@ def _best_cuts(w, prices, order, position, candidate, theta, allowed, potentials
     """
     leave, stay, fixed = prices
     images = w.shape[1]
-    for chunk in prange(CHUNKS):
-        gain, start, done = np.empty(images), 0.0, -1
-        low, high = _share(chunk, candidate.size)
-        for n in range(low, high):
-            k, p = candidate[n], position[n]
-            if k != done:
-                start = _stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
-                done = k
-            value, most = start, -np.inf
-            ranked = order[k, theta[n]]
-            for a in range(images):
-                value += gain[ranked[a]]
-                if allowed[n, a]:
-                    most = max(most, value)
-                    if value < floors[p]:
-                        allowed[n, a] = False
-            best[n] = most
+    gain, start, done = np.empty(images), 0.0, -1
+    low, high = _share(chunk, candidate.size)
+    for n in range(low, high):
+        k, p = candidate[n], position[n]
+        if k != done:
+            start = _stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
+            done = k
+        value, most = start, -np.inf
+        ranked = order[k, theta[n]]
+        for a in range(images):
+            value += gain[ranked[a]]
+            if allowed[n, a]:
+                most = max(most, value)
+                if value < floors[p]:
+                    allowed[n, a] = False
+        best[n] = most
 
 
-@njit(cache=True, parallel=True)
-def _soften(w, prices, order, position, candidate, theta, allowed, potentials, best, tops, temperature, of_candidate, of_image):
+@njit(cache=True, nogil=True)
+def _soften(w, prices, order, position, candidate, theta, allowed, potentials, best, tops, temperature, of_candidate, of_image, chunk):
     """Softmax over the cuts of each position, the largest worth having the weight 1; see `_best_cuts`.
 
     Args:
@@ -251,57 +256,55 @@ def _soften(w, prices, order, position, candidate, theta, allowed, potentials, b
     """
     leave, stay, fixed = prices
     images = w.shape[1]
-    for chunk in prange(CHUNKS):
-        gain, weight, start, done = np.empty(images), np.empty(images), 0.0, -1
-        low, high = _share(chunk, candidate.size)
-        for n in range(low, high):
-            k, p = candidate[n], position[n]
-            least = tops[p] - 15 * temperature
-            if best[n] < least:
-                continue
-            inside, outside = potentials[p], potentials[p + 1]
-            if k != done:
-                start = _stay_and_gain(p == 0, w[k], leave[k], stay[k], inside, outside, gain) - fixed[k]
-                done = k
-            value, total = start, 0.0
-            ranked = order[k, theta[n]]
-            for a in range(images):
-                value += gain[ranked[a]]
-                weight[a] = 0.0
-                if allowed[n, a] and value > least:
-                    weight[a] = math.exp((value - tops[p]) / temperature)
-                    total += weight[a]
-            of_candidate[chunk, k, 0] += total
-            left = 0.0
-            for a in range(images - 1, -1, -1):
-                left += weight[a]
-                i = ranked[a]
-                if p == 0 or w[k, i] - leave[k] - inside[i] > 0:
-                    of_candidate[chunk, k, 1] += left
-                    of_image[chunk, p, 0, i] += left
-                if p == 0 or outside[i] - stay[k] - inside[i] > 0:
-                    of_candidate[chunk, k, 2] += total - left
-                    of_image[chunk, p, 1, i] += total - left
+    gain, weight, start, done = np.empty(images), np.empty(images), 0.0, -1
+    low, high = _share(chunk, candidate.size)
+    for n in range(low, high):
+        k, p = candidate[n], position[n]
+        least = tops[p] - 15 * temperature
+        if best[n] < least:
+            continue
+        inside, outside = potentials[p], potentials[p + 1]
+        if k != done:
+            start = _stay_and_gain(p == 0, w[k], leave[k], stay[k], inside, outside, gain) - fixed[k]
+            done = k
+        value, total = start, 0.0
+        ranked = order[k, theta[n]]
+        for a in range(images):
+            value += gain[ranked[a]]
+            weight[a] = 0.0
+            if allowed[n, a] and value > least:
+                weight[a] = math.exp((value - tops[p]) / temperature)
+                total += weight[a]
+        of_candidate[chunk, k, 0] += total
+        left = 0.0
+        for a in range(images - 1, -1, -1):
+            left += weight[a]
+            i = ranked[a]
+            if p == 0 or w[k, i] - leave[k] - inside[i] > 0:
+                of_candidate[chunk, k, 1] += left
+                of_image[chunk, p, 0, i] += left
+            if p == 0 or outside[i] - stay[k] - inside[i] > 0:
+                of_candidate[chunk, k, 2] += total - left
+                of_image[chunk, p, 1, i] += total - left
 
 
-@njit(cache=True, parallel=True)
-def _worths(w, prices, order, position, candidate, theta, potentials):
-    """Worth of every cut of every order: float64 [n, I]; see `_best_cuts`."""
+@njit(cache=True, nogil=True)
+def _worths(w, prices, order, position, candidate, theta, potentials, worths, chunk):
+    """Worth of every cut of every order, into float64 [n, I]; see `_best_cuts`."""
     leave, stay, fixed = prices
     images = w.shape[1]
-    worths = np.empty((candidate.size, images))
-    for n in prange(candidate.size):
-        gain = np.empty(images)
+    gain = np.empty(images)
+    low, high = _share(chunk, candidate.size)
+    for n in range(low, high):
         k, p = candidate[n], position[n]
         value = _stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
         ranked = order[k, theta[n]]
         for a in range(images):
             value += gain[ranked[a]]
             worths[n, a] = value
-    return worths
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _possible(order, position, candidate, theta, allowed, lasts, possible):
     """At which candidates an image can be, into bool [K, I]; the orders are sorted by position."""
     images = possible.shape[1]
@@ -326,30 +329,30 @@ def _possible(order, position, candidate, theta, allowed, lasts, possible):
         possible[k] |= stays if candidate.size else reach
 
 
-@njit(cache=True, parallel=True)
-def _ranges(lack, fp, possible):
-    """Smallest and largest lack and FP per class of all mixtures in which image i is at one of the candidates with possible[k, i]: [4, C]."""
+@njit(cache=True, nogil=True)
+def _ranges(lack, fp, possible, parts, chunk):
+    """Smallest and largest lack and FP per class of all mixtures in which image i is at one of the candidates with possible[k, i].
+
+    Added to float64 [CHUNKS, 4, C].
+    """
     images, classes = fp.shape[1:]
-    parts = np.zeros((CHUNKS, 4, classes))
-    for chunk in prange(CHUNKS):
-        of_image = np.empty((4, classes))
-        for i in range(chunk, images, CHUNKS):
-            of_image[0::2] = np.inf
-            of_image[1::2] = -np.inf
-            for k in range(fp.shape[0]):
-                if possible[k, i]:
-                    for c in range(classes):
-                        of_image[0, c] = min(of_image[0, c], lack[k, i, c])
-                        of_image[1, c] = max(of_image[1, c], lack[k, i, c])
-                        of_image[2, c] = min(of_image[2, c], fp[k, i, c])
-                        of_image[3, c] = max(of_image[3, c], fp[k, i, c])
-            parts[chunk] += of_image
-    return parts.sum(0)
+    of_image = np.empty((4, classes))
+    for i in range(chunk, images, CHUNKS):
+        of_image[0::2] = np.inf
+        of_image[1::2] = -np.inf
+        for k in range(fp.shape[0]):
+            if possible[k, i]:
+                for c in range(classes):
+                    of_image[0, c] = min(of_image[0, c], lack[k, i, c])
+                    of_image[1, c] = max(of_image[1, c], lack[k, i, c])
+                    of_image[2, c] = min(of_image[2, c], fp[k, i, c])
+                    of_image[3, c] = max(of_image[3, c], fp[k, i, c])
+        parts[chunk] += of_image
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def _scan(
-    problem, resources, order, planes, limits, target, second, floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally
+    problem, resources, order, planes, limits, target, second, floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally, chunk
 ):
     """Scores the configurations of one pattern of exits whose reduced costs fit the budget.
 
@@ -373,94 +376,122 @@ def _scan(
     kind, prefix, head, decision = resources
     w, constant = planes
     who_fixed, counts_fixed, chain_fixed = fixed
-    images = who_fixed.size
+    images, classes = who_fixed.size, labelled.size
     before = chain_fixed.size
-    for chunk in prange(CHUNKS):
-        who, mixture = np.empty(images, np.int64), np.empty(images, np.int64)
-        costs, bounds = np.empty(kind.size), limits.copy()
-        needed = floor
-        for o in range(chunk, outer[0].size, CHUNKS):
-            with_outer = 1 if outer[0][o] >= 0 else 0
-            length = before + with_outer + 2
-            chain, counts = np.empty(length, np.int64), np.zeros(length, np.int64)
-            chain[:before] = chain_fixed
-            counts[:before] = counts_fixed
-            who[:] = who_fixed
-            if with_outer:
-                chain[before] = outer[0][o]
-                ranked = order[outer[0][o], outer[1][o]]
-                for a in range(outer[2][o]):
-                    if who[ranked[a]] < 0:
-                        who[ranked[a]] = outer[0][o]
-                        counts[before] += 1
-            reached, gone = 0, constant
+    who, passes = np.empty(images, np.int64), np.empty(images, np.bool_)
+    t, t_last, t_gone = np.empty(classes), np.empty(classes), np.empty(classes)
+    f, f_last, f_gone = np.empty(classes), np.empty(classes), np.empty(classes)
+    costs, bounds = np.empty(kind.size), limits.copy()
+    needed = floor
+    for o in range(chunk, outer[0].size, CHUNKS):
+        with_outer = 1 if outer[0][o] >= 0 else 0
+        length = before + with_outer + 2
+        chain, counts = np.empty(length, np.int64), np.zeros(length, np.int64)
+        chain[:before] = chain_fixed
+        counts[:before] = counts_fixed
+        who[:] = who_fixed
+        if with_outer:
+            chain[before] = outer[0][o]
+            ranked = order[outer[0][o], outer[1][o]]
+            for a in range(outer[2][o]):
+                if who[ranked[a]] < 0:
+                    who[ranked[a]] = outer[0][o]
+                    counts[before] += 1
+        reached, gone = 0, constant
+        t_gone[:] = 0
+        f_gone[:] = 0
+        for i in range(images):
+            if who[i] < 0:
+                reached += 1
+            else:
+                gone += w[who[i], i]
+                t_gone += tp[who[i], i]
+                f_gone += fp[who[i], i]
+        for q in range(lasts[0].size):
+            spent = outer[3][o] + lasts[1][q]
+            if spent > budget:
+                continue
+            last = lasts[0][q]
+            chain[length - 1] = last
+            stay = gone
+            t_last[:] = t_gone
+            f_last[:] = f_gone
             for i in range(images):
                 if who[i] < 0:
-                    reached += 1
-                else:
-                    gone += w[who[i], i]
-            for q in range(lasts[0].size):
-                spent = outer[3][o] + lasts[1][q]
-                if spent > budget:
+                    stay += w[last, i]
+                    t_last += tp[last, i]
+                    f_last += fp[last, i]
+            for n in range(inner[0].size):
+                if spent + inner[2][n] > budget:
                     continue
-                last = lasts[0][q]
-                chain[length - 1] = last
-                stay = gone
-                for i in range(images):
+                k = inner[0][n]
+                chain[length - 2] = k
+                ranked = order[k, inner[1][n]]
+                worth, passing = stay, 0
+                for a in range(images):
+                    i = ranked[a]
                     if who[i] < 0:
-                        stay += w[last, i]
-                for n in range(inner[0].size):
-                    if spent + inner[2][n] > budget:
+                        worth += w[k, i] - w[last, i]
+                    passes[a] = allowed[n, a] and worth >= needed - SLACK
+                    passing += passes[a]
+                    tally[chunk, 2] += allowed[n, a] and not passes[a]
+                if not passing:
+                    continue
+                t[:] = t_last
+                f[:] = f_last
+                left = 0
+                for a in range(images):
+                    i = ranked[a]
+                    if who[i] < 0:
+                        left += 1
+                        for c in range(classes):
+                            t[c] += tp[k, i, c] - tp[last, i, c]
+                            f[c] += fp[k, i, c] - fp[last, i, c]
+                    if not passes[a]:
                         continue
-                    k = inner[0][n]
-                    chain[length - 2] = k
-                    ranked = order[k, inner[1][n]]
-                    worth, left = stay, 0
-                    for a in range(images):
-                        i = ranked[a]
-                        if who[i] < 0:
-                            worth += w[k, i] - w[last, i]
-                            left += 1
-                        if not allowed[n, a]:
-                            continue
-                        if worth < needed - SLACK:
-                            tally[chunk, 2] += 1
-                            continue
-                        counts[length - 2] = left
-                        counts[length - 1] = reached - left
-                        _chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs)
-                        fits = True
-                        for r in range(kind.size):
-                            if costs[r] > bounds[r] * (1 + ROUNDING):
-                                fits = False
-                        if not fits:
-                            tally[chunk, 1] += 1
-                            continue
-                        tally[chunk, 0] += 1
-                        for j in range(images):
-                            mixture[j] = who[j] if who[j] >= 0 else last
-                        for b in range(a + 1):
-                            if who[ranked[b]] < 0:
-                                mixture[ranked[b]] = k
-                        miou = _mixture_miou(tp, fp, labelled, mixture)
-                        if miou < needed - ROUNDING:
-                            continue
-                        value = costs[target] if target >= 0 else -miou
-                        tie = -miou if target >= 0 else costs[second]
-                        if value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1]):
-                            best[chunk, 0] = value
-                            best[chunk, 1] = tie
-                            found[chunk, 0], found[chunk, 1], found[chunk, 2] = outer[0][o], outer[1][o], outer[2][o]
-                            found[chunk, 3], found[chunk, 4], found[chunk, 5], found[chunk, 6] = k, inner[1][n], a + 1, last
-                            if target >= 0:
-                                bounds[target] = min(bounds[target], value)
-                            else:
-                                needed = max(needed, miou)
+                    counts[length - 2] = left
+                    counts[length - 1] = reached - left
+                    _chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs)
+                    if not _within(costs, bounds):
+                        tally[chunk, 1] += 1
+                        continue
+                    tally[chunk, 0] += 1
+                    miou = _miou(t, f, labelled)
+                    if miou < needed - ROUNDING:
+                        continue
+                    value = costs[target] if target >= 0 else -miou
+                    tie = -miou if target >= 0 else costs[second]
+                    if value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1]):
+                        best[chunk, 0] = value
+                        best[chunk, 1] = tie
+                        found[chunk, 0], found[chunk, 1], found[chunk, 2] = outer[0][o], outer[1][o], outer[2][o]
+                        found[chunk, 3], found[chunk, 4], found[chunk, 5], found[chunk, 6] = k, inner[1][n], a + 1, last
+                        if target >= 0:
+                            bounds[target] = min(bounds[target], value)
+                        else:
+                            needed = max(needed, miou)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def _improve(
-    problem, resources, order, limits, target, second, floor, who, after, chain, position, candidate, theta, allowed, counts_of, best, found
+    problem,
+    resources,
+    order,
+    limits,
+    target,
+    second,
+    floor,
+    who,
+    after,
+    chain,
+    position,
+    candidate,
+    theta,
+    allowed,
+    counts_of,
+    best,
+    found,
+    chunk,
 ):
     """The best decision at one position of a chain, the others staying as they are; exact.
 
@@ -483,43 +514,35 @@ def _improve(
             start_counts[after[i]] += 1
         start_t += tp[k, i]
         start_f += fp[k, i]
-    for chunk in prange(CHUNKS):
-        chain_here, counts, costs = chain.copy(), start_counts.copy(), np.empty(kind.size)
-        t, f = np.empty(classes), np.empty(classes)
-        for n in range(chunk, candidate.size, CHUNKS):
-            k = candidate[n]
-            chain_here[position] = k
-            counts[:] = start_counts
-            t[:] = start_t
-            f[:] = start_f
-            ranked = order[k, theta[n]]
-            for a in range(images):
-                i = ranked[a]
-                if who[i] < 0:
-                    other = chain[after[i]]
-                    counts[after[i]] -= 1
-                    counts[position] += 1
-                    for c in range(classes):
-                        t[c] += tp[k, i, c] - tp[other, i, c]
-                        f[c] += fp[k, i, c] - fp[other, i, c]
-                if not allowed[n, a]:
-                    continue
-                total = 0.0
+    chain_here, counts, costs = chain.copy(), start_counts.copy(), np.empty(kind.size)
+    t, f = np.empty(classes), np.empty(classes)
+    for n in range(chunk, candidate.size, CHUNKS):
+        k = candidate[n]
+        chain_here[position] = k
+        counts[:] = start_counts
+        t[:] = start_t
+        f[:] = start_f
+        ranked = order[k, theta[n]]
+        for a in range(images):
+            i = ranked[a]
+            if who[i] < 0:
+                other = chain[after[i]]
+                counts[after[i]] -= 1
+                counts[position] += 1
                 for c in range(classes):
-                    total += t[c] / (labelled[c] + f[c])
-                miou = total / classes
-                if miou < floor - ROUNDING or (target < 0 and -miou > best[chunk, 0]):
-                    continue
-                _chain_costs(kind, prefix, head, decision, exit_of, chain_here, counts, costs)
-                fits = True
-                for r in range(kind.size):
-                    if costs[r] > limits[r] * (1 + ROUNDING):
-                        fits = False
-                value = costs[target] if target >= 0 else -miou
-                tie = -miou if target >= 0 else costs[second]
-                if fits and (value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1])):
-                    best[chunk, 0], best[chunk, 1] = value, tie
-                    found[chunk, 0], found[chunk, 1], found[chunk, 2] = k, theta[n], a + 1
+                    t[c] += tp[k, i, c] - tp[other, i, c]
+                    f[c] += fp[k, i, c] - fp[other, i, c]
+            if not allowed[n, a]:
+                continue
+            miou = _miou(t, f, labelled)
+            if miou < floor - ROUNDING or (target < 0 and -miou > best[chunk, 0]):
+                continue
+            _chain_costs(kind, prefix, head, decision, exit_of, chain_here, counts, costs)
+            value = costs[target] if target >= 0 else -miou
+            tie = -miou if target >= 0 else costs[second]
+            if _within(costs, limits) and (value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1])):
+                best[chunk, 0], best[chunk, 1] = value, tie
+                found[chunk, 0], found[chunk, 1], found[chunk, 2] = k, theta[n], a + 1
 
 
 # === Nodes ===
@@ -539,6 +562,7 @@ class _Node:
       prices: float64 [R], of the limits.
       upper: bound on the mIoU of all that keeps the limits.
       lower: bound on the target's cost of all that has the mIoU needed.
+      spare: by how much its bound was above what was needed when it was last improved.
     """
 
     root: int
@@ -552,6 +576,7 @@ class _Node:
     prices: np.ndarray
     upper: float = math.inf
     lower: float = 0.0
+    spare: float = math.inf
 
     def count(self) -> int:
         """Number of its configurations."""
@@ -605,6 +630,15 @@ class Optimiser:
         self.proof = Proof()
         self.exits = int(problem.exit_of[-1]) + 1
         self.images = problem.tp.shape[1]
+        self.prices = np.zeros(problem.limits.size)
+
+    def _spread(self, kernel, orders: int, *arguments) -> None:
+        """Runs all chunks of a kernel that passes over so many orders."""
+        if orders * self.images < PARALLEL_STEPS:
+            for chunk in range(CHUNKS):
+                kernel(*arguments, chunk)
+        else:
+            list(self.pool.map(lambda chunk: kernel(*arguments, chunk), range(CHUNKS)))
 
     # --- What is needed ---
 
@@ -635,7 +669,8 @@ class Optimiser:
         costs = np.empty(problem.limits.size)
         chain = np.array([*(k for k, _, _ in early), last])
         _chain_costs(*self._resources(root), problem.exit_of, chain, counts, costs)
-        miou = _mixture_miou(problem.tp, problem.fp, problem.labelled, who)
+        images = np.arange(self.images)
+        miou = _miou(problem.tp[who, images].sum(axis=0), problem.fp[who, images].sum(axis=0), problem.labelled)
         return Found(root, tuple((int(k), int(t), int(cut)) for k, t, cut in early), int(last), miou, tuple(costs.tolist()))
 
     def _leave(self, root: int, early: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -741,14 +776,14 @@ class Optimiser:
         by_order = (w, (leave, stay, fixed), order, node.position, node.candidate, node.theta, node.allowed, potentials)
         tops = np.full(m + 1, -np.inf)
         if m:
-            _best_cuts(*by_order, np.full(m, -np.inf), orders)
+            self._spread(_best_cuts, orders.size, *by_order, np.full(m, -np.inf), orders)
             np.maximum.at(tops, node.position, orders)
         ends = w[node.lasts] - leave_last[node.lasts, None] - potentials[m]
         lasts = (np.maximum(ends, 0) if m else ends).sum(axis=1) - fixed_last[node.lasts]
         tops[m] = lasts.max(initial=-np.inf)
         if spare < math.inf:
             if m:
-                _best_cuts(*by_order, tops[:m] - spare, orders)
+                self._spread(_best_cuts, orders.size, *by_order, tops[:m] - spare, orders)
             kept_lasts = lasts >= tops[m] - spare
             kept = node.allowed.any(axis=1)
             node.keep(kept, kept_lasts)
@@ -762,8 +797,19 @@ class Optimiser:
         by_potential, by_price, softened = np.zeros((m + 1, self.images)), linear["limit"].copy(), values.bound
         if m:
             of_candidate, of_image = np.zeros((CHUNKS, w.shape[0], 3)), np.zeros((CHUNKS, m, 2, self.images))
-            _soften(
-                *(w, (leave, stay, fixed), order, node.position, node.candidate, node.theta, node.allowed, potentials),
+            self._spread(
+                *(
+                    _soften,
+                    node.candidate.size,
+                    w,
+                    (leave, stay, fixed),
+                    order,
+                    node.position,
+                    node.candidate,
+                    node.theta,
+                    node.allowed,
+                    potentials,
+                ),
                 *(values.orders, values.tops, temperature, of_candidate, of_image),
             )
             of_candidate, of_image = of_candidate.sum(axis=0), of_image.sum(axis=0)
@@ -898,54 +944,55 @@ class Optimiser:
         return decisions
 
     def _solve(self, node: _Node) -> list[_Node]:
-        """Bounds a node ever more tightly until it is empty or small enough to be scored; returns its parts if neither comes about."""
-        order, spare = self.problem.roots[node.root].order, math.inf
-        while node.count():
-            possible = np.zeros(self.lack.shape[:2], bool)
-            _possible(order, node.position, node.candidate, node.theta, node.allowed, node.lasts, possible)
-            ranges = _ranges(self.lack, self.problem.fp, possible)
-            ranges[:2] += self.reference * self.problem.labelled
-            node.box[0::2], node.box[1::2] = np.maximum(node.box[0::2], ranges[0::2]), np.minimum(node.box[1::2], ranges[1::2])
-            w, constant = self._planes(node.box)
-            linear = self._linear(node.root, self.limits)
-            if not node.potentials.any():
-                node.prices = self.prices.copy()
-                node.potentials[:] = w[node.lasts[(w[node.lasts].sum(axis=1) - node.prices @ linear["leave_last"][:, node.lasts]).argmax()]]
-            values = self._descend(node, w, constant, linear)
-            self.prices = node.prices
-            self._polish(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]))
-            potentials = self._priced(node.potentials, node.prices, self._to_go(node, linear))
-            before, count, spare = spare, node.count(), values.bound - self.floor
-            values = self._evaluate(node, w, constant, node.prices, potentials, linear, spare + SLACK)
-            self.proof.cut["reduced_cost"] += count - node.count()
-            stalls = spare > 0.7 * before
-            if self._scan_node(node, w, constant, linear, potentials, values, SCAN_STEPS if stalls else CHEAP_STEPS):
-                return []
-            if time.perf_counter() > self.deadline:
-                return [node]
-            if stalls:
-                return self._branch(node, values)
-            self._tighten(node, w, constant, linear, values)
-        return []
+        """Bounds a node more tightly; returns what is left of it: nothing, itself or its parts."""
+        order = self.problem.roots[node.root].order
+        possible = np.zeros(self.lack.shape[:2], bool)
+        _possible(order, node.position, node.candidate, node.theta, node.allowed, node.lasts, possible)
+        parts = np.zeros((CHUNKS, 4, self.problem.labelled.size))
+        self._spread(_ranges, possible.sum(), self.lack, self.problem.fp, possible, parts)
+        ranges = parts.sum(axis=0)
+        ranges[:2] += self.reference * self.problem.labelled
+        node.box[0::2], node.box[1::2] = np.maximum(node.box[0::2], ranges[0::2]), np.minimum(node.box[1::2], ranges[1::2])
+        w, constant = self._planes(node.box)
+        linear = self._linear(node.root, self.limits)
+        if not node.potentials.any():
+            node.prices = self.prices.copy()
+            worths = w[node.lasts].sum(axis=1) - node.prices @ linear["leave_last"][:, node.lasts] * self.images
+            node.potentials[:] = w[node.lasts[worths.argmax()]]
+        values = self._descend(node, w, constant, linear)
+        self.prices = node.prices
+        self._polish(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]))
+        potentials = self._priced(node.potentials, node.prices, self._to_go(node, linear))
+        count, spare = node.count(), values.bound - self.floor
+        values = self._evaluate(node, w, constant, node.prices, potentials, linear, spare + SLACK)
+        self.proof.cut["reduced_cost"] += count - node.count()
+        stalls, node.spare = spare > 0.7 * node.spare, spare
+        if self._scan_node(node, w, constant, linear, potentials, values, SCAN_STEPS if stalls else CHEAP_STEPS):
+            return []
+        if time.perf_counter() > self.deadline:
+            return [node]
+        if stalls:
+            return self._branch(node, values)
+        self._tighten(node, w, constant, linear, values)
+        return [node]
 
     def run(self) -> None:
         """Searches until nothing better is left or the time is up."""
-        heap, ticket = [], itertools.count()
-        self._start()
-        self._refer()
-        self.prices = np.zeros(self.problem.limits.size)
-        for node in self._nodes():
-            heapq.heappush(heap, (-math.inf, next(ticket), node))
-        while heap and time.perf_counter() < self.deadline:
-            _, _, node = heapq.heappop(heap)
-            try:
-                if node.upper < self.floor - SLACK:
-                    raise _Pruned
-                for child in self._solve(node):
-                    heapq.heappush(heap, (-child.upper, next(ticket), child))
-            except _Pruned:
-                self.proof.cut["bound"] += node.count()
+        with concurrent.futures.ThreadPoolExecutor(CHUNKS) as self.pool:
+            self._start()
+            self._refer()
+            heap, ticket = [(-math.inf, i, node) for i, node in enumerate(self._nodes())], itertools.count(1 << 32)
+            while heap and time.perf_counter() < self.deadline:
+                _, _, node = heapq.heappop(heap)
+                try:
+                    if node.upper < self.floor - SLACK or not node.count():
+                        raise _Pruned
+                    for child in self._solve(node):
+                        heapq.heappush(heap, (-child.upper, next(ticket), child))
+                except _Pruned:
+                    self.proof.cut["bound"] += node.count()
         left = [node for _, _, node in heap if node.upper >= self.floor - SLACK]
+        self.proof.cut["bound"] += sum(node.count() for _, _, node in heap) - sum(node.count() for node in left)
         self.proof.open = sum(node.count() for node in left)
         self._close(left)
 
@@ -994,7 +1041,8 @@ class Optimiser:
         lacking = np.empty(node.allowed.shape)
         if m:
             order = self.problem.roots[node.root].order
-            worths = _worths(w, prices, order, node.position, node.candidate, node.theta, potentials)
+            worths = np.empty(node.allowed.shape)
+            self._spread(_worths, len(worths), w, prices, order, node.position, node.candidate, node.theta, potentials, worths)
             lacking = np.where(node.allowed, values.tops[node.position][:, None] - worths, np.inf)
         decisions = []
         for p in range(m - 1):
@@ -1052,7 +1100,8 @@ class Optimiser:
         fixed = *self._leave(root, early), np.array([k for k, _, _ in early], np.int64)
         key = self._key(self.best) if self.best else (math.inf, math.inf)
         best, found, tally = np.tile(key, (CHUNKS, 1)), np.zeros((CHUNKS, 7), np.int64), np.zeros((CHUNKS, 3), np.int64)
-        _scan(
+        self._spread(
+            *(_scan, outer[0].size * lasts[0].size * inner[0].size),
             *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root), order, planes, self.limits),
             *(problem.target, problem.second, self.floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally),
         )
@@ -1152,7 +1201,8 @@ class Optimiser:
         thetas = part.order.shape[1]
         k, t = np.repeat(candidates, thetas), np.tile(np.arange(thetas), candidates.size)
         best, found = np.tile(value, (CHUNKS, 1)), np.full((CHUNKS, 3), -1)
-        _improve(
+        self._spread(
+            *(_improve, k.size),
             *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root), part.order, problem.limits),
             *(problem.target, problem.second, problem.min_miou, who, after, chain, position, k, t, part.allowed[k, t], counts, best, found),
         )
@@ -1163,7 +1213,7 @@ class Optimiser:
 # === Anytime ===
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _anytime(first, exit_of, mious, resources, limits, floor, target, most, horizon, span, extensions, best, best_chain):
     """Depth-first search over the chains of candidates, without decisions, that begin with one candidate.
 
@@ -1210,10 +1260,7 @@ def _anytime(first, exit_of, mious, resources, limits, floor, target, most, hori
         _chain_costs(kind, prefix, head, no_decision, exit_of, chain[: depth + 1], counts[: depth + 1], costs)
         mean = (area[depth + 1] + mious[k] * (horizon - arrives)) / horizon
         scored += 1
-        fits = mean >= floor - ROUNDING
-        for r in range(kind.size):
-            if costs[r] > bounds[r] * (1 + ROUNDING):
-                fits = False
+        fits = mean >= floor - ROUNDING and _within(costs, bounds)
         value = costs[target] if target >= 0 else -mean
         tie = -mean if target >= 0 else costs[0]
         if fits and (value < best[0] or (value == best[0] and tie < best[1])):
