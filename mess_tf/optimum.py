@@ -22,6 +22,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -39,6 +40,8 @@ MEAN, P90, TOTAL, PEAK = range(4)
 P90_SHARE = 0.9
 # Of the softened maximum, in mIoU; coarse first, so that the search for potentials neither stalls nor stops too early.
 TEMPERATURES = (1e-3, 3e-4, 1e-4)
+# What the costs of the original network are worth in mIoU, where a search for good configurations starts.
+START_PRICES = (0.01, 0.02, 0.04, 0.08, 0.16)
 # What is scored at once, in steps over sorted images: what takes less time than to bound it again, and what is not branched.
 CHEAP_STEPS = 1e5
 SCAN_STEPS = 3e9
@@ -477,10 +480,8 @@ def _improve(
     problem,
     resources,
     order,
-    limits,
-    target,
+    wish,
     second,
-    floor,
     who,
     after,
     chain,
@@ -496,6 +497,7 @@ def _improve(
     """The best decision at one position of a chain, the others staying as they are; exact.
 
     Args:
+      wish: see `_Wish`.
       who: int64 [I], candidate of each image that has left before, else -1.
       after: int64 [I], position in the chain where an image leaves that stays here.
       chain: int64 [m], candidates; the one at `position` is replaced.
@@ -504,6 +506,7 @@ def _improve(
     """
     tp, fp, labelled, exit_of = problem
     kind, prefix, head, decision = resources
+    floor, limits, weight, prices = wish
     images, classes = who.size, labelled.size
     start_t, start_f = np.zeros(classes), np.zeros(classes)
     start_counts = counts_of.copy()
@@ -535,11 +538,13 @@ def _improve(
             if not allowed[n, a]:
                 continue
             miou = _miou(t, f, labelled)
-            if miou < floor - ROUNDING or (target < 0 and -miou > best[chunk, 0]):
+            if miou < floor - ROUNDING or -weight * miou > best[chunk, 0]:
                 continue
             _chain_costs(kind, prefix, head, decision, exit_of, chain_here, counts, costs)
-            value = costs[target] if target >= 0 else -miou
-            tie = -miou if target >= 0 else costs[second]
+            value = -weight * miou
+            for r in range(costs.size):
+                value += prices[r] * costs[r]
+            tie = costs[second] if weight else -miou
             if _within(costs, limits) and (value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1])):
                 best[chunk, 0], best[chunk, 1] = value, tie
                 found[chunk, 0], found[chunk, 1], found[chunk, 2] = k, theta[n], a + 1
@@ -610,6 +615,15 @@ class _Values:
     lasts: np.ndarray
 
 
+class _Wish(NamedTuple):
+    """What a configuration is judged by: the least of prices · costs - weight · mIoU, with at least `floor` mIoU and within the limits [R]."""
+
+    floor: float
+    limits: np.ndarray
+    weight: float
+    prices: np.ndarray
+
+
 class _Pruned(Exception):
     """The bound of a node fell below what is needed."""
 
@@ -631,6 +645,10 @@ class Optimiser:
         self.exits = int(problem.exit_of[-1]) + 1
         self.images = problem.tp.shape[1]
         self.prices = np.zeros(problem.limits.size)
+        priced = np.zeros(problem.limits.size)
+        priced[max(problem.target, 0)] = problem.target >= 0
+        self.wish = _Wish(problem.min_miou, problem.limits, float(problem.target < 0), priced)
+        self.value = (math.inf, math.inf)
 
     def _spread(self, kernel, orders: int, *arguments) -> None:
         """Runs all chunks of a kernel that passes over so many orders."""
@@ -656,9 +674,12 @@ class Optimiser:
             limits[target] = min(limits[target], self.best.costs[target] * (1 if equal else 1 - 1e-9))
         return limits
 
-    def _key(self, found: Found) -> tuple[float, float]:
-        target = self.problem.target
-        return (found.costs[target], -found.miou) if target >= 0 else (-found.miou, found.costs[self.problem.second])
+    def _judge(self, found: Found, wish: _Wish) -> tuple[float, float]:
+        """Value and tie-breaker, smaller is better; infinite if a constraint is broken."""
+        costs = np.array(found.costs)
+        if found.miou < wish.floor - ROUNDING or (costs > wish.limits * (1 + ROUNDING)).any():
+            return math.inf, math.inf
+        return float(wish.prices @ costs - wish.weight * found.miou), found.costs[self.problem.second] if wish.weight else -found.miou
 
     def _score(self, root: int, early: Sequence[tuple[int, int, int]], last: int) -> Found:
         """Scores a configuration from its definition."""
@@ -683,13 +704,11 @@ class Optimiser:
             counts[j] = leaving.size
         return who, counts
 
-    def _offer(self, found: Found) -> bool:
+    def _offer(self, found: Found) -> None:
         """Takes a configuration if it meets the constraints and is better than the best."""
-        meets = found.miou >= self.problem.min_miou - ROUNDING and (np.array(found.costs) <= self.problem.limits * (1 + ROUNDING)).all()
-        if not meets or (self.best and self._key(found) >= self._key(self.best)):
-            return False
-        self.best = found
-        return True
+        value = self._judge(found, self.wish)
+        if value < self.value:
+            self.best, self.value = found, value
 
     def _resources(self, root: int) -> tuple[np.ndarray, ...]:
         resources = self.problem.roots[root].resources
@@ -961,7 +980,8 @@ class Optimiser:
             node.potentials[:] = w[node.lasts[worths.argmax()]]
         values = self._descend(node, w, constant, linear)
         self.prices = node.prices
-        self._polish(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]))
+        finite = np.where(np.isfinite(self.limits), np.maximum(self.limits, 1e-300), np.inf)
+        self._polish(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]), node.prices / finite)
         potentials = self._priced(node.potentials, node.prices, self._to_go(node, linear))
         count, spare = node.count(), values.bound - self.floor
         values = self._evaluate(node, w, constant, node.prices, potentials, linear, spare + SLACK)
@@ -1098,8 +1118,7 @@ class Optimiser:
     def _scan_pattern(self, root: int, early, outer, lasts, inner, allowed, budget: float, planes) -> None:
         problem, order = self.problem, self.problem.roots[root].order
         fixed = *self._leave(root, early), np.array([k for k, _, _ in early], np.int64)
-        key = self._key(self.best) if self.best else (math.inf, math.inf)
-        best, found, tally = np.tile(key, (CHUNKS, 1)), np.zeros((CHUNKS, 7), np.int64), np.zeros((CHUNKS, 3), np.int64)
+        best, found, tally = np.tile(self.value, (CHUNKS, 1)), np.zeros((CHUNKS, 7), np.int64), np.zeros((CHUNKS, 3), np.int64)
         self._spread(
             *(_scan, outer[0].size * lasts[0].size * inner[0].size),
             *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root), order, planes, self.limits),
@@ -1108,23 +1127,25 @@ class Optimiser:
         self.proof.scored += int(tally[:, 0].sum())
         self.proof.cut["limit"] += int(tally[:, 1].sum())
         self.proof.cut["linear_bound"] += int(tally[:, 2].sum())
-        for chunk in np.flatnonzero((best != key).any(axis=1)):
+        for chunk in np.flatnonzero((best < self.value).any(axis=1)):
             k0, t0, cut0, k1, t1, cut1, last = found[chunk].tolist()
             self._offer(self._score(root, (*early, *([(k0, t0, cut0)] if k0 >= 0 else []), (k1, t1, cut1)), last))
 
     # --- Good configurations to start from ---
 
     def _start(self) -> None:
-        """Looks for a good configuration: the best single exits, improved step by step, in every part of the space."""
+        """Looks for good configurations: single exits, then those that price costs in various ways, in every part of the space."""
         self.tried: set[tuple] = set()
+        final = self.problem.exit_of.size - 1
         for root, part in enumerate(self.problem.roots):
             if part.least == 0:
-                for k in range(self.problem.exit_of.size):
+                for k in range(final + 1):
                     self._offer(self._score(root, (), k))
-        for root, part in enumerate(self.problem.roots):
-            if part.most:
-                last = self.best.last if self.best else self.problem.exit_of.size - 1
-                self._polish(root, self._nearest(root, self.best.early) if self.best else [], last)
+            original = np.array(self._score(root, (), final).costs)
+            priced = np.isfinite(self.problem.limits) | (self.wish.prices > 0)
+            for price in START_PRICES if part.most else ():
+                early = self._nearest(root, self.best.early) if self.best and len(self.best.early) <= part.most else []
+                self._polish(root, early, self.best.last if self.best else final, price * priced / np.maximum(original, 1e-300))
 
     def _refer(self) -> None:
         """Takes the class sums of the best configuration, else of the original network, as the reference of all planes."""
@@ -1146,21 +1167,23 @@ class Optimiser:
             nearest.append((k, t, int(cuts[np.abs(cuts - cut).argmin()])))
         return nearest
 
-    def _polish(self, root: int, early: Sequence[tuple[int, int, int]], last: int) -> None:
+    def _polish(self, root: int, early: Sequence[tuple[int, int, int]], last: int, prices: np.ndarray) -> None:
+        """Improves a configuration step by step, first with priced costs in place of all constraints, and offers the result."""
+        free = _Wish(0.0, np.full_like(prices, np.inf), 1.0, prices)
+        configuration = list(early), last
+        for wish in (free, self.wish):
+            pattern = root, wish.weight, tuple(k for k, _, _ in configuration[0]), configuration[1]
+            if pattern in self.tried:
+                return
+            self.tried.add(pattern)
+            configuration = self._climb(root, *configuration, wish)
+        if len(configuration[0]) >= self.problem.roots[root].least:
+            self._offer(self._score(root, *configuration))
+
+    def _climb(self, root: int, early, last: int, wish: _Wish) -> tuple[list[tuple[int, int, int]], int]:
         """Changes one exit at a time, adds and drops exits, for as long as the configuration gets better."""
         part, exit_of = self.problem.roots[root], self.problem.exit_of
-        early = list(early)
-        pattern = (root, tuple(k for k, _, _ in early), last)
-        if pattern in self.tried:
-            return
-        self.tried.add(pattern)
-
-        def key(configuration) -> tuple[float, float]:
-            found = self._score(root, *configuration)
-            meets = found.miou >= self.problem.min_miou - ROUNDING and (np.array(found.costs) <= self.problem.limits * (1 + ROUNDING)).all()
-            return self._key(found) if meets else (math.inf, math.inf)
-
-        current, value, improved = (early, last), key((early, last)), True
+        current, value, improved = (early, last), self._judge(self._score(root, early, last), wish), True
         while improved and time.perf_counter() < self.deadline:
             improved = False
             for e in range(self.exits - 1):
@@ -1174,20 +1197,19 @@ class Optimiser:
                     others, options = chosen, []
                 else:
                     continue
-                if (decision := self._best_decision(root, others, last, position, e, value)) is not None:
-                    options.append((others[:position] + [decision] + others[position:], last))
+                if (decision := self._best_decision(root, others, last, position, e, wish, value)) is not None:
+                    options.append(([*others[:position], decision, *others[position:]], last))
                 for option in options:
-                    if (new := key(option)) < value:
+                    if (new := self._judge(self._score(root, *option), wish)) < value:
                         current, value, improved = option, new, True
             chosen, last = current
             behind = int(exit_of[chosen[-1][0]]) if chosen else -1
             for k in np.flatnonzero(exit_of > behind).tolist():
-                if (new := key((chosen, k))) < value:
+                if (new := self._judge(self._score(root, chosen, k), wish)) < value:
                     current, value, improved = (chosen, k), new, True
-        if value[0] < math.inf and part.least <= len(current[0]):
-            self._offer(self._score(root, *current))
+        return current
 
-    def _best_decision(self, root: int, others, last: int, position: int, e: int, value) -> tuple[int, int, int] | None:
+    def _best_decision(self, root: int, others, last: int, position: int, e: int, wish: _Wish, value) -> tuple[int, int, int] | None:
         """The best decision at exit `e`, in front of `others[position:]`, if it beats `value`."""
         problem, part = self.problem, self.problem.roots[root]
         who, before = self._leave(root, others[:position])
@@ -1203,8 +1225,8 @@ class Optimiser:
         best, found = np.tile(value, (CHUNKS, 1)), np.full((CHUNKS, 3), -1)
         self._spread(
             *(_improve, k.size),
-            *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root), part.order, problem.limits),
-            *(problem.target, problem.second, problem.min_miou, who, after, chain, position, k, t, part.allowed[k, t], counts, best, found),
+            *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root), part.order),
+            *(wish, problem.second, who, after, chain, position, k, t, part.allowed[k, t], counts, best, found),
         )
         chunk = min(range(CHUNKS), key=lambda c: tuple(best[c]))
         return tuple(found[chunk].tolist()) if found[chunk, 0] >= 0 else None
