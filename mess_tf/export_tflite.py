@@ -57,20 +57,19 @@ def head_macs(network: MultiExitNetwork, candidate: str, size: tuple[int, int]) 
     return 0 if candidate == FINAL else model_cost(network.heads[candidate], feature_sizes(network, size)).macs
 
 
-def policy_name(network: MultiExitNetwork, candidate: str, size: tuple[int, int], mode: str) -> str:
+def policy_name(network: MultiExitNetwork, candidate: str, size: tuple[int, int], mode: str, fidelity: str) -> str:
     """Name of the submodel from this candidate's logits to `mask`, or to mask and `plain` or `edge` confidence."""
     height, width = logits_size(network, candidate, size)
-    return f"{mode}.{height}x{width}"
+    return f"{mode}{_suffix(fidelity)}.{height}x{width}"
 
 
-def result(logits: tf.Tensor, size: tuple[int, int], theta_pix: float | None, edge_aware: bool) -> dict[str, tf.Tensor]:
-    """What an exit returns, from its logits [1, h, w, C]: `mask` uint8 [1, H, W] and, with a threshold, `confident_pixels` int32 [1]."""
-    upsampled = policy.upsample(logits, size)
-    outputs = {bundles.MASK: policy.mask(upsampled)}
-    if theta_pix is not None:
-        window = policy.median_window(size, logits)
-        outputs[bundles.CONFIDENT_PIXELS] = policy.confident_pixels(upsampled, outputs[bundles.MASK], [theta_pix], edge_aware, window)
-    return outputs
+def head_name(candidate: str, fidelity: str) -> str:
+    """Name of the submodel from the tensors that a candidate reads to its mask."""
+    return f"head{_suffix(fidelity)}.{candidate}"
+
+
+def _suffix(fidelity: str) -> str:
+    return "" if fidelity == policy.EXACT else f"-{fidelity}"
 
 
 def convert(graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> bytes:
@@ -130,14 +129,14 @@ def check_ops(content: bytes) -> None:
                 raise ExportError(f"shapes: must be static, got {list(tensor.shapeSignature)} for {tensor.name.decode()}")
 
 
-def check_parity(content: bytes, graph: Graph, inputs: Mapping[str, np.ndarray], logits: Callable[..., tf.Tensor] | None) -> None:
+def check_parity(content: bytes, graph: Graph, inputs: Mapping[str, np.ndarray], logits: Callable[..., tf.Tensor] | None = None) -> None:
     """Raises ExportError if a file and the function it was made from disagree.
 
     Args:
       content: the .tflite.
       graph: the function.
       inputs: what to run both on.
-      logits: gives the upsampled logits behind `mask`; pixels whose two best classes are within the tolerance may differ (ties).
+      logits: gives the logits behind `mask`; pixels whose two best classes are within the tolerance may differ (ties).
     """
     interpreter = Interpreter(model_content=content, num_threads=1)
     got = interpreter.get_signature_runner(bundles.SIGNATURE)(**inputs)
@@ -145,7 +144,7 @@ def check_parity(content: bytes, graph: Graph, inputs: Mapping[str, np.ndarray],
     for name, value in graph(**tensors).items():
         expected = value.numpy()
         if name == bundles.MASK:
-            best = np.sort(logits(**tensors).numpy(), axis=-1)
+            best = np.sort(tf.image.resize(logits(**tensors), expected.shape[1:]).numpy(), axis=-1)
             tie = best[..., -1] - best[..., -2] <= LOGITS_TOLERANCE * max(1.0, np.abs(best).max())
             wrong = int(((got[name] != expected) & ~tie).sum())
             if wrong:
@@ -158,10 +157,10 @@ def check_parity(content: bytes, graph: Graph, inputs: Mapping[str, np.ndarray],
 
 
 class Exporter:
-    """Writes checked submodels of one network at one input size."""
+    """Writes checked submodels of one network at one input size and one fidelity of the policy (see `policy.decide`)."""
 
-    def __init__(self, network: MultiExitNetwork, size: tuple[int, int]):
-        self.network, self.size = network, size
+    def __init__(self, network: MultiExitNetwork, size: tuple[int, int], fidelity: str = policy.EXACT):
+        self.network, self.size, self.fidelity = network, size, fidelity
         nodes = graph_nodes(with_input_size(network.original, size))
         self.shapes = {node.name: tuple(node.output.shape) for node in nodes}
         image = np.random.default_rng(0).uniform(0, 255, self.shapes[bundles.IMAGE]).astype(np.float32)
@@ -189,10 +188,10 @@ class Exporter:
             return self.network.head_logits(candidate, features)
 
         self.write(
-            folder / f"head.{candidate}.tflite",
-            lambda **features: result(logits(**features), self.size, None, False),
+            folder / f"{head_name(candidate, self.fidelity)}.tflite",
+            lambda **features: policy.decide(logits(**features), self.size, [], self.fidelity),
             self.network.taps(candidate),
-            lambda **features: policy.upsample(logits(**features), self.size),
+            logits,
         )
 
     def policies(self, folder: Path) -> None:
@@ -200,14 +199,14 @@ class Exporter:
         for candidate in {logits_size(self.network, name, self.size): name for name in self.network.candidates}.values():
             shape = (1, *logits_size(self.network, candidate, self.size), self.network.num_classes)
             example = np.random.default_rng(0).normal(0, 4, shape).astype(np.float32)
-            for mode, theta_pix in (("mask", None), ("plain", 0.9), ("edge", 0.9)):
+            for mode, thresholds in (("mask", []), ("plain", [(0.9, False)]), ("edge", [(0.9, True)])):
 
-                def graph(logits, theta_pix=theta_pix, edge_aware=mode == "edge"):
-                    return result(logits, self.size, theta_pix, edge_aware)
+                def graph(logits, thresholds=thresholds):
+                    return policy.decide(logits, self.size, thresholds, self.fidelity)
 
                 content = convert(graph, {"logits": shape})
-                check_parity(content, graph, {"logits": example}, lambda logits: policy.upsample(logits, self.size))
-                path = folder / f"{policy_name(self.network, candidate, self.size, mode)}.tflite"
+                check_parity(content, graph, {"logits": example}, lambda logits: logits)
+                path = folder / f"{policy_name(self.network, candidate, self.size, mode, self.fidelity)}.tflite"
                 bundles.write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
 
     def submodel(self, folder: Path, candidate: str) -> None:
@@ -215,9 +214,9 @@ class Exporter:
         model = self.network.submodel([candidate])
         self.write(
             folder / f"{candidate}.tflite",
-            lambda image: result(model(image, training=False)[candidate], self.size, None, False),
+            lambda image: policy.decide(model(image, training=False)[candidate], self.size, [], self.fidelity),
             [bundles.IMAGE],
-            lambda image: policy.upsample(model(image, training=False)[candidate], self.size),
+            lambda image: model(image, training=False)[candidate],
         )
 
     def bundle(self, folder: Path, configuration: Configuration, predicted: bundles.Predicted, classes: Sequence[str]) -> None:
@@ -252,13 +251,15 @@ class Exporter:
             shutil.rmtree(fresh, ignore_errors=True)
 
     def _segment(self, folder: Path, choice: ExitChoice, model: keras.Model, edge_aware: bool, macs: int) -> bundles.Segment:
+        thresholds = [] if choice.theta_pix is None else [(choice.theta_pix, edge_aware)]
+
         def graph(**tensors):
             outputs = dict(model(tensors, training=False))
-            return result(outputs.pop("logits"), self.size, choice.theta_pix, edge_aware) | outputs
+            return policy.decide(outputs.pop("logits"), self.size, thresholds, self.fidelity) | outputs
 
         names = list(model.input)
         path = folder / f"segment-{choice.exit}.tflite"
-        self.write(path, graph, names, lambda **tensors: policy.upsample(model(tensors, training=False)["logits"], self.size))
+        self.write(path, graph, names, lambda **tensors: model(tensors, training=False)["logits"])
         return bundles.Segment(
             exit=choice.exit,
             head=choice.head,

@@ -18,7 +18,6 @@ from mess_tf.search import arrival_costs, evaluate_configuration, macs_costs
 
 SIZE = (32, 64)
 HEADS = ("fcn-r1-b0", "decoder-r2-b1-d2")
-THETAS = (0.17, 0.19)  # where the confidences of random weights lie
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +36,11 @@ def made(tmp_path_factory):
     run = tf.function(network.submodel(network.candidates))
     for _ in range(40):  # moving statistics of the batch normalisation, without which random weights make constant logits
         run(images, training=True)
+    probabilities = [tf.nn.softmax(logits).numpy().max(-1) for logits in run(images, training=False).values()]
+    thetas = np.quantile(np.concatenate([each.ravel() for each in probabilities]), [0.5, 0.7])
     folder = tmp_path_factory.mktemp("export")
     export_candidates(network, SIZE, folder / "candidates")
-    stats = calibrate(network, examples, "val", SIZE, folder / "candidates", THETAS)
+    stats = calibrate(network, examples, "val", SIZE, folder / "candidates", thetas.tolist())
     return network, examples, folder, stats
 
 
@@ -55,7 +56,7 @@ def choices_of(stats, edge_aware: bool) -> list[ExitChoice]:
     choices = []
     for candidate in (f"exit1.{HEADS[0]}", f"exit2.{HEADS[1]}"):
         shares = stats.confident[stats.candidates.index(candidate), :, 0, int(edge_aware)] / stats.pixels
-        choices.append(ExitChoice(*candidate.split("."), THETAS[0], float(np.sort(shares)[len(shares) // 2])))
+        choices.append(ExitChoice(*candidate.split("."), float(stats.theta_pix[0]), float(np.sort(shares)[len(shares) // 2])))
     return [*choices, ExitChoice(*FINAL.split("."))]
 
 
