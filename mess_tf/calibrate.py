@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, SIGNATURE, file_sha256
-from mess_tf import configs, metrics, policy
+from mess_tf import configs, graphs, metrics, policy
 from mess_tf.costs import model_cost
 from mess_tf.data import Examples, evaluation_batches, open_split, resize_image, resize_label
 from mess_tf.export_tflite import CANDIDATES, convert, head_macs, head_name, policy_name
@@ -56,8 +56,8 @@ def calibrate(
 
     @functools.cache
     def policy_runner(shape: tuple[int, ...]):
-        content = convert(lambda logits: policy.decide(logits, size, thresholds, fidelity), {"logits": shape})
-        return Interpreter(model_content=content, num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
+        graph = convert(lambda logits: policy.decide(logits, size, thresholds, fidelity), {"logits": shape})
+        return Interpreter(model_content=graphs.write({SIGNATURE: graph}), num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
 
     num_classes = examples.info.num_classes
     counts = np.zeros((3, len(candidates), len(examples), num_classes), np.int64)

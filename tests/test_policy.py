@@ -6,7 +6,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from scipy import ndimage
 
-from mess_tf import policy
+from mess_tf import graphs, policy
 from mess_tf.export_tflite import convert
 from mess_tf.policy import EXACT, FIDELITIES, LOW, LOW_CONFIDENCE, decide
 
@@ -73,8 +73,8 @@ def test_low_fidelity_counts_at_the_size_of_the_logits():
 @pytest.mark.parametrize("fidelity", FIDELITIES)
 def test_tflite_equals_tensorflow(fidelity):
     logits = random_logits(2, 3.0, 6, 7)
-    content = convert(lambda logits: decide(logits, SIZE, THRESHOLDS, fidelity), {"logits": logits.shape})
-    outputs = Interpreter(model_content=content).get_signature_runner("serve")(logits=logits)
+    graph = convert(lambda logits: decide(logits, SIZE, THRESHOLDS, fidelity), {"logits": logits.shape})
+    outputs = Interpreter(model_content=graphs.write({"serve": graph})).get_signature_runner("serve")(logits=logits)
     expected = decide(tf.constant(logits), SIZE, THRESHOLDS, fidelity)
     assert outputs.keys() == expected.keys()
     for name, value in expected.items():
