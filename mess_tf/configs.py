@@ -157,13 +157,15 @@ class ExitsConfig:
     """The exits of a network.
 
     Attributes:
-      count: number of exits, the final one included (the paper's N).
+      count: number of exits, the final one included (the paper's N); early exits are put at equal workload.
+      layers: names of the backbone's layers to put early exits at instead, shallow to deep; count means nothing then.
       final_head: the original network's own head.
       plain_head: the head of every early exit in stage 1.
       heads: the candidate heads of stage 2 at every exit point; empty for the whole space of 120.
     """
 
     count: int = 6
+    layers: tuple[str, ...] = ()
     final_head: str = "decoder-r1-b0"
     plain_head: str = "decoder-r1-b0"
     heads: tuple[str, ...] = ()
