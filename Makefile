@@ -1,10 +1,11 @@
 # make demo: the whole path on synthetic data, in minutes on a CPU.   make test: the test suite.   make lint: style.
+# make notebooks: every notebook, from start to end, at a small size.
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/ready
 export TF_CPP_MIN_LOG_LEVEL = 2
 
-.PHONY: demo demo-commands test lint
+.PHONY: demo demo-commands test notebooks lint
 
 demo: $(READY)
 	@start=$$(date +%s) && $(MAKE) --no-print-directory demo-commands && echo "make demo: $$(($$(date +%s) - start)) seconds"
@@ -21,7 +22,10 @@ demo-commands:
 	$(BIN)/python benchmarks/closed_loop.py --workdir=runs/demo --split=val
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not device"
+	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 2 --dist loadscope
+
+notebooks: $(READY)
+	$(BIN)/python -m pytest -q -m notebook
 
 lint: $(READY)
 	$(BIN)/ruff check .

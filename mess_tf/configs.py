@@ -77,10 +77,11 @@ class BackboneConfig:
     """A feature extractor.
 
     Attributes:
-      name: `mobilenet_v2`, `efficientnet_lite0` or `resnet50` (with output_stride 8: the paper's DRN-50).
+      name: `mobilenet_v2`, `efficientnet_lite0`, `resnet50` (with output_stride 8: the paper's DRN-50), or `keras_file`: a whole
+        segmentation network of your own, saved by Keras; `exits.final_head` is not used then.
       width: channel multiplier of mobilenet_v2.
       output_stride: image size over feature size at the end; lost strides become dilation.
-      weights: `none` (random), `imagenet` (download by keras.applications) or a file.
+      weights: `none` (random), `imagenet` (download by keras.applications) or a file; of `keras_file`, the .keras file.
       batch_norm_momentum: of the moving statistics, in the backbone and in all heads.
     """
 
@@ -91,8 +92,10 @@ class BackboneConfig:
     batch_norm_momentum: float = 0.95
 
     def __post_init__(self):
-        names = ("mobilenet_v2", "efficientnet_lite0", "resnet50")
+        names = ("mobilenet_v2", "efficientnet_lite0", "resnet50", "keras_file")
         _check(self.name in names, "backbone.name", f"one of {names}", self.name)
+        is_file = self.name != "keras_file" or self.weights.endswith(".keras")
+        _check(is_file, "backbone.weights", "a .keras file with backbone.name=keras_file", self.weights)
         _check(self.output_stride in (8, 16, 32), "backbone.output_stride", "8, 16 or 32", self.output_stride)
         _check(
             self.width > 0 and (self.width == 1 or self.name == "mobilenet_v2"),
@@ -154,13 +157,15 @@ class ExitsConfig:
     """The exits of a network.
 
     Attributes:
-      count: number of exits, the final one included (the paper's N).
+      count: number of exits, the final one included (the paper's N); early exits are put at equal workload.
+      layers: names of the backbone's layers to put early exits at instead, shallow to deep; count means nothing then.
       final_head: the original network's own head.
       plain_head: the head of every early exit in stage 1.
       heads: the candidate heads of stage 2 at every exit point; empty for the whole space of 120.
     """
 
     count: int = 6
+    layers: tuple[str, ...] = ()
     final_head: str = "decoder-r1-b0"
     plain_head: str = "decoder-r1-b0"
     heads: tuple[str, ...] = ()
@@ -186,7 +191,8 @@ class StageConfig:
       distillation: `none`, `all` (everywhere) or `filtered` (where the final exit is right). Only with trains=`heads`.
       alpha: weight of distillation against cross-entropy.
       temperature: of both softmaxes in distillation.
-      epochs, batch_size, learning_rate, final_learning_rate, power, momentum, weight_decay: SGD with Nesterov momentum, polynomial
+      epochs: 0 leaves the stage out, as for a network that comes trained.
+      batch_size, learning_rate, final_learning_rate, power, momentum, weight_decay: SGD with Nesterov momentum, polynomial
         schedule, decoupled decay.
       label_smoothing: share of the target spread over all classes.
       class_weights: `none` or `sqrt_median_frequency`.
@@ -228,7 +234,8 @@ class StageConfig:
             ("precision", ("float32", "mixed_bfloat16")),
         ):
             _check(getattr(self, name) in options, f"stage.{name}", f"one of {options}", getattr(self, name))
-        for name in ("epochs", "batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps"):
+        _check(self.epochs >= 0, "stage.epochs", "at least 0", self.epochs)
+        for name in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps"):
             _check(getattr(self, name) >= 1, f"stage.{name}", "at least 1", getattr(self, name))
         for name in ("alpha", "label_smoothing"):
             _check(0 <= getattr(self, name) <= 1, f"stage.{name}", "in [0, 1]", getattr(self, name))
@@ -256,21 +263,29 @@ class Config:
 # Twelve heads per exit point, all kinds, reductions and depths among them: the candidates of the quick recipes.
 TWELVE_HEADS = (
     "fcn-r1-b0",
-    "fcn-r2-b0",
-    "fcn-r1-b1-d2",
-    "fcn-r2-b2-d2",
+    "fcn-r1-b2-d2",
+    "fcn-r2-b3-d2",
+    "fcn-r4-b0",
     "deeplab-r1-b0",
-    "deeplab-r2-b0",
+    "deeplab-r1-b2-d2",
     "deeplab-r4-b0",
-    "deeplab-r1-b1-d2",
     "decoder-r1-b0",
-    "decoder-r2-b0",
-    "decoder-r4-b0",
     "decoder-r1-b1-d2",
+    "decoder-r1-b3-d2",
+    "decoder-r2-b2-d2",
+    "decoder-r4-b0",
 )
 
 RECIPES = {
     "default": Config(),
+    # Every command on a few tiny scenes: does it run here? Under a minute, and the masks mean nothing.
+    "smoke": Config(
+        data=DataConfig(input_size=(48, 64), synthetic_train=16, synthetic_val=8),
+        backbone=BackboneConfig(width=0.35),
+        exits=ExitsConfig(count=3, heads=("fcn-r2-b0", "decoder-r1-b0")),
+        stage1=StageConfig(epochs=2, eval_epochs=2),
+        stage2=StageConfig(trains="heads", distillation="filtered", epochs=1, eval_epochs=1),
+    ),
     # `make demo`: synthetic streets at 96x128, a thin MobileNetV2 from scratch; minutes on 2 cores.
     "demo": Config(
         backbone=BackboneConfig(width=0.5),
@@ -296,20 +311,19 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
       ValueError: for an unknown section or field (the nearest names are listed) or a value of another type.
     """
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    documents = {name: dataclasses.asdict(section) for name, section in sections.items()}
     for override in overrides:
         path, separator, text = override.partition("=")
         section, _, field = path.partition(".")
         _check(bool(separator and field), "--set", "section.field=value", override)
-        sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        _known(section, sections, "--set")
+        _known(section, documents, "--set")
+        _known(field, documents[section], f"--set {section}")
         try:
-            value = json.loads(text)
+            documents[section][field] = json.loads(text)
         except json.JSONDecodeError:
-            value = text
-        document = dataclasses.asdict(sections[section])
-        _known(field, document, f"--set {section}")
-        config = dataclasses.replace(config, **{section: _from_dict(type(sections[section]), document | {field: value}, section)})
-    return config
+            documents[section][field] = text
+    return dataclasses.replace(config, **{name: _from_dict(type(sections[name]), documents[name], name) for name in sections})
 
 
 def check_recipe(name: str) -> None:

@@ -147,15 +147,16 @@ class MultiExitNetwork:
         return segments
 
 
-def convert(model: keras.Model, exits: int, input_size: tuple[int, int], from_logits: bool = True) -> MultiExitNetwork:
+def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[int, int]) -> MultiExitNetwork:
     """Turns any functional segmentation network into a multi-exit network; its layers and weights are used as they are.
 
     Args:
       model: functional or a built Sequential, one image [B, H, W, 3] to one map [B, h, w, C] (any h, w; it is resized
-        to the image bilinearly).
-      exits: number of exits, the final one included; early ones are found at equal workload (mess.md, section 2).
+        to the image bilinearly). The image holds 0..255: a network that wants something else starts with a layer that makes it so. The
+        map holds logits, or probabilities if a softmax follows the last layer with weights.
+      exits: number of exits, the final one included, of which the early ones are put at equal workload (mess.md, section 2), or the
+        names of the layers to put early exits at.
       input_size: (height, width) in pixels for which the workload is counted.
-      from_logits: False if the model's output has passed a softmax.
 
     Returns:
       A network without early heads (see `MultiExitNetwork.add_heads`).
@@ -169,7 +170,7 @@ def convert(model: keras.Model, exits: int, input_size: tuple[int, int], from_lo
     if len(model.inputs) != 1 or len(shapes) != 2 or len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][3] != 3:
         raise ValueError(f"model: must map one image [B, H, W, 3] to one map [B, h, w, C], got inputs and outputs of shapes {shapes}")
     network = _flatten(keras.Model(model.inputs[0], model.outputs[0], name=model.name))
-    if not from_logits:
+    if _ends_in_softmax(network):
         network = keras.Model(network.input, LogProbability()(network.output), name=network.name)
     return MultiExitNetwork(network, find_exit_points(network, exits, input_size))
 
@@ -179,6 +180,15 @@ def _is_graph(operation) -> bool:
     if isinstance(operation, keras.Sequential):
         return operation.built
     return isinstance(operation, keras.Model) and hasattr(operation, "operations")
+
+
+def _ends_in_softmax(model: keras.Model) -> bool:
+    """Whether a softmax is applied in or after the last layer that has weights."""
+    for node in reversed(graph_nodes(model)):
+        softmax = getattr(node.operation, "activation", None) is keras.activations.softmax
+        if softmax or type(node.operation).__name__ == "Softmax" or getattr(node.operation, "weights", ()):
+            return softmax or type(node.operation).__name__ == "Softmax"
+    return False
 
 
 def _flatten(model: keras.Model) -> keras.Model:
@@ -201,13 +211,32 @@ def _flatten(model: keras.Model) -> keras.Model:
 
 
 def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
-    """Builds the backbone with the original network's own head (`exits.final_head`), and converts it; no early heads yet."""
+    """Builds the backbone with the original network's own head (`exits.final_head`), or loads a whole network, and converts it.
+
+    Returns:
+      A network without early heads.
+
+    Raises:
+      FileNotFoundError, ValueError: for a .keras file that is not there, cannot be read, or has other classes than the data.
+    """
+    if config.backbone.name == "keras_file":
+        path = config.backbone.weights
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"backbone.weights: there is no file {path!r}")
+        try:
+            original = keras.models.load_model(path, compile=False)
+        except (TypeError, ValueError, OSError) as error:
+            raise ValueError(f"backbone.weights: Keras cannot load {path!r}: {error}") from error
+        network = convert(original, config.exits.layers or config.exits.count, config.data.input_size)
+        if network.num_classes != num_classes:
+            raise ValueError(f"backbone.weights: {path!r} must have the data's {num_classes} classes, got {network.num_classes}")
+        return network
     backbone = build_backbone(config.backbone)
     point = final_point(backbone, config.data.input_size)
     head = build_head(HeadSpec.parse(config.exits.final_head), point, num_classes, config.backbone.batch_norm_momentum)
     tensors = {node.name: node.output for node in graph_nodes(backbone)}
     original = keras.Model(backbone.input, head([tensors[tensor.name] for tensor in head.inputs]), name=config.backbone.name)
-    return convert(original, config.exits.count, config.data.input_size)
+    return convert(original, config.exits.layers or config.exits.count, config.data.input_size)
 
 
 def best_weights(workdir: str, stage: str) -> str:
@@ -217,7 +246,8 @@ def best_weights(workdir: str, stage: str) -> str:
 
 def load_network(workdir: str, config: Config, num_classes: int) -> MultiExitNetwork:
     """Rebuilds a trained network: with all candidate heads after stage 2, with the plain ones after stage 1."""
-    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="none"))
+    if config.backbone.name != "keras_file":
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="none"))
     for stage, specs in (("stage2", config.exits.head_specs), ("stage1", (HeadSpec.parse(config.exits.plain_head),))):
         if os.path.exists(path := best_weights(workdir, stage)):
             network = build_network(config, num_classes)

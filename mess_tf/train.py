@@ -277,6 +277,8 @@ def train_stage(
 def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "both") -> MultiExitNetwork:
     """Runs the stages of a configuration in WORKDIR, each from its last checkpoint if there is one, and returns the trained network.
 
+    A stage of 0 epochs is left out.
+
     Sets Keras' random seed and precision policy and TensorFlow's summation order (`fix_summation_order`) for the whole process.
     """
     fix_summation_order()
@@ -286,8 +288,9 @@ def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "bot
     network = build_network(config, train_examples.info.num_classes)
     momentum = config.backbone.batch_norm_momentum
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], momentum)
-    train_stage("stage1", config.stage1, network, config, train_examples, val_examples, workdir)
-    if stages == "both":
+    if config.stage1.epochs:
+        train_stage("stage1", config.stage1, network, config, train_examples, val_examples, workdir)
+    if stages == "both" and config.stage2.epochs:
         keras.mixed_precision.set_global_policy(config.stage2.precision)
         keras.utils.set_random_seed(config.stage2.seed)
         network.add_heads(config.exits.head_specs, momentum)

@@ -28,7 +28,7 @@ def test_a_configuration_with_no_default_value_survives_json():
     config = Config(
         DataConfig("folder", "D", "a", "b", (32, 48), (16, 32), 7, (1.0, 2.0), False, 0.1, 0.2, 0.3, 4, 5, 0.6, 8),
         BackboneConfig("resnet50", 1.0, 8, "FILE", 0.9),
-        ExitsConfig(3, "fcn-r2-b0", "deeplab-r4-b1-d2", ("fcn-r8-b3-d4",)),
+        ExitsConfig(3, ("a", "b"), "fcn-r2-b0", "deeplab-r4-b1-d2", ("fcn-r8-b3-d4",)),
         StageConfig("network", "all", "none", 0.1, 2.0, 3, 4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.11, "none", 5, 6, 7, 8, "mixed_bfloat16", 9),
         StageConfig("heads", "none", "all", 0.2),
     )
@@ -104,7 +104,7 @@ def test_overrides_change_what_they_name_and_nothing_else():
         ("stage1.epochs=1.5", r"stage1\.epochs: must be a int, got 1\.5"),
         ("stage1.epochs=many", r"stage1\.epochs: must be a int, got 'many'"),
         ("stage1.precision=float16", r"stage1\.precision: must be one of .*, got 'float16'"),
-        ("stage1.epochs=0", r"stage\.epochs: must be at least 1, got 0"),
+        ("stage1.epochs=-1", r"stage\.epochs: must be at least 0, got -1"),
         ("stage1.epochs", r"--set: must be section\.field=value, got 'stage1\.epochs'"),
         ("stage1=3", r"--set: must be section\.field=value, got 'stage1=3'"),
     ],
@@ -169,6 +169,7 @@ def test_no_heads_means_all_heads():
         (lambda: DataConfig(saturation=2.0), "data.saturation"),
         (lambda: DataConfig(synthetic_hard=1.5), "data.synthetic_hard"),
         (lambda: BackboneConfig(name="resnet"), "backbone.name"),
+        (lambda: BackboneConfig(name="keras_file", weights="imagenet"), "backbone.weights"),
         (lambda: BackboneConfig(output_stride=4), "backbone.output_stride"),
         (lambda: BackboneConfig(width=0.0), "backbone.width"),
         (lambda: BackboneConfig(name="resnet50", width=0.5), "backbone.width"),
@@ -188,7 +189,7 @@ def test_no_heads_means_all_heads():
         ),
         *(
             (lambda field=field: StageConfig(**{field: 0}), f"stage.{field}")
-            for field in ("epochs", "batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps")
+            for field in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps")
         ),
         (lambda: StageConfig(alpha=1.1), "stage.alpha"),
         (lambda: StageConfig(label_smoothing=-0.1), "stage.label_smoothing"),

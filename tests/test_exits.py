@@ -79,6 +79,17 @@ def test_too_many_exits_are_an_error():
         names(plain_chain(4), 7)
 
 
+def test_exits_go_to_the_layers_that_are_named():
+    points = find_exit_points(residual_chain([1] * 6), ("block1", "block4"), (4, 4))
+    assert [(point.name, point.tap.name) for point in points] == [("exit1", "block1"), ("exit2", "block4")]
+
+
+@pytest.mark.parametrize("layers", [("relu3", "relu1"), ("relu1", "relu1"), ("relu1", "nothing"), ()])
+def test_layers_that_no_exit_can_read_are_an_error(layers):
+    with pytest.raises(ValueError, match=r"exits\.layers: must be some of these, in this order: \['conv2d.*'relu3'.*\]; got"):
+        find_exit_points(plain_chain(5), layers, (4, 4))
+
+
 @pytest.mark.parametrize(
     "config",
     [BackboneConfig(width=0.35), BackboneConfig("efficientnet_lite0"), BackboneConfig("resnet50", output_stride=8)],

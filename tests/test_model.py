@@ -307,6 +307,12 @@ def softmax_network() -> keras.Model:
     return keras.Model(model.input, LAYERS.Softmax()(model.output), name="softmax")
 
 
+def upsampled_probabilities() -> keras.Model:
+    model = plain_network()
+    x = LAYERS.UpSampling2D(2)(LAYERS.Conv2D(CLASSES, 1, activation="softmax")(model.output))
+    return keras.Model(model.input, x, name="upsampled_probabilities")
+
+
 def sequential_network() -> keras.Sequential:
     layers = [
         layer
@@ -324,17 +330,25 @@ def listed_network() -> keras.Model:
 
 @pytest.mark.parametrize(
     ("build", "exits"),
-    [(unet, 4), (nested_deeplab, 4), (plain_network, 4), (softmax_network, 4), (sequential_network, 3), (listed_network, 2)],
+    [
+        (unet, 4),
+        (nested_deeplab, 4),
+        (plain_network, 4),
+        (softmax_network, 4),
+        (upsampled_probabilities, 4),
+        (sequential_network, 3),
+        (listed_network, 2),
+    ],
 )
 def test_converted_models_compute_what_they_did_and_have_exits(build, exits):
     model = build()
     weights = [variable.numpy() for variable in model.weights]
-    from_logits = build is not softmax_network
-    network = convert(model, exits, SIZE, from_logits)
+    network = convert(model, exits, SIZE)
     network.add_heads(SPECS, 0.9)
     x = image()
     outputs = {name: value.numpy() for name, value in network.submodel(network.candidates)(x, training=False).items()}
-    final = outputs[FINAL] if from_logits else tf.nn.softmax(outputs[FINAL])
+    probabilities = build in (softmax_network, upsampled_probabilities)
+    final = tf.nn.softmax(outputs[FINAL]) if probabilities else outputs[FINAL]
     np.testing.assert_allclose(final, keras.tree.flatten(model([x] if build is listed_network else x, training=False))[0], atol=1e-5)
     assert network.num_classes == CLASSES
     assert {id(variable) for variable in network.original.weights} == {id(variable) for variable in model.weights}

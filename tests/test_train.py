@@ -21,7 +21,7 @@ from mess_tf.data import open_split
 from mess_tf.evaluate import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.layers import BatchNormalization
 from mess_tf.metrics import class_counts, confusion_matrix, miou
-from mess_tf.model import FINAL, MultiExitNetwork, best_weights, convert
+from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE, CLASSES = (32, 64), 8
@@ -343,6 +343,40 @@ def test_a_loss_that_is_not_finite_names_the_steps_and_is_not_kept(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the command
+
+
+def test_a_network_of_ones_own_gets_exits_and_keeps_its_weights(tmp_path):
+    image = keras.Input((*SIZE, 3))
+    x = image
+    for width in (8, 16, 16):
+        x = keras.layers.Conv2D(width, 3, 2, "same", activation="relu")(x)
+    own = keras.Model(image, keras.layers.Conv2D(CLASSES, 1, activation="softmax")(x))
+    own.save(tmp_path / "own.keras")
+    overrides = ["data.input_size=[32, 64]", "data.synthetic_train=8", "data.synthetic_val=2", "exits.count=2", 'exits.heads=["fcn-r1-b0"]']
+    overrides += ["backbone.name=keras_file", f"backbone.weights={tmp_path / 'own.keras'}", "stage1.epochs=0", "stage2.epochs=1"]
+    config = train.resolve_config(str(tmp_path / "run"), "", "", "", overrides)
+    train.train(config, str(tmp_path / "run"))
+    network = load_network(str(tmp_path / "run"), config, CLASSES)
+    assert network.candidates == ["exit1.fcn-r1-b0", FINAL] and not (tmp_path / "run" / "checkpoints" / "stage1").exists()
+    picture = np.random.default_rng(0).uniform(0, 255, (1, *SIZE, 3)).astype(np.float32)
+    probabilities = tf.nn.softmax(network.submodel([FINAL])(picture)[FINAL])
+    np.testing.assert_allclose(probabilities, own(picture), atol=1e-5)
+
+
+def test_a_network_file_that_does_not_fit_is_an_error(tmp_path):
+    def load(path: str, classes: int):
+        backbone = configs.BackboneConfig("keras_file", weights=str(tmp_path / path))
+        return build_network(configs.Config(DataConfig(input_size=SIZE), backbone, configs.ExitsConfig(2)), classes)
+
+    (tmp_path / "text.keras").write_text("no network")
+    image = keras.Input((*SIZE, 3))
+    keras.Model(image, keras.layers.Conv2D(3, 3, 2)(keras.layers.Conv2D(8, 3, 2)(image))).save(tmp_path / "three.keras")
+    with pytest.raises(FileNotFoundError, match=r"backbone\.weights: there is no file '.*none\.keras'"):
+        load("none.keras", 3)
+    with pytest.raises(ValueError, match=r"backbone\.weights: Keras cannot load '.*text\.keras'"):
+        load("text.keras", 3)
+    with pytest.raises(ValueError, match=r"backbone\.weights: '.*three\.keras' must have the data's 5 classes, got 3"):
+        load("three.keras", 5)
 
 
 def test_a_folder_keeps_its_configuration(tmp_path):

@@ -1,0 +1,46 @@
+"""The notebooks, from start to end in a kernel of their own, at the size of the smoke recipe."""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+SMALL = {
+    "own_model": {"EPOCHS": 1, "HEAD_EPOCHS": 1},
+    "quickstart": {"RECIPE": "smoke"},
+}
+
+
+def test_every_notebook_is_run_here():
+    assert [path.stem for path in NOTEBOOKS] == sorted(SMALL)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_cleared(path):
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    assert cells
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_and_shows_pictures(path, tmp_path, monkeypatch):
+    notebook = nbformat.read(path, 4)
+    for name, value in SMALL[path.stem].items():
+        replaced = 0
+        for cell in notebook.cells:
+            cell.source, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value!r} ", cell.source, flags=re.MULTILINE)
+            replaced += count
+        assert replaced == 1, name
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")]))
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "Traceback" not in printed, printed[-3000:]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2, printed[-3000:]
