@@ -104,7 +104,7 @@ def convert(
       inputs: name to shape.
       precision: `fp32`; `fp16`: weights of half the size, float32 arithmetic; `int8`: weights and activations, float32 in and out.
       samples: for int8: gives the inputs that the ranges of activations are taken from.
-      float_operations: for int8: patterns (`*logits*`) of the tensors whose operations stay in float32.
+      float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32.
 
     Raises:
       ExportError: if it cannot be expressed so.

@@ -179,8 +179,23 @@ def problems(graph: Graph) -> list[str]:
     return sorted(set(found))
 
 
+class _Once:
+    """Quantisation parameters that several tensors of a file share: written at the first, referred to by the others."""
+
+    def __init__(self, quantization: schema.QuantizationParametersT):
+        self._quantization, self._offset = quantization, None
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802
+        if self._offset is None:
+            self._offset = self._quantization.Pack(builder)
+        return self._offset
+
+
 def write(graphs: Mapping[str, Graph]) -> bytes:
-    """One .tflite with a signature per graph, under its name; constants of equal content are stored once."""
+    """One .tflite with a signature per graph, under its name.
+
+    Constants of equal content, and what graphs say of the same tensor, are stored once; only the first graph names the tensor.
+    """
     model = schema.ModelT()
     model.version = 3
     model.description = "mess_tf"
@@ -188,8 +203,9 @@ def write(graphs: Mapping[str, Graph]) -> bytes:
     model.buffers = [schema.BufferT()]  # the first one is empty, for all that is not constant
     buffers: dict[bytes, int] = {}
     codes: dict[tuple, int] = {}
+    quantizations: dict[int, _Once] = {}
     for signature, graph in graphs.items():
-        model.subgraphs.append(_subgraph(signature, graph, model, buffers, codes))
+        model.subgraphs.append(_subgraph(signature, graph, model, buffers, codes, quantizations))
         definition = schema.SignatureDefT()
         definition.signatureKey, definition.subgraphIndex = signature, len(model.subgraphs) - 1
         definition.inputs = _tensor_maps(graph.inputs, model.subgraphs[-1].inputs)
@@ -200,7 +216,14 @@ def write(graphs: Mapping[str, Graph]) -> bytes:
     return bytes(builder.Output())
 
 
-def _subgraph(name: str, graph: Graph, model: schema.ModelT, buffers: dict[bytes, int], codes: dict[tuple, int]) -> schema.SubGraphT:
+def _subgraph(
+    name: str,
+    graph: Graph,
+    model: schema.ModelT,
+    buffers: dict[bytes, int],
+    codes: dict[tuple, int],
+    quantizations: dict[int, _Once],
+) -> schema.SubGraphT:
     subgraph = schema.SubGraphT()
     subgraph.name, subgraph.tensors, subgraph.operators = name, [], []
     positions: dict[int, int] = {}
@@ -212,6 +235,10 @@ def _subgraph(name: str, graph: Graph, model: schema.ModelT, buffers: dict[bytes
             positions[id(tensor)] = len(subgraph.tensors)
             description = copy.copy(tensor.description)
             description.buffer = 0
+            if (quantization := description.quantization) is not None:
+                if id(quantization) in quantizations:
+                    description.name = None
+                description.quantization = quantizations.setdefault(id(quantization), _Once(quantization))
             if tensor.content is not None:
                 content = bytes(tensor.content)
                 if content not in buffers:
