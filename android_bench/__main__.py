@@ -153,7 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output or arguments.workdir / "latency.json"
     rows, problems = _on_phones(arguments, Store(output), lambda session: session.measure(paths))
     for each in rows:
-        _say(f"{each[0].device if each else 'a phone'}: {len(each)} of {len(paths)} submodels")
+        _say(f"{each[0].device if each else 'a phone'}: {len(each)} latencies")
     _say(str(output))
     return 1 if problems else 0
 

@@ -212,18 +212,18 @@ class Device:
     def __init__(self, serial: str):
         self.serial = serial
 
-    def shell(self, step: str, script: str, seconds: float = SHELL_SECONDS) -> tuple[int, str]:
+    def shell(self, step: str, script: str, seconds: float | None = None) -> tuple[int, str]:
         """Runs a script and returns its exit code and its stdout and stderr together.
 
         Args:
           step: what for, to be named in errors.
           script: for the phone's shell; whatever is not constant in it must be quoted.
-          seconds: time limit.
+          seconds: time limit, by default `SHELL_SECONDS`.
 
         Raises:
           AdbError: the script did not run to its end.
         """
-        stdout, stderr, _ = _adb(self.serial, step, ["shell", f"( {script} ) 2>&1; e=$?; echo; echo __exit=$e"], seconds)
+        stdout, stderr, _ = _adb(self.serial, step, ["shell", f"( {script} ) 2>&1; e=$?; echo; echo __exit=$e"], seconds or SHELL_SECONDS)
         found = EXIT_CODE.search(stdout)
         if not found:
             raise _error(self.serial, step, stderr.strip() or "connection closed")
@@ -280,9 +280,9 @@ class Device:
         missing = [name for name in files if there.get(name) != wanted[name]]
         for name in missing:
             step, seconds = f"push {files[name].name}", SHELL_SECONDS + files[name].stat().st_size / SLOWEST_PUSH
-            _, stderr, code = _adb(self.serial, step, ["push", str(files[name]), f"{FOLDER}/{name}"], seconds)
+            stdout, stderr, code = _adb(self.serial, step, ["push", str(files[name]), f"{FOLDER}/{name}"], seconds)
             if code:
-                raise _error(self.serial, step, stderr)
+                raise _error(self.serial, step, stderr + stdout)
         if missing:
             there = self._hashes(wanted)
             for name in missing:
@@ -324,9 +324,8 @@ class Device:
         code, text = self.shell(step, script, seconds)
         problem = " ".join(text.split())[-300:]
         if re.search(r"not executable: \d+-bit ELF|Exec format error|unexpected e_machine|CANNOT LINK EXECUTABLE", text):
-            raise WrongAbiError(
-                self.serial, step, f"{program} does not run on this phone, which takes {self.read_phone().abis} ({problem})"
-            )
+            taken = ", ".join(self.read_phone().abis)
+            raise WrongAbiError(self.serial, step, f"{program} is not for this phone, which takes {taken} ({problem})")
         if code in (126, 127):
             raise NotExecutableError(self.serial, step, f"{program} cannot be started ({problem})")
         return code, text
@@ -347,7 +346,8 @@ class Device:
         if code or "Success" not in stdout:
             said = f"{stdout} {stderr}"
             if "NO_MATCHING_ABIS" in said:
-                raise WrongAbiError(self.serial, step, f"this phone takes {self.read_phone().abis} ({' '.join(said.split())[-300:]})")
+                taken = ", ".join(self.read_phone().abis)
+                raise WrongAbiError(self.serial, step, f"this phone takes {taken} ({' '.join(said.split())[-300:]})")
             raise _error(self.serial, step, said)
 
     def uninstall(self) -> None:

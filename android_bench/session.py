@@ -26,6 +26,7 @@ THROTTLED = 1.1  # median drift from which a phone counts as throttled
 FAILURES_IN_A_ROW = 3
 COOLDOWN_POLL_S = 10.0
 LOG_POLL_S = 0.5
+LOADING_S = 60.0  # what a run of the tool may take beside warm-up and measurement
 _APP_ENDED = re.compile(r"Inference timings in us|Benchmarking failed|FATAL EXCEPTION")
 
 
@@ -262,7 +263,7 @@ class Binary:
         result_file = f"{adb.FOLDER}/{adb.RESULT_FILE}" if writes else None
         words = benchmark_model.arguments(self.tool, settings, graph, result_file, details)
         try:
-            code, text = self.device.execute(step, PROGRAM, words, 2 * settings.max_secs + 60, self.cpus)
+            code, text = self.device.execute(step, PROGRAM, words, 2 * settings.max_secs + LOADING_S, self.cpus)
         except adb.TimedOutError as error:
             self.device.stop()
             raise BenchmarkError(str(error)) from error
@@ -289,11 +290,11 @@ class App:
         """Returns the log of one run; there is no exit code and no result file."""
         words = benchmark_model.arguments(benchmark_model.APP_TOOL, settings, graph, None, details)
         self.device.start_app(step, words)
-        deadline = time.monotonic() + 2 * settings.max_secs + 60
+        deadline = time.monotonic() + 2 * settings.max_secs + LOADING_S
         try:
             while not _APP_ENDED.search(text := self.device.read_log(step)):
                 if time.monotonic() > deadline:
-                    raise BenchmarkError(f"the log has no result after {2 * settings.max_secs + 60:.0f} s")
+                    raise BenchmarkError(f"the log has no result after {2 * settings.max_secs + LOADING_S:.0f} s")
                 time.sleep(LOG_POLL_S)
             time.sleep(LOG_POLL_S)  # an error follows the result
             text = self.device.read_log(step)

@@ -22,6 +22,7 @@ STDOUT, STDERR, EXIT = 1, 2, 3
 ROOTS = ("/data/local/tmp", "/sys/")
 
 PROGRAMS = {
+    "taskset": 'echo "$1" > "$FAKE_ROOT/cpus"; shift; exec "$@"',
     "getprop": 'cat "$FAKE_ROOT/properties"',
     "dumpsys": 'cat "$FAKE_ROOT/dumpsys.$1"',
     "logcat": 'if [ "$1" = -c ]; then : > "$FAKE_ROOT/log"; else cat "$FAKE_ROOT/log"; fi',
@@ -43,19 +44,22 @@ class Phone:
       authorized: False: never accepts the host's key.
       push_limit: bytes of pushed files until the phone is unplugged; None: never.
       runs_left: runs of the benchmark tool until the phone is unplugged in the middle of one; None: never.
+      delay_s: of every command.
       full: there is no space left.
       corrupt: pushed files lose their last byte.
       environment: for what runs on the phone, such as the ways to fail of fake_benchmark_model.py.
       benchmarked: the graphs that the tool was run on, in order.
+      process: the latest command.
       received: names of the files pushed, in order.
     """
 
     def __init__(self, root: Path, model: str, shell_v2: bool = True, clocks: tuple[int, ...] = (1800, 1800, 2400, 2800)):
         self.root, self.shell_v2, self.model = root, shell_v2, model
-        self.authorized, self.push_limit, self.runs_left, self.full, self.corrupt = True, None, None, False, False
+        self.authorized, self.push_limit, self.runs_left, self.full, self.corrupt, self.delay_s = True, None, None, False, False, 0.0
         self.environment: dict[str, str] = {}
         self.benchmarked: list[str] = []
         self.received: list[str] = []
+        self.process: subprocess.Popen | None = None
         for folder in ("data/local/tmp", "sys/class/thermal/thermal_zone0", "bin"):
             (root / folder).mkdir(parents=True)
         for cpu, mhz in enumerate(clocks):
@@ -244,10 +248,11 @@ class Stream:
     # --- shell
 
     def shell(self, command: str, v2: bool) -> None:
+        time.sleep(self.phone.delay_s)
         environment = os.environ | self.phone.environment | {"FAKE_ROOT": str(self.phone.root)}
         environment["PATH"] = f"{self.phone.root}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
         words = ["sh", "-c", self.phone.to_host(command)]
-        process = subprocess.Popen(
+        process = self.phone.process = subprocess.Popen(
             words, cwd=self.phone.root, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         if "--graph=" in command:
