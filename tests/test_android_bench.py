@@ -390,28 +390,21 @@ SIZE = (32, 64)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A network with random weights, and its work folder with candidates and stats.npz."""
-    import numpy as np
-    import tensorflow as tf
+    import keras
 
     from mess_tf.calibrate import calibrate
-    from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
+    from mess_tf.configs import DataConfig, HeadSpec
     from mess_tf.data import open_split
     from mess_tf.export_tflite import export_candidates
-    from mess_tf.model import build_network
+    from mess_tf.model import convert
 
-    config = Config(
-        data=DataConfig(input_size=SIZE, synthetic_train=2, synthetic_val=3),
-        backbone=BackboneConfig(width=0.35),
-        exits=ExitsConfig(count=2),
-    )
-    examples = open_split(config.data, "val")
-    tf.keras.utils.set_random_seed(0)
-    network = build_network(config, examples.info.num_classes)
+    examples = open_split(DataConfig(input_size=SIZE, synthetic_train=2, synthetic_val=3), "val")
+    keras.utils.set_random_seed(0)
+    image = x = keras.Input((None, None, 3))
+    for stride in (2, 2, 1, 1):
+        x = keras.layers.Conv2D(16, 3, stride, "same", activation="relu")(x)
+    network = convert(keras.Model(image, keras.layers.Conv2D(examples.info.num_classes, 1)(x)), 2, SIZE)
     network.add_heads([HeadSpec.parse("fcn-r1-b0")], 0.9)
-    images = np.stack([examples.load(i)[0] for i in range(len(examples))]).astype(np.float32)
-    submodel = network.submodel(network.candidates)
-    for _ in range(3):  # moving statistics of the batch normalisation
-        submodel(images, training=True)
     workdir = tmp_path_factory.mktemp("trained")
     export_candidates(network, SIZE, workdir / "candidates")
     calibrate(network, examples, "val", SIZE, workdir / "candidates", (0.1, 0.2)).save(workdir / "stats.npz")
