@@ -466,10 +466,14 @@ class Session:
         """Says what must be known about the rows, and returns them."""
         rows = self._rows(conditions, submodels)
         runs = [run for run in self.store.runs(self.phone.name, conditions) if run.sha256 in rows]
-        fallen = {run.submodel for run in runs if run.measurement.fell_back(conditions.settings.backend)}
+        asked = conditions.settings.backend
+        fallen = {run.submodel for run in runs if run.measurement.fell_back(asked)}
         if fallen:
-            asked = conditions.settings.backend
             self._problem(f"measure: asked for {asked}, ran on cpu: {', '.join(sorted(fallen))} (their rows say so)")
+        others = {run.submodel: run.measurement.backend_obtained for run in runs if run.submodel not in fallen}
+        others = [f"{name} ({backend})" for name, backend in sorted(others.items()) if backend != asked]
+        if others:
+            self.say(f"WARNING: asked for {asked}, the log shows something else: {', '.join(others)}")
         drift = statistics.median([row.drift for row in rows.values() if row.drift] or [1.0])
         if drift > THROTTLED or any(run.before.status for run in runs):
             self.say(f"WARNING: throttled: the last repetition took {drift:.2f} times as long as the first (drift in latency.json)")

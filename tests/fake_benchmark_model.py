@@ -2,7 +2,7 @@
 """A stand-in for the two tools called benchmark_model: times the graph with ai-edge-litert and prints what the real ones print.
 
 FAKE_MODE in the environment makes it fail: `garbage`, `fail_late`, `no_gpu`, `hang`, `killed`; with `canned` it prints times without
-running the graph, with `heating` larger ones from run to run.
+running the graph, with `heating` larger ones from run to run, with `partial` it says that the delegate took only part of the graph.
 """
 
 import json
@@ -170,7 +170,7 @@ def prepare(values, modes):
                 file.write(b".")
                 base = base * (10 + file.tell()) // 10
         ticks = iter(range(10**9))
-        return [], lambda: base + next(ticks) % 7, True
+        return [], lambda: base + next(ticks) % 7, "partial" not in modes
     import numpy as np
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 

@@ -209,6 +209,13 @@ def test_silent_fallback_is_never_the_gpu(bench, canned, workdir, tool):
     assert measure(bench, workdir, tool, f"--output={workdir / 'cpu.json'}")[0] == 0 and len(rows_of(workdir, "cpu.json")) == 4
 
 
+def test_an_accelerator_that_takes_only_part(bench, canned, workdir, tool):
+    canned().environment["FAKE_MODE"] = "canned,partial"
+    code, out, err = measure(bench, workdir, tool, "--backend=gpu", "--repetitions=1")
+    assert (code, err) == (0, "") and "WARNING: asked for gpu, the log shows something else: head.exit1.fcn-r1-b0 (gpu+cpu)," in out
+    assert {row.backend_obtained for row in rows_of(workdir)} == {"gpu+cpu"}
+
+
 def test_tool_for_another_processor(bench, canned, workdir, tmp_path):
     phone = canned()
     path = tmp_path / "benchmark_model"
