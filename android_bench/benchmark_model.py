@@ -39,7 +39,8 @@ _LINE = re.compile(
 _COUNT = re.compile(
     r"count=(?P<count>\d{1,15})(?: first=\d{1,15})?(?: curr=(?P<curr>\d{1,15})(?P<same>\(all same\))?)?"
     r"(?: min=(?P<min>\d{1,15}) max=(?P<max>\d{1,15}) avg=(?P<avg>[-+\d.e]{1,30}|nan|inf) std=\d{1,15})?"
-    r"(?: p5=\d{1,15} median=(?P<median>\d{1,15}) p95=(?P<p95>\d{1,15}))?\s*"
+    r"(?: p5=\d{1,15} median=(?P<median>\d{1,15}) p95=(?P<p95>\d{1,15}))?\s*",
+    re.ASCII,
 )
 _EXPLICIT = re.compile(r"Explicitly applied (\w+) delegate, and the model graph will be (completely|partially) executed by the delegate")
 _REFUSED = re.compile(r"Though (\w+) delegate is explicitly applied, the model graph will not be executed by the delegate")
@@ -235,6 +236,8 @@ def _measurement(line: re.Match, result: dict[str, float] | None, backend: str) 
     else:
         names = {"p50_ms": "median", "p95_ms": "p95", "mean_ms": "avg", "min_ms": "min", "max_ms": "max"}
         figures = {ours: line[theirs] for ours, theirs in names.items()}
+        if line["min"] is None:
+            raise BenchmarkError(f"a `count=` line of {runs} different samples must have their min, max and avg, got {line[0]!r}")
     try:
         figures = {name: float(value) / 1e3 for name, value in figures.items() if value is not None}
     except ValueError:

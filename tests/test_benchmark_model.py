@@ -7,7 +7,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from android_bench import benchmark_model
@@ -132,6 +132,7 @@ MISSING = "ERROR: Could not open 'm.tflite'.\nERROR: Failed to load model m.tfli
         (GOOD.replace("avg=22.5", "avg=nan"), 0, "min ≤ mean"),
         (GOOD.replace("avg=22.5", "avg=1e999"), 0, "min ≤ mean"),
         (GOOD.replace("avg=22.5", "avg=2-2"), 0, "not numbers"),
+        ("INFO: count=2 curr=7\nINFO: count=2 curr=7 p5=7 median=7 p95=7\n", 0, "must have their min, max and avg"),
         ("INFO: count=4 curr=0(all same)\nINFO: count=4 curr=0(all same)\n", 0, "must be positive"),
     ],
 )
@@ -160,6 +161,7 @@ PIECES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(
     st.lists(PIECES | st.text(max_size=30) | st.from_regex(benchmark_model._COUNT, fullmatch=True), max_size=12),
     st.sampled_from([0, 1, 137, None]),
@@ -186,6 +188,7 @@ def test_no_text_crashes_the_parser_and_no_failed_run_has_numbers(lines, code, r
             assert re.search(rf"applied {proven}|delegate \(", text)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 @example(result_file(*GOOD_RESULT))
 def test_no_result_file_crashes_the_parser(content):
