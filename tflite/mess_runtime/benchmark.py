@@ -16,7 +16,7 @@ import numpy as np
 
 import mess_runtime
 from mess_runtime.bundle import FORMAT, check, check_sha256, decode_versioned, file_sha256
-from mess_runtime.runner import RUNTIME, Interpreter, open_interpreter
+from mess_runtime.engines import RUNTIME, Interpreter, open_interpreter
 
 BACKEND = "xnnpack"
 WARMUP = 3
