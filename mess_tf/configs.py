@@ -298,7 +298,7 @@ RECIPES = {
     "camvid_lite0": Config(
         data=DataConfig(source="folder", input_size=(360, 480), crop_size=(288, 384), ignore_value=11),
         backbone=BackboneConfig(name="efficientnet_lite0"),
-        exits=ExitsConfig(count=5, heads=TWELVE_HEADS),
+        exits=ExitsConfig(layers=("block4c_add", "block5b_add", "block6b_add"), heads=TWELVE_HEADS),
         stage1=StageConfig(epochs=36, eval_epochs=12, weight_decay=1e-4),
         stage2=StageConfig(trains="heads", distillation="filtered", epochs=12, pixel_stride=8, eval_epochs=6),
     ),

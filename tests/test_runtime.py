@@ -524,6 +524,7 @@ def test_row_describes_the_file_and_the_runtime(submodels, row):
         5,
     )
     assert 0 < row.p50_ms <= row.p90_ms
+    assert (row.drift, row.sustained_s) == (None, 0.0)
     assert all((row.device, row.soc, row.os, row.runtime_version))
 
 
@@ -546,7 +547,7 @@ def test_files_are_measured_in_turns_until_runs_and_time_suffice(submodels, monk
     rows = benchmark.benchmark_files(files, warmup=2, runs=6, min_seconds=0.0, rounds=3, progress=lines.append)
     turns = [len(list(group)) for _, group in itertools.groupby(invocations, key=id)]
     assert turns == [4] * 6
-    assert [row.runs for row in rows] == [6, 6]
+    assert [row.runs for row in rows] == [6, 6] and all(row.drift > 0 for row in rows)
     assert [line.split()[:3] for line in lines] == [["round", f"{k}/3", path.stem] for k in (1, 2, 3) for path in files]
     assert lines[-1].endswith("eta_s=0")
     (row,) = benchmark.benchmark_files(files[:1], warmup=0, runs=1, min_seconds=0.02, rounds=2)
@@ -611,6 +612,8 @@ def test_latency_table_round_trip_and_merge(row, tmp_path):
         (lambda value: value["rows"][0].update(threads=1.0), r"rows\[0\]\.threads: must be of type int"),
         (lambda value: value["rows"][0].update(p50_ms=0.0), r"rows\[0\]\.p50_ms: must be positive"),
         (lambda value: value["rows"][0].update(p50_ms=1e9), r"rows\[0\]\.p50_ms: must be at most p90_ms"),
+        (lambda value: value["rows"][0].update(drift=0.0), r"rows\[0\]\.drift: must be positive"),
+        (lambda value: value["rows"][0].update(sustained_s=-1.0), r"rows\[0\]\.sustained_s: must be at least 0"),
         (lambda value: value["rows"][0].update(temperature_c="warm"), r"rows\[0\]\.temperature_c: must be a finite number"),
         (lambda value: value["rows"].append(value["rows"][0]), r"latency\.rows: must be different"),
     ],
