@@ -86,11 +86,17 @@ class Deployed:
         wanted = [(each.exit, each.head, each.theta_pix, each.theta_img) for each in chosen.exits]
         got = [(each.exit, each.head, each.theta_pix, each.theta_img) for each in bundle.manifest.segments]
         check(wanted == got, f"{workdir / 'bundle'}: segments", f"those of {deployment}: {wanted}", got)
-        names = [(f"{each.exit}.{each.head}", f"prefix.{each.exit}", f"head.{each.exit}.{each.head}") for each in chosen.exits]
-        folders = ("submodels", "candidates", "candidates")
-        parts = {each[0]: tuple(workdir / folder / f"{n}.tflite" for folder, n in zip(folders, each, strict=True)) for each in names}
-        (whole,) = original.manifest.segments
-        return cls(chosen, tuple(map(bundle.path, bundle.manifest.segments)), original.path(whole), parts)
+        submodels, candidates = workdir / "submodels", workdir / "candidates"
+        parts = {}
+        for each in bundle.manifest.segments:
+            name = f"{each.exit}.{each.head}"
+            whole = submodels / f"alone.{each.exit}.tflite"
+            check(file_sha256(whole) == each.alone_sha256, str(whole), "of the same export as the bundle", "another file")
+            parts[name] = whole, candidates / f"prefix.{each.exit}.tflite", candidates / f"head.{name}.tflite"
+        whole = submodels / "original.tflite"
+        (segment,) = original.manifest.segments
+        check(file_sha256(whole) == segment.alone_sha256, str(whole), "of the same export as bundle_original", "another file")
+        return cls(chosen, tuple(submodels / f"segment.{name}.tflite" for name in bundle.manifest.exits), whole, parts)
 
     def verify(self, session: Session) -> Verification:
         """Measures everything on one phone.

@@ -402,7 +402,7 @@ def trained(tmp_path_factory):
     from mess_tf.calibrate import calibrate
     from mess_tf.configs import DataConfig, HeadSpec
     from mess_tf.data import open_split
-    from mess_tf.export_tflite import export_candidates
+    from mess_tf.export_tflite import Exporter, export_candidates
     from mess_tf.model import convert
 
     examples = open_split(DataConfig(input_size=SIZE, synthetic_train=2, synthetic_val=3), "val")
@@ -413,7 +413,7 @@ def trained(tmp_path_factory):
     network = convert(keras.Model(image, keras.layers.Conv2D(examples.info.num_classes, 1)(x)), 2, SIZE)
     network.add_heads([HeadSpec.parse("fcn-r1-b0")], 0.9)
     workdir = tmp_path_factory.mktemp("trained")
-    export_candidates(network, SIZE, workdir / "candidates")
+    export_candidates(Exporter(network, SIZE), workdir / "candidates")
     calibrate(network, examples, "val", SIZE, workdir / "candidates", (0.1, 0.2)).save(workdir / "stats.npz")
     return network, examples.info.classes, workdir
 
@@ -429,7 +429,7 @@ def cheapest(workdir, device):
 
 
 def test_from_phones_to_deployments(bench, plug_in, trained, tool):
-    from mess_tf.export_tflite import export_deployment
+    from mess_tf.export_tflite import Exporter, export_deployment
 
     network, classes, workdir = trained
     fast, slow = plug_in("Pixel 8"), plug_in("Nexus 5", shell_v2=False)
@@ -451,7 +451,7 @@ def test_from_phones_to_deployments(bench, plug_in, trained, tool):
 
     deployment = chosen["Pixel_8-PIXEL8"]
     deployment.save(workdir / "deployment.json")
-    export_deployment(network, SIZE, deployment, classes, workdir)
+    export_deployment(Exporter(network, SIZE), deployment, classes, workdir)
     litert = f"--tool={tool('litert')}"
     code, out, err = bench("verify", f"--workdir={workdir}", f"--serial={fast.serial}", litert, *FAST)
     assert (code, err) == (0, "")
