@@ -81,7 +81,8 @@ def main(argv) -> None:
             spent = {name: overhead(bundle, image, engine, threads, FLAGS.rounds) for name, bundle in bundles.items()}
             medians = ", ".join(f"{name} {np.median(values):.2f}" for name, values in samples.items())
             print(
-                f"{threads} thread(s), {engine}: {medians} ms; chain {chain[0]:.3f} ({chain[1]:.3f} to {chain[2]:.3f}), exit1 {exit1[0]:.3f},"
+                f"{threads} thread(s), {engine}: {medians} ms; chain {chain[0]:.3f} ({chain[1]:.3f} to {chain[2]:.3f}),"
+                f" exit1 {exit1[0]:.3f},"
                 f" runner +{spent['uint8']:.2f} ms (uint8), +{spent['float32']:.2f} ms (float32)",
                 flush=True,
             )
