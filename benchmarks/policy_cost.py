@@ -2,13 +2,15 @@
 
 `python benchmarks/policy_cost.py --workdir W [--data_dir D] --split val --candidates exit2.decoder-r1-b0`, after training.
 
-In one process and interleaved: each candidate as a network of its own, image to mask, without a decision and with plain and edge-aware
-decisions at every fidelity, in fp32 and int8; and the policies alone, beside a textbook graph (classes in the innermost axis, softmax at
-full size). Then the exact policy runs on the images of the split and is compared with NumPy on the same logits, and with Canny's edges in
-the place of ours (needs OpenCV). The last line is one JSON object:
-  edge_exact_share: share of an exact edge-aware decision in the latency of its exit in fp32, the largest over the candidates;
-    share_interval: the quartiles of that candidate. plain_exact_share, edge_exact_share_int8: likewise.
-  textbook_over_ours: latency of the textbook edge-aware policy over ours, of the policies alone.
+In one process and interleaved: each candidate as a network of its own, image to logits, in fp32 and int8, and the policies on logits of
+its size, without a decision and with plain and edge-aware decisions at every fidelity, beside a textbook graph (classes in the innermost
+axis, softmax at full size, square pools). The policies run apart from the networks, beside whose noise a decision is small. Then the exact
+policy runs on the images of the split and is compared with NumPy on the same logits, and with Canny's edges in the place of ours (needs
+OpenCV). The last line is one JSON object:
+  edge_exact_share: share of an exact edge-aware decision (beyond the mask, which every exit makes) in the latency of its exit in fp32,
+    network, mask and decision together; the largest over the candidates. share_interval: the quartiles of that candidate.
+    plain_exact_share, edge_exact_share_int8: likewise. edge_exact_with_mask_share: of decision and mask.
+  textbook_over_ours: latency of the textbook edge-aware policy over ours, mask included.
   mask_pixels_differ, count_pixels_differ: pixels of all images on which the graph and NumPy (in float64) disagree, less those that lie
     within the rounding of float32 of a tie or of the threshold; count_pixels_off: with those.
   canny_confidence_difference: mean absolute difference of the image confidence with Canny's edges; canny_correlation: over the images.
@@ -16,7 +18,7 @@ the place of ours (needs OpenCV). The last line is one JSON object:
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -33,21 +35,30 @@ ROUNDING = 1e-4  # of float32 probabilities
 DECISIONS = {"mask": (), "plain": ((THETA, False),), "edge": ((THETA, True),)}
 
 
-def networks(exporter: Exporter, candidate: str) -> dict[str, bytes]:
-    """The candidate as a network of its own, by `FIDELITY.DECISION`."""
-    model = exporter.network.submodel([candidate])
-    network = exporter.converted(lambda image: {"logits": model(image, training=False)[candidate]}, [IMAGE])
-    height, width = network.outputs["logits"].shape[1:3]
-    files = {}
+def sides(exporters: Mapping[str, Exporter], candidate: str, threads: int) -> dict[str, Callable[[], None]]:
+    """Runs of the candidate's network by precision, of every policy by `FIDELITY.DECISION`, and of the textbook's."""
+    exporter = exporters[FP32]
+    model, size = exporter.network.submodel([candidate]), exporter.size
+    shape = (1, *logits_size(exporter.network, candidate, size), exporter.network.num_classes)
+
+    def network(image):
+        return {"logits": model(image, training=False)[candidate]}
+
+    files = {precision: each.converted(network, [IMAGE]) for precision, each in exporters.items()}
     for fidelity, (name, thresholds) in itertools.product(policy.FIDELITIES, DECISIONS.items()):
 
         def decide(logits, thresholds=thresholds, fidelity=fidelity):
-            return policy.decide(logits, exporter.size, thresholds, fidelity)
+            return policy.decide(logits, size, thresholds, fidelity)
 
-        graph = convert(decide, {"logits": (1, height, width, exporter.network.num_classes)})
-        outputs = {each: each for each in graph.outputs}
-        files[f"{fidelity}.{name}"] = graphs.write({SIGNATURE: graphs.join(network, graph, {"logits": "logits"}).renamed(outputs)})
-    return files
+        files[f"{fidelity}.{name}"] = convert(decide, {"logits": shape})
+    window = 2 * round(size[0] / shape[1])
+    files["textbook"] = convert(lambda logits: textbook(logits, size, window), {"logits": shape})
+    image = exporter.samples[0][IMAGE]
+    inputs = {IMAGE: image, "logits": model(image, training=False)[candidate].numpy()}
+    return {
+        name: invocation(graphs.write({SIGNATURE: graph}), threads, {each: inputs[each] for each in graph.inputs})
+        for name, graph in files.items()
+    }
 
 
 def textbook(logits: tf.Tensor, size: tuple[int, int], window: int) -> dict[str, tf.Tensor]:
@@ -118,50 +129,41 @@ def agreement(exporter: Exporter, candidate: str, examples, limit: int) -> dict[
     }
 
 
-def shares(samples: Mapping[str, np.ndarray], name: str) -> tuple[float, float, float]:
-    """Median share of a decision in the latency of its exit, and the quartiles."""
-    with_decision, without = samples[name], samples[f"{name.partition('.')[0]}.mask"]
-    return tuple(float(value) for value in np.quantile(1 - without / with_decision, [0.5, 0.25, 0.75]))
+def share(samples: Mapping[str, np.ndarray], precision: str, name: str, beyond: str | None) -> tuple[float, float, float]:
+    """Median share of a policy, or of what it costs beyond another one, in the latency of its exit, and the quartiles."""
+    part = samples[name] - (samples[beyond] if beyond else 0.0)
+    return tuple(float(value) for value in np.quantile(part / (samples[precision] + samples[name]), [0.5, 0.25, 0.75]))
 
 
 def main(argv) -> None:
     del argv
     trained = Trained()
-    size, network = trained.size, trained.network
     exporters = {precision: trained.exporter(precision) for precision in (FP32, INT8)}
     table = {}
-    for threads, candidate, (precision, exporter) in itertools.product(FLAGS.threads, FLAGS.candidates, exporters.items()):
-        files = networks(exporter, candidate)
-        samples = interleaved({name: invocation(content, int(threads)) for name, content in files.items()}, FLAGS.rounds)
-        for name, values in samples.items():
-            share = shares(samples, name)
-            table[threads, candidate, precision, name] = share
-            print(
-                f"{threads} thread(s) {candidate:24} {precision} {name:20} {np.median(values):8.2f} ms, decision {100 * share[0]:5.1f} %"
-                f" ({100 * share[1]:.1f} to {100 * share[2]:.1f})",
-                flush=True,
-            )
+    for threads, candidate in itertools.product(map(int, FLAGS.threads), FLAGS.candidates):
+        samples = interleaved(sides(exporters, candidate, threads), FLAGS.rounds)
+        table[threads, candidate] = samples
+        print(
+            f"{candidate}, {threads} thread(s): "
+            + ", ".join(f"{name} {np.median(samples[name]):.2f} ms" for name in (FP32, INT8, "textbook"))
+        )
+        for fidelity, decision in itertools.product(policy.FIDELITIES, DECISIONS):
+            name = f"{fidelity}.{decision}"
+            parts = [share(samples, precision, name, f"{fidelity}.mask") for precision in exporters]
+            shares = ", ".join(f"{100 * part[0]:5.1f} % of {precision}" for precision, part in zip(exporters, parts, strict=True))
+            print(f"  {name:22} {np.median(samples[name]):6.2f} ms, decision {shares}", flush=True)
 
-    low = logits_size(network, FLAGS.candidates[0], size)
-    shape = (1, *low, network.num_classes)
-    window = 2 * round(size[0] / low[0])
-    sides = {
-        "textbook": graphs.write({SIGNATURE: convert(lambda logits: textbook(logits, size, window), {"logits": shape})}),
-        "ours": graphs.write({SIGNATURE: exporters[FP32].policy(*low, DECISIONS["edge"])}),
-        "mask": graphs.write({SIGNATURE: exporters[FP32].policy(*low, DECISIONS["mask"])}),
-    }
-    samples = interleaved({name: invocation(content, 1) for name, content in sides.items()}, FLAGS.rounds)
-    print("policies alone, 1 thread: " + ", ".join(f"{name} {np.median(values):.2f} ms" for name, values in samples.items()))
+    def worst(precision: str, name: str, beyond: str | None = "exact.mask") -> tuple[float, float, float]:
+        return max(share(table[int(FLAGS.threads[0]), candidate], precision, name, beyond) for candidate in FLAGS.candidates)
 
-    def worst(precision: str, name: str) -> tuple[float, float, float]:
-        return max(table[FLAGS.threads[0], candidate, precision, name] for candidate in FLAGS.candidates)
-
+    samples = table[int(FLAGS.threads[0]), FLAGS.candidates[0]]
     figures = {
         "edge_exact_share": worst(FP32, "exact.edge")[0],
         "share_interval": worst(FP32, "exact.edge")[1:],
         "plain_exact_share": worst(FP32, "exact.plain")[0],
         "edge_exact_share_int8": worst(INT8, "exact.edge")[0],
-        "textbook_over_ours": ratio(samples["textbook"], samples["ours"])[0],
+        "edge_exact_with_mask_share": worst(FP32, "exact.edge", None)[0],
+        "textbook_over_ours": ratio(samples["textbook"], samples["exact.edge"])[0],
         **agreement(exporters[FP32], FLAGS.candidates[0], trained.examples, FLAGS.images),
     }
     print(json.dumps(figures))

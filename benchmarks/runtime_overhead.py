@@ -1,7 +1,7 @@
 """What splitting a network into segments costs, and what the runner adds to the interpreter.
 
 `python benchmarks/runtime_overhead.py --workdir W [--data_dir D]`, after training. Everything in one process and interleaved, at 1 and 2
-threads, on one bundle. The last line is one JSON object, of 1 thread:
+threads, on a bundle without decisions. The last line is one JSON object, of 1 thread:
   chain_over_monolithic: latency of all segments one after another over that of the signature `full`, which computes the same at a
     stretch; through CompiledModel with shared buffers. chain_interval: the quartiles.
   chain_over_monolithic_interpreter: likewise through signature runners of the Interpreter, which copy.
@@ -72,9 +72,7 @@ def main(argv) -> None:
     trained = Trained()
     figures, image = {}, trained.examples.load(0)[0]
     with tempfile.TemporaryDirectory() as folder:
-        bundles = {
-            name: trained.bundle(Path(folder) / name, trained.exporter(), FLAGS.candidates, (0.9, 0.9), name) for name in INPUT_TYPES
-        }
+        bundles = {name: trained.bundle(Path(folder) / name, trained.exporter(), FLAGS.candidates, input_type=name) for name in INPUT_TYPES}
         for threads, engine in itertools.product((2, 1), ENGINES):
             samples = measure(bundles["float32"], image, engine, threads, FLAGS.rounds)
             chain, exit1 = ratio(samples["chain"], samples["full"]), ratio(samples["exit1"], samples["prefix1"])
