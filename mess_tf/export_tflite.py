@@ -524,7 +524,7 @@ def export_deployment(
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
     predicted = bundles.Predicted(deployment.original.miou, cost)
-    exporter.bundle(workdir / "bundle_original", alone, predicted, classes, input_spec, examples)
+    original = exporter.bundle(workdir / "bundle_original", alone, predicted, classes, input_spec, examples)
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.predicted.cost_mean)
     predicted = bundles.Predicted(deployment.predicted.miou, cost)
     signatures = exporter.bundle(workdir / "bundle", deployment, predicted, classes, input_spec, examples)
@@ -534,6 +534,7 @@ def export_deployment(
     for name, graph in signatures.items():
         if name != bundles.FULL:
             exporter.save(submodels / f"{name}.tflite", graph)
+    exporter.save(submodels / "original.tflite", original[bundles.alone_signature(alone.exits[0].exit)])
 
 
 def main(argv: Sequence[str]) -> None:
