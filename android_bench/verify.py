@@ -1,7 +1,7 @@
 """What the search predicted of a deployment against what the phone does.
 
-Measured in one go, in turns: the bundle's segments, the original network, each chosen exit as one network, and the prefix, head and exit
-policy whose latencies the search added up for it. So the error of that sum is told apart from the drift of the phone since the search.
+Measured in one go, in turns: the bundle's segments, the original's, each chosen exit as one network, and that exit's prefix and head. So
+the error of adding up prefix and head is told apart from the drift of the phone since the search.
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from android_bench.session import Session
 from mess_runtime.benchmark import created_by
-from mess_runtime.bundle import FORMAT, Bundle, alone_signature, check, file_sha256, segment_signature, write_json
-from mess_tf.files import Deployment, Stats
+from mess_runtime.bundle import FORMAT, Bundle, check, file_sha256, write_json
+from mess_tf.files import Deployment
 
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """The latency of one exit as a network of its own, and of its prefix, head and policy added up, in ms; error: sum / whole - 1."""
+    """The latency of one exit as a network of its own, and of its prefix and head added up, in ms; error: sum / whole - 1."""
 
     submodel: str
     whole_ms: float
@@ -61,21 +61,19 @@ class Deployed:
 
     Attributes:
       deployment: what the search promised.
-      segments: of the bundle, in order, a file each.
+      segments: of the bundle, in order.
       original: the original network.
-      wholes: of each chosen exit `EXIT.HEAD`, the network that ends there.
-      parts: likewise, what adds up to that: candidates, and whether to add (1) or subtract (-1) them.
+      parts: of each chosen exit `EXIT.HEAD`: the whole network, its prefix and its head.
     """
 
     deployment: Deployment
     segments: tuple[Path, ...]
     original: Path
-    wholes: dict[str, Path]
-    parts: dict[str, tuple[tuple[int, Path], ...]]
+    parts: dict[str, tuple[Path, Path, Path]]
 
     @classmethod
     def load(cls, workdir: Path, deployment: Path) -> "Deployed":
-        """Reads a deployment and checks that WORKDIR/bundle, submodels, candidates and stats.npz belong to it.
+        """Reads a deployment and checks that WORKDIR/bundle, bundle_original, submodels and candidates belong to it.
 
         Raises:
           FileNotFoundError: a file is missing.
@@ -84,25 +82,21 @@ class Deployed:
         chosen = Deployment.load(deployment)
         name = chosen.predicted.cost_name
         check(name == "latency_ms", f"{deployment}: predicted.cost_name", "latency_ms (search with --latency)", name)
-        bundle = Bundle.load(workdir / "bundle")
+        bundle, original = Bundle.load(workdir / "bundle"), Bundle.load(workdir / "bundle_original")
         wanted = [(each.exit, each.head, each.theta_pix, each.theta_img) for each in chosen.exits]
         got = [(each.exit, each.head, each.theta_pix, each.theta_img) for each in bundle.manifest.segments]
         check(wanted == got, f"{workdir / 'bundle'}: segments", f"those of {deployment}: {wanted}", got)
-        stats = Stats.load(workdir / "stats.npz")
-        candidates = {file_sha256(path): path for path in (workdir / "candidates").glob("*.tflite")}
-        wholes, parts = {}, {}
-        for choice in chosen.exits:
-            name = f"{choice.exit}.{choice.head}"
-            k = stats.candidates.index(name)
-            terms = [(1, stats.prefix_sha256[stats.exits.index(choice.exit)]), (1, stats.head_sha256[k])]
-            if choice.theta_pix is not None:
-                terms += [(1, (stats.edge_sha256 if chosen.edge_aware else stats.plain_sha256)[k]), (-1, stats.mask_sha256[k])]
-            missing = [sha256 for _, sha256 in terms if sha256 not in candidates]
-            check(not missing, f"{workdir / 'candidates'}: {name}", "the files that stats.npz names", f"none with SHA-256 {missing}")
-            wholes[name] = workdir / "submodels" / f"{alone_signature(choice.exit)}.tflite"
-            parts[name] = tuple((sign, candidates[sha256]) for sign, sha256 in terms)
-        segments = tuple(workdir / "submodels" / f"{segment_signature(choice.exit)}.tflite" for choice in chosen.exits)
-        return cls(chosen, segments, workdir / "submodels" / "original.tflite", wholes, parts)
+        submodels, candidates = workdir / "submodels", workdir / "candidates"
+        parts = {}
+        for each in bundle.manifest.segments:
+            name = f"{each.exit}.{each.head}"
+            whole = submodels / f"alone.{each.exit}.tflite"
+            check(file_sha256(whole) == each.alone_sha256, str(whole), "of the same export as the bundle", "another file")
+            parts[name] = whole, candidates / f"prefix.{each.exit}.tflite", candidates / f"head.{name}.tflite"
+        whole = submodels / "original.tflite"
+        (segment,) = original.manifest.segments
+        check(file_sha256(whole) == segment.alone_sha256, str(whole), "of the same export as bundle_original", "another file")
+        return cls(chosen, tuple(submodels / f"segment.{name}.tflite" for name in bundle.manifest.exits), whole, parts)
 
     def verify(self, session: Session) -> Verification:
         """Measures everything on one phone.
@@ -110,8 +104,7 @@ class Deployed:
         Raises:
           AdbError, BenchmarkError: see `Session.measure`; or a file could not be measured.
         """
-        parts = [path for terms in self.parts.values() for _, path in terms]
-        paths = list(dict.fromkeys([*self.segments, self.original, *self.wholes.values(), *parts]))
+        paths = [*self.segments, self.original, *(path for parts in self.parts.values() for path in parts)]
         rows = {row.sha256: row for row in session.measure(paths)}
 
         def ms(path: Path) -> float:
@@ -124,8 +117,8 @@ class Deployed:
         predicted = self.deployment.predicted
         measured = sum(rate * arrival for rate, arrival in zip(predicted.exit_rates, reached, strict=True))
         sums = []
-        for name, whole in self.wholes.items():
-            total = sum(sign * ms(path) for sign, path in self.parts[name])
+        for name, (whole, prefix, head) in self.parts.items():
+            total = ms(prefix) + ms(head)
             sums.append(Sum(name, ms(whole), total, total / ms(whole) - 1))
         row = rows[file_sha256(self.segments[0])]
         about = ("device", "soc", "os", "runtime", "runtime_version", "backend_obtained", "threads", "temperature_c")
@@ -158,5 +151,7 @@ def describe(verification: Verification) -> str:
         f"{'original':<12}{each.original_predicted_ms:>14.3f}{each.original_ms:>14.3f}{original_error:>+9.1%}",
         f"{'speed-up':<12}{each.original_predicted_ms / each.predicted_ms:>14.2f}{each.original_ms / each.measured_ms:>14.2f}",
     ]
-    lines += [f"parts of {part.submodel}: {part.sum_ms:.3f} ms, whole {part.whole_ms:.3f} ms, {part.error:+.1%}" for part in each.sums]
+    lines += [
+        f"prefix + head of {part.submodel}: {part.sum_ms:.3f} ms, whole {part.whole_ms:.3f} ms, {part.error:+.1%}" for part in each.sums
+    ]
     return "\n".join(lines)

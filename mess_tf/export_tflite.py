@@ -8,7 +8,7 @@ add up to those of any deployment.
   WORKDIR/bundle/           one .tflite with a signature per segment, one per exit alone and one for everything, sharing weights; manifest
   WORKDIR/bundle_original/  the same of the original network alone
   WORKDIR/submodels/        one network per file, for benchmark tools: `alone.EXIT` (image to mask), `segment.EXIT` (as in the bundle) and
-                            `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax)
+                            `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax); `original`
   WORKDIR/examples/         some validation images to try them on
 
 Both take --precision=fp32|fp16|int8. Every file is checked before it is kept.
@@ -351,7 +351,8 @@ class Exporter:
             given = {name: (image | features)[name] for name in model.input}
             signatures[bundles.segment_signature(choice.exit)] = graphs.cut(whole, given, results(choice.exit) | handed)
         for choice in choices:
-            signatures[bundles.alone_signature(choice.exit)] = graphs.cut(whole, image, results(choice.exit))
+            mask = {bundles.MASK: whole.outputs[f"{choice.exit}.{bundles.MASK}"]}
+            signatures[bundles.alone_signature(choice.exit)] = graphs.cut(whole, image, mask)
             signatures[f"logits.{choice.exit}"] = graphs.cut(whole, image, {"logits": whole.outputs[f"{choice.exit}.logits"]})
         everything = {f"{choice.exit}.{name}": tensor for choice in choices for name, tensor in results(choice.exit).items()}
         signatures[bundles.FULL] = graphs.cut(whole, image, everything)
@@ -441,10 +442,11 @@ class Exporter:
         for choice in configuration.exits:
             alone = interpreter.get_signature_runner(bundles.alone_signature(choice.exit))(image=image)
             segment = interpreter.get_signature_runner(bundles.segment_signature(choice.exit))
-            tensors |= segment(**{name: tensors[name] for name in segment.get_input_details()})
-            for name in alone:
-                value = full[f"{choice.exit}.{name}"]
-                if not (np.array_equal(alone[name], value) and np.array_equal(tensors[name], value)):
+            made = segment(**{name: tensors[name] for name in segment.get_input_details()})
+            tensors |= made
+            for name, value in made.items():
+                same = np.array_equal(value, full.get(f"{choice.exit}.{name}", value))
+                if not same or (name == bundles.MASK and not np.array_equal(alone[name], value)):
                     raise ExportError(f"{choice.exit}: {name} of the segments, of the exit alone and of everything at a stretch differ")
         if self.precision in TOLERANCE:
             exits = {}
@@ -534,7 +536,7 @@ def export_deployment(
     for name, graph in signatures.items():
         if name != bundles.FULL:
             exporter.save(submodels / f"{name}.tflite", graph)
-    exporter.save(submodels / "original.tflite", original[bundles.alone_signature(alone.exits[0].exit)])
+    exporter.save(submodels / "original.tflite", original[bundles.alone_signature("final")])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -413,10 +413,9 @@ def trained(tmp_path_factory):
     network = convert(keras.Model(image, keras.layers.Conv2D(examples.info.num_classes, 1)(x)), 2, SIZE)
     network.add_heads([HeadSpec.parse("fcn-r1-b0")], 0.9)
     workdir = tmp_path_factory.mktemp("trained")
-    exporter = Exporter(network, SIZE)
-    export_candidates(exporter, workdir / "candidates")
+    export_candidates(Exporter(network, SIZE), workdir / "candidates")
     calibrate(network, examples, "val", SIZE, workdir / "candidates", (0.1, 0.2)).save(workdir / "stats.npz")
-    return exporter, examples.info.classes, workdir
+    return network, examples.info.classes, workdir
 
 
 def cheapest(workdir, device):
@@ -430,9 +429,9 @@ def cheapest(workdir, device):
 
 
 def test_from_phones_to_deployments(bench, plug_in, trained, tool):
-    from mess_tf.export_tflite import export_deployment
+    from mess_tf.export_tflite import Exporter, export_deployment
 
-    exporter, classes, workdir = trained
+    network, classes, workdir = trained
     fast, slow = plug_in("Pixel 8"), plug_in("Nexus 5", shell_v2=False)
     early, late = [], []
     for path in (workdir / "candidates").glob("[ph]*.*.tflite"):
@@ -452,7 +451,7 @@ def test_from_phones_to_deployments(bench, plug_in, trained, tool):
 
     deployment = chosen["Pixel_8-PIXEL8"]
     deployment.save(workdir / "deployment.json")
-    export_deployment(exporter, deployment, classes, workdir)
+    export_deployment(Exporter(network, SIZE), deployment, classes, workdir)
     litert = f"--tool={tool('litert')}"
     code, out, err = bench("verify", f"--workdir={workdir}", f"--serial={fast.serial}", litert, *FAST)
     assert (code, err) == (0, "")
@@ -463,7 +462,7 @@ def test_from_phones_to_deployments(bench, plug_in, trained, tool):
     assert device["error"] == pytest.approx(device["predicted_ms"] / device["measured_ms"] - 1)
     (parts,) = device["sums"]
     assert parts["submodel"] == "exit1.fcn-r1-b0" and parts["error"] == pytest.approx(parts["sum_ms"] / parts["whole_ms"] - 1)
-    assert f"parts of exit1.fcn-r1-b0: {parts['sum_ms']:.3f} ms" in out
+    assert f"prefix + head of exit1.fcn-r1-b0: {parts['sum_ms']:.3f} ms" in out
     assert fast.files() == [] and slow.files() == []
 
     chosen["Nexus_5-NEXUS5"].save(workdir / "deployment.json")
@@ -475,7 +474,7 @@ def test_measured_latency_is_that_of_the_segments(tmp_path):
     """Input-dependent: the mean over the exits, weighted with the predicted shares of images."""
     from mess_tf.files import Certificate, Deployment, ExitChoice, Objective, Original, Predicted
 
-    paths = [tmp_path / f"{name}.tflite" for name in ("one", "two", "original", "whole", "prefix", "head", "mask", "edge")]
+    paths = [tmp_path / f"{name}.tflite" for name in ("one", "two", "original", "whole", "prefix", "head")]
     for number, path in enumerate(paths):
         path.write_bytes(bytes([number]))
     deployment = Deployment(
@@ -490,16 +489,15 @@ def test_measured_latency_is_that_of_the_segments(tmp_path):
         "",
         {},
     )
-    parts = tuple(zip((1, 1, -1, 1), paths[4:], strict=True))
-    deployed = verify.Deployed(deployment, (paths[0], paths[1]), paths[2], {"exit1.h": paths[3]}, {"exit1.h": parts})
+    deployed = verify.Deployed(deployment, (paths[0], paths[1]), paths[2], {"exit1.h": tuple(paths[3:])})
     rows = {path: 2.0**number for number, path in enumerate(paths)}
     about = dict.fromkeys(("device", "soc", "os", "runtime", "runtime_version", "backend_obtained"), "x") | {"threads": 1}
     made = [types.SimpleNamespace(sha256=file_sha256(path), p50_ms=ms, temperature_c=None, **about) for path, ms in rows.items()]
     phone = types.SimpleNamespace(measure=lambda files: made, device=types.SimpleNamespace(serial="ABC"), problems=[])
     verification = deployed.verify(phone)
     assert verification.measured_ms == 0.75 * 1 + 0.25 * (1 + 2) and verification.error == 4.0 / 1.5 - 1
-    assert verification.sums == (verify.Sum("exit1.h", 8.0, 16.0 + 32.0 - 64.0 + 128.0, 13.0),)
-    assert "bundle" in verify.describe(verification) and "+1300.0%" in verify.describe(verification)
+    assert verification.sums == (verify.Sum("exit1.h", 8.0, 16.0 + 32.0, 5.0),)
+    assert "bundle" in verify.describe(verification) and "+500.0%" in verify.describe(verification)
     made.pop()
-    with pytest.raises(ValueError, match=r"ABC: verify: must be measured completely, got \"no latency of \['edge.tflite'\]"):
+    with pytest.raises(ValueError, match=r"ABC: verify: must be measured completely, got \"no latency of \['head.tflite'\]"):
         deployed.verify(phone)

@@ -200,7 +200,7 @@ def test_deployment_writes_each_exit_as_a_file(made, tmp_path):
     export_deployment(Exporter(network, SIZE), deployment, examples.info.classes, tmp_path)
     exits = ("exit1", "exit2", "final")
     files = {path.name for path in (tmp_path / "submodels").iterdir()}
-    assert files == {f"{kind}.{name}.tflite" for kind in ("alone", "segment", "logits") for name in exits}
+    assert files == {f"{kind}.{name}.tflite" for kind in ("alone", "segment", "logits") for name in exits} | {"original.tflite"}
     bundle = Bundle.load(tmp_path / "bundle")
     for segment in bundle.manifest.segments:
         path = tmp_path / "submodels" / f"alone.{segment.exit}.tflite"

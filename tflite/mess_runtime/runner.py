@@ -289,6 +289,8 @@ def placed(size: tuple[int, int], spec: InputSpec) -> tuple[slice, slice]:
 
 
 def _resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A copy in which every pixel has the class at its centre, in whole numbers because Pillow's rounding is off at some sizes."""
+    """The mask in which every pixel has the class at its centre, in whole numbers because Pillow's rounding is off at some sizes."""
+    if mask.shape == (height, width):
+        return mask
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip((height, width), mask.shape, strict=True))
     return mask.take(columns, axis=1).take(rows, axis=0)
