@@ -98,6 +98,8 @@ def test_a_slow_phone(phone, device, monkeypatch):
     monkeypatch.setattr(adb, "SHELL_SECONDS", 1.0)
     with pytest.raises(adb.TimedOutError, match=f"{phone.serial}: read temperatures: no end after 1 s"):
         device.read_thermal()
+    phone.delay_s = 0.0
+    assert device.read_thermal().battery_c is not None
 
 
 def test_a_lost_connection_is_no_success(phone, device):

@@ -193,6 +193,9 @@ def test_tool_that_hangs(bench, canned, workdir, tool, monkeypatch):
     code, _, err = measure(bench, workdir, tool, "--max_seconds=0")
     assert code == 1 and "no end after 1 s" in err
     assert phone.process.wait(10) is not None and phone.files() == []
+    phone.environment["FAKE_MODE"] = "canned"
+    monkeypatch.setattr(session, "LOADING_S", 60.0)
+    assert measure(bench, workdir, tool)[0] == 0 and len(rows_of(workdir)) == 4
 
 
 def test_silent_fallback_is_never_the_gpu(bench, canned, workdir, tool):
