@@ -15,6 +15,7 @@ from mess_tf.layers import BatchNormalization, ResizeLike
 
 ASPP_RATES = (2, 4, 8)  # at stride 16, scaled with the resolution elsewhere
 MIN_WIDTH, MAX_WIDTH = 64, 256
+TAP = "tap."  # before the name of the layer that a head's input comes from: the head's own layers may have the same name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum
       to raw logits float32 [B, h, w, C] (a decoder: [B, h', w', C]).
     """
     tap, shallow = exit_point.tap, exit_point.shallow
-    inputs = [keras.Input((None, None, tap.channels), name=tap.name)]
+    inputs = [keras.Input((None, None, tap.channels), name=TAP + tap.name)]
     x = inputs[0]
     channels = math.ceil(tap.channels / spec.reduction)
     if spec.reduction > 1:
@@ -185,7 +186,7 @@ def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum
         x = _aspp(x, width, momentum, [max(1, rate * 16 // tap.stride) for rate in ASPP_RATES])
     if spec.kind == "decoder":
         if shallow != tap:
-            inputs.append(keras.Input((None, None, shallow.channels), name=shallow.name))
+            inputs.append(keras.Input((None, None, shallow.channels), name=TAP + shallow.name))
         detail = _conv(inputs[-1], width // 2, momentum)
         x = keras.layers.Concatenate()([ResizeLike()([x, detail]), detail])
         x = _separable(x, width * 3 // 2, momentum)

@@ -12,7 +12,7 @@ from mess_runtime.bundle import write_atomically
 from mess_tf.backbones import build_backbone, read_arrays
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.costs import graph_nodes
-from mess_tf.exits import ExitPoint, build_head, final_point, find_exit_points
+from mess_tf.exits import TAP, ExitPoint, build_head, final_point, find_exit_points
 from mess_tf.layers import LogProbability
 
 FINAL = "final.original"
@@ -55,7 +55,7 @@ class MultiExitNetwork:
             return (graph_nodes(self.original)[-1].name,)
         if candidate not in self.heads:
             raise KeyError(f"candidate: must be one of {self.candidates}, got {candidate!r}")
-        return tuple(tensor.name for tensor in self.heads[candidate].inputs)
+        return tuple(tensor.name.removeprefix(TAP) for tensor in self.heads[candidate].inputs)
 
     def save_weights(self, path: str, dtype: str = "float32") -> None:
         """Writes all weights of the original and the heads to one .npz file, atomically; `dtype` float16 halves it."""
@@ -235,7 +235,9 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
     point = final_point(backbone, config.data.input_size)
     head = build_head(HeadSpec.parse(config.exits.final_head), point, num_classes, config.backbone.batch_norm_momentum)
     tensors = {node.name: node.output for node in graph_nodes(backbone)}
-    original = keras.Model(backbone.input, head([tensors[tensor.name] for tensor in head.inputs]), name=config.backbone.name)
+    original = keras.Model(
+        backbone.input, head([tensors[tensor.name.removeprefix(TAP)] for tensor in head.inputs]), name=config.backbone.name
+    )
     return convert(original, config.exits.layers or config.exits.count, config.data.input_size)
 
 
