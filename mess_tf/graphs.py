@@ -14,7 +14,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 OPERATORS = schema.BuiltinOperator
-FLOAT32 = schema.TensorType.FLOAT32
+FLOAT32, INT8 = schema.TensorType.FLOAT32, schema.TensorType.INT8
 OPERATOR_NAMES = {code: name for name, code in vars(OPERATORS).items() if not name.startswith("_")}
 
 

@@ -163,6 +163,20 @@ def test_named_operations_stay_in_float(made):
         in_float()
 
 
+def test_int8_candidates_hand_int8_on(made, tmp_path):
+    network, examples, _, _ = made
+    images = [examples.load(i)[0][None].astype(np.float32) for i in range(2)]
+    exporter = Exporter(network, SIZE, precision="int8", samples=images)
+    exporter.policies(tmp_path)
+    prefix, head = exporter.prefix(tmp_path, "exit1"), exporter.head(tmp_path, f"exit1.{HEADS[0]}")
+    assert {each.description.type for graph in (prefix.outputs, head.inputs) for each in graph.values()} == {graphs.INT8}
+    assert [each.description.type for each in prefix.inputs.values()] == [graphs.FLOAT32]
+    for path in tmp_path.iterdir():
+        interpreter = Interpreter(str(path))
+        interpreter.allocate_tensors()
+        interpreter.invoke()
+
+
 def test_uint8_input_gives_the_same_masks(made):
     _, examples, _, stats = made
     choices = choices_of(stats, False)
