@@ -23,7 +23,7 @@ from mess_runtime.bundle import Bundle
 from mess_runtime.runner import Runner
 from mess_tf import configs, metrics
 from mess_tf.data import open_split
-from mess_tf.export_tflite import CANDIDATES, export_deployment
+from mess_tf.export_tflite import CANDIDATES, Exporter, export_deployment
 from mess_tf.files import Stats
 from mess_tf.model import load_network
 from mess_tf.search import latency_costs, original, resolve_objective, search, table
@@ -70,7 +70,7 @@ def main(argv) -> None:
     print(table(deployment))
 
     network = load_network(FLAGS.workdir, config, examples.info.num_classes)
-    export_deployment(network, config.data.input_size, deployment, examples.info.classes, workdir)
+    export_deployment(Exporter(network, config.data.input_size), deployment, examples.info.classes, workdir)
     latency, confusion, exits = run_both(workdir, examples, FLAGS.threads, FLAGS.rounds)
 
     means = latency.mean(axis=1)

@@ -1,9 +1,12 @@
 """One pass over the calibration split: everything the search needs, per image, exit and head, in WORKDIR/stats.npz.
 
+The exit policy runs as the .tflite that devices run, so a threshold means the same there.
+
 `python -m mess_tf.calibrate --workdir=W [--data_dir=D]`. Run it after `export_tflite --candidates`, so that the statistics name the
 submodels whose latencies belong to them.
 """
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -11,12 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
+from ai_edge_litert.interpreter import Interpreter
 
-from mess_runtime.bundle import file_sha256
-from mess_tf import configs, metrics, policy
+from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, SIGNATURE, file_sha256
+from mess_tf import configs, graphs, metrics, policy
 from mess_tf.costs import model_cost
 from mess_tf.data import Examples, evaluation_batches, open_split, resize_image, resize_label
-from mess_tf.export_tflite import CANDIDATES, head_macs, policy_name
+from mess_tf.export_tflite import CANDIDATES, convert, head_macs, head_name, policy_name
 from mess_tf.files import Stats, made_by
 from mess_tf.model import MultiExitNetwork, load_network
 
@@ -24,7 +28,13 @@ THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def calibrate(
-    network: MultiExitNetwork, examples: Examples, split: str, size: tuple[int, int], folder: str, theta_pix: Sequence[float] = THETA_PIX
+    network: MultiExitNetwork,
+    examples: Examples,
+    split: str,
+    size: tuple[int, int],
+    folder: str,
+    theta_pix: Sequence[float] = THETA_PIX,
+    fidelity: str = policy.EXACT,
 ) -> Stats:
     """Runs every exit and head once over a split.
 
@@ -35,34 +45,29 @@ def calibrate(
       size: (height, width) in pixels of the exported network.
       folder: of the exported candidates; without them the hashes stay empty and the search knows MACs only.
       theta_pix: thresholds of the pixel confidence, increasing.
+      fidelity: of the policy, see `policy.decide`.
 
     Returns:
       The statistics, see `Stats`.
     """
     candidates = network.candidates
-    features_of = tf.function(lambda image: network.features(candidates)(image, training=False))
+    logits_of = tf.function(network.submodel(candidates))
+    thresholds = [(theta, edge_aware) for theta in theta_pix for edge_aware in (False, True)]
 
-    def scorer(candidate: str):
-        @tf.function
-        def score(features):
-            logits = tf.cast(network.head_logits(candidate, features), tf.float32)
-            upsampled = policy.upsample(logits, size)
-            predicted = policy.mask(upsampled)
-            window = policy.median_window(size, logits)
-            counts = [policy.confident_pixels(upsampled, predicted, theta_pix, edge_aware, window) for edge_aware in (False, True)]
-            return predicted, tf.stack(counts, axis=-1)
+    @functools.cache
+    def policy_runner(shape: tuple[int, ...]):
+        graph = convert(lambda logits: policy.decide(logits, size, thresholds, fidelity), {"logits": shape})
+        return Interpreter(model_content=graphs.write({SIGNATURE: graph}), num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
 
-        return score
-
-    scorers = {candidate: scorer(candidate) for candidate in candidates}
     num_classes = examples.info.num_classes
     counts = np.zeros((3, len(candidates), len(examples), num_classes), np.int64)
     confident = np.zeros((len(candidates), len(examples), len(theta_pix), 2), np.int64)
     for i, (image, label) in enumerate(evaluation_batches(examples)):
-        features = features_of(resize_image(image, size))
+        logits = {name: tensor.numpy() for name, tensor in logits_of(resize_image(image, size), training=False).items()}
         for k, candidate in enumerate(candidates):
-            predicted, confident[k, i] = scorers[candidate](features)
-            prediction = resize_label(predicted, tuple(label.shape[1:3]))
+            outputs = policy_runner(logits[candidate].shape)(logits=logits[candidate])
+            confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(len(theta_pix), 2)
+            prediction = resize_label(outputs[MASK], tuple(label.shape[1:3]))
             counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label.numpy(), prediction.numpy(), num_classes))
         logging.log_every_n_seconds(logging.INFO, "calibrate: image %d of %d", 10, i + 1, len(examples))
 
@@ -72,7 +77,10 @@ def calibrate(
 
     exits = [point.name for point in network.exit_points] + ["final"]
     of_exit = [[name for name in candidates if name.startswith(f"{exit_name}.")] for exit_name in exits]
-    policies = {mode: tuple(sha256(policy_name(network, name, size, mode)) for name in candidates) for mode in ("mask", "plain", "edge")}
+
+    def policy_sha256(mode: str) -> tuple[str, ...]:
+        return tuple(sha256(policy_name(network, name, size, mode, fidelity)) for name in candidates)
+
     return Stats(
         split=split,
         candidates=tuple(candidates),
@@ -87,11 +95,11 @@ def calibrate(
         prefix_macs=np.array([model_cost(network.features(names), size).macs for names in of_exit], np.int64),
         head_macs=np.array([head_macs(network, name, size) for name in candidates], np.int64),
         prefix_sha256=tuple(sha256(f"prefix.{exit_name}") for exit_name in exits),
-        head_sha256=tuple(sha256(f"head.{name}") for name in candidates),
-        mask_sha256=policies["mask"],
-        plain_sha256=policies["plain"],
-        edge_sha256=policies["edge"],
-        made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
+        head_sha256=tuple(sha256(head_name(name, fidelity)) for name in candidates),
+        mask_sha256=policy_sha256("mask"),
+        plain_sha256=policy_sha256("plain"),
+        edge_sha256=policy_sha256("edge"),
+        made_by=json.dumps(made_by() | {"tensorflow": tf.__version__, "fidelity": fidelity}),
     )
 
 
@@ -104,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     examples = open_split(config.data, split)
     network = load_network(FLAGS.workdir, config, examples.info.num_classes)
     folder = os.path.join(FLAGS.workdir, CANDIDATES)
-    stats = calibrate(network, examples, split, config.data.input_size, folder, [float(theta) for theta in FLAGS.theta_pix])
+    stats = calibrate(network, examples, split, config.data.input_size, folder, [float(theta) for theta in FLAGS.theta_pix], FLAGS.fidelity)
     path = os.path.join(FLAGS.workdir, "stats.npz")
     stats.save(path)
     print(path)
@@ -115,5 +123,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a training", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("split", "", "split to calibrate on; default: the validation split")
+    flags.DEFINE_enum("fidelity", policy.EXACT, policy.FIDELITIES, "what the exit policy computes at full size, as in export_tflite")
     flags.DEFINE_list("theta_pix", [str(theta) for theta in THETA_PIX], "grid of pixel thresholds")
     app.run(main)

@@ -157,13 +157,15 @@ class ExitsConfig:
     """The exits of a network.
 
     Attributes:
-      count: number of exits, the final one included (the paper's N).
+      count: number of exits, the final one included (the paper's N); early exits are put at equal workload.
+      layers: names of the backbone's layers to put early exits at instead, shallow to deep; count means nothing then.
       final_head: the original network's own head.
       plain_head: the head of every early exit in stage 1.
       heads: the candidate heads of stage 2 at every exit point; empty for the whole space of 120.
     """
 
     count: int = 6
+    layers: tuple[str, ...] = ()
     final_head: str = "decoder-r1-b0"
     plain_head: str = "decoder-r1-b0"
     heads: tuple[str, ...] = ()
@@ -296,7 +298,7 @@ RECIPES = {
     "camvid_lite0": Config(
         data=DataConfig(source="folder", input_size=(360, 480), crop_size=(288, 384), ignore_value=11),
         backbone=BackboneConfig(name="efficientnet_lite0"),
-        exits=ExitsConfig(count=5, heads=TWELVE_HEADS),
+        exits=ExitsConfig(layers=("block4c_add", "block5b_add", "block6b_add"), heads=TWELVE_HEADS),
         stage1=StageConfig(epochs=36, eval_epochs=12, weight_decay=1e-4),
         stage2=StageConfig(trains="heads", distillation="filtered", epochs=12, pixel_stride=8, eval_epochs=6),
     ),

@@ -5,6 +5,7 @@ Source: mess.md sections 2 and 3; Kouris et al., Multi-Exit Semantic Segmentatio
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import keras
 
@@ -14,6 +15,7 @@ from mess_tf.layers import BatchNormalization, ResizeLike
 
 ASPP_RATES = (2, 4, 8)  # at stride 16, scaled with the resolution elsewhere
 MIN_WIDTH, MAX_WIDTH = 64, 256
+TAP = "tap."  # before the name of the layer that a head's input comes from: the head's own layers may have the same name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,35 +44,43 @@ class ExitPoint:
     shallow: Tap
 
 
-def find_exit_points(network: keras.Model, count: int, input_size: tuple[int, int]) -> tuple[ExitPoint, ...]:
-    """Finds the early exits 1..count-1 of a network with `count` exits: the block boundaries nearest to i/count of the workload.
+def find_exit_points(network: keras.Model, exits: int | Sequence[str], input_size: tuple[int, int]) -> tuple[ExitPoint, ...]:
+    """Finds the early exits of a network: with `exits` = N, the N-1 block boundaries nearest to i/N of the workload.
 
     A boundary is a tensor that every path from the image to the deepest feature map passes, and at which a residual block ends
     (or, in a network without enough residual blocks, one that a convolution reads).
 
     Args:
       network: functional model, image to logits.
-      count: number of exits, the final one included.
+      exits: number of exits, the final one included, or the names of the layers that early exits shall read.
       input_size: (height, width) in pixels for which the workload is counted.
 
     Raises:
-      ValueError: if the graph has too few boundaries.
+      ValueError: if the graph has too few boundaries, or a layer that is named is not passed by every path, or out of order.
     """
     nodes = graph_nodes(with_input_size(network, input_size))
-    boundaries = _boundaries(nodes, count - 1)
-    if len(boundaries) < count - 1:
-        raise ValueError(
-            f"exits.count: {network.name} has {len(boundaries)} block boundaries, so at most {len(boundaries) + 1}, got {count}"
-        )
     by_name = {node.name: node for node in nodes}
-    taps = [_tap(node, by_name, input_size) for node in boundaries]
-    total = sum(node.macs for node in nodes)
+    dominators = [_tap(node, by_name, input_size) for node in _dominators(nodes)]
+    if isinstance(exits, int):
+        taps = [_tap(node, by_name, input_size) for node in _boundaries(nodes, exits - 1)]
+        chosen = _at_equal_workload(taps, exits, sum(node.macs for node in nodes), network.name)
+    else:
+        taps = [_tap(node, by_name, input_size) for node in _boundaries(nodes, 1)]
+        names = [tap.name for tap in dominators]
+        if not exits or [name for name in names if name in exits] != list(exits):
+            raise ValueError(f"exits.layers: must be some of these, in this order: {names}; got {list(exits)}")
+        chosen = [tap for tap in dominators if tap.name in exits]
+    return tuple(ExitPoint(f"exit{i}", tap, _shallow_tap(tap, taps, dominators)) for i, tap in enumerate(chosen, 1))
+
+
+def _at_equal_workload(taps: list[Tap], count: int, total: int, name: str) -> list[Tap]:
+    if len(taps) < count - 1:
+        raise ValueError(f"exits.count: {name} has {len(taps)} block boundaries, so at most {len(taps) + 1}, got {count}")
     chosen: list[int] = []
     for i in range(1, count):
         first, last = (chosen[-1] + 1 if chosen else 0), len(taps) - (count - i)
         chosen.append(min(range(first, last + 1), key=lambda index: abs(taps[index].macs - i / count * total)))
-    dominators = [_tap(node, by_name, input_size) for node in _dominators(nodes)]
-    return tuple(ExitPoint(f"exit{i}", taps[index], _shallow_tap(taps[index], taps, dominators)) for i, index in enumerate(chosen, 1))
+    return [taps[index] for index in chosen]
 
 
 def final_point(backbone: keras.Model, input_size: tuple[int, int]) -> ExitPoint:
@@ -162,7 +172,7 @@ def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum
       to raw logits float32 [B, h, w, C] (a decoder: [B, h', w', C]).
     """
     tap, shallow = exit_point.tap, exit_point.shallow
-    inputs = [keras.Input((None, None, tap.channels), name=tap.name)]
+    inputs = [keras.Input((None, None, tap.channels), name=TAP + tap.name)]
     x = inputs[0]
     channels = math.ceil(tap.channels / spec.reduction)
     if spec.reduction > 1:
@@ -176,7 +186,7 @@ def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum
         x = _aspp(x, width, momentum, [max(1, rate * 16 // tap.stride) for rate in ASPP_RATES])
     if spec.kind == "decoder":
         if shallow != tap:
-            inputs.append(keras.Input((None, None, shallow.channels), name=shallow.name))
+            inputs.append(keras.Input((None, None, shallow.channels), name=TAP + shallow.name))
         detail = _conv(inputs[-1], width // 2, momentum)
         x = keras.layers.Concatenate()([ResizeLike()([x, detail]), detail])
         x = _separable(x, width * 3 // 2, momentum)

@@ -12,7 +12,7 @@ from mess_runtime.bundle import write_atomically
 from mess_tf.backbones import build_backbone, read_arrays
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.costs import graph_nodes
-from mess_tf.exits import ExitPoint, build_head, final_point, find_exit_points
+from mess_tf.exits import TAP, ExitPoint, build_head, final_point, find_exit_points
 from mess_tf.layers import LogProbability
 
 FINAL = "final.original"
@@ -55,7 +55,7 @@ class MultiExitNetwork:
             return (graph_nodes(self.original)[-1].name,)
         if candidate not in self.heads:
             raise KeyError(f"candidate: must be one of {self.candidates}, got {candidate!r}")
-        return tuple(tensor.name for tensor in self.heads[candidate].inputs)
+        return tuple(tensor.name.removeprefix(TAP) for tensor in self.heads[candidate].inputs)
 
     def save_weights(self, path: str, dtype: str = "float32") -> None:
         """Writes all weights of the original and the heads to one .npz file, atomically; `dtype` float16 halves it."""
@@ -147,14 +147,15 @@ class MultiExitNetwork:
         return segments
 
 
-def convert(model: keras.Model, exits: int, input_size: tuple[int, int]) -> MultiExitNetwork:
+def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[int, int]) -> MultiExitNetwork:
     """Turns any functional segmentation network into a multi-exit network; its layers and weights are used as they are.
 
     Args:
       model: functional or a built Sequential, one image [B, H, W, 3] to one map [B, h, w, C] (any h, w; it is resized
         to the image bilinearly). The image holds 0..255: a network that wants something else starts with a layer that makes it so. The
         map holds logits, or probabilities if a softmax follows the last layer with weights.
-      exits: number of exits, the final one included; early ones are found at equal workload (mess.md, section 2).
+      exits: number of exits, the final one included, of which the early ones are put at equal workload (mess.md, section 2), or the
+        names of the layers to put early exits at.
       input_size: (height, width) in pixels for which the workload is counted.
 
     Returns:
@@ -226,7 +227,7 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
             original = keras.models.load_model(path, compile=False)
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"backbone.weights: Keras cannot load {path!r}: {error}") from error
-        network = convert(original, config.exits.count, config.data.input_size)
+        network = convert(original, config.exits.layers or config.exits.count, config.data.input_size)
         if network.num_classes != num_classes:
             raise ValueError(f"backbone.weights: {path!r} must have the data's {num_classes} classes, got {network.num_classes}")
         return network
@@ -234,8 +235,10 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
     point = final_point(backbone, config.data.input_size)
     head = build_head(HeadSpec.parse(config.exits.final_head), point, num_classes, config.backbone.batch_norm_momentum)
     tensors = {node.name: node.output for node in graph_nodes(backbone)}
-    original = keras.Model(backbone.input, head([tensors[tensor.name] for tensor in head.inputs]), name=config.backbone.name)
-    return convert(original, config.exits.count, config.data.input_size)
+    original = keras.Model(
+        backbone.input, head([tensors[tensor.name.removeprefix(TAP)] for tensor in head.inputs]), name=config.backbone.name
+    )
+    return convert(original, config.exits.layers or config.exits.count, config.data.input_size)
 
 
 def best_weights(workdir: str, stage: str) -> str:

@@ -1,28 +1,74 @@
-"""The exit policy: mask, confidence map, edge handling, image confidence (mess.md, section 5).
+"""The exit policy: mask, confidence of every pixel, edge handling, number of confident pixels (mess.md, section 5).
 
-The same functions make the search's statistics and the graphs on the device, so that a threshold means the same in both. Builtin TFLite
-ops only.
+One function, `decide`, makes the graphs on the device and the search's statistics, so that a threshold means the same in both. Builtin
+TFLite ops only, and those that runtimes vectorise:
+
+* A class is a plane, not a channel: [rows, classes, columns]. Maxima and sums over the classes then run along whole rows.
+* The image is worked on in strips of columns that stay in the processor's cache from the upsampling to the confidence.
+* The class of a pixel is the least of `index + distance below the largest logit`, the distance scaled so that it is 0 or above any index.
+* The median of the window reaches the threshold where at least half of the window does: a box sum of +1 and -1, no sorting. Boxes are
+  pooled along the columns, then along the rows, the other axis standing in for the channels.
 
 Departures: edges are pixels of the predicted mask that differ from one of their 8 neighbours, where the paper runs Canny on the mask; the
 window of the median is cut off at the border of the image; of an even number of values the median is the upper of the two in the middle.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import tensorflow as tf
 
+from mess_runtime.bundle import CONFIDENT_PIXELS, MASK
 
-def upsample(logits: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """Bilinear upsampling (half-pixel centres) of logits float32 [B, h, w, C] to [B, H, W, C], shifted so that exp() of it cannot overflow.
+# What is computed at the size of the image, the rest at that of the logits: everything; the mask only; nothing.
+EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = ("exact", "low_confidence", "low")
 
-    The shift is the same for all classes of a pixel, so it changes neither the class nor the softmax.
+# Logits are shifted to -1 or below, where neighbouring float32 are at least 2**-24 apart: scaled so, different ones differ by 256 or more.
+SPREAD = 2.0**32
+STRIP_VALUES = 150_000  # float32 in a strip; two of them fit a level 2 cache of 1.25 MiB
+
+
+def decide(
+    logits: tf.Tensor, size: tuple[int, int], thresholds: Sequence[tuple[float, bool]], fidelity: str = EXACT
+) -> dict[str, tf.Tensor]:
+    """What an exit returns for one image.
+
+    The confidence of a pixel is its largest softmax probability after bilinear upsampling of the logits (half-pixel centres).
+
+    Args:
+      logits: float32 [1, h, w, C], raw.
+      size: (H, W) in pixels of the mask.
+      thresholds: T pairs of a confidence in (0, 1] that makes a pixel count, and whether pixels on edges of the mask take the median
+        confidence around them.
+      fidelity: `exact`; `low_confidence`: mask as in exact, confidence, edges and windows at the size of the logits; `low`: the mask too,
+        then enlarged to the nearest pixel. Counts are scaled to H·W pixels.
+
+    Returns:
+      `mask` uint8 [1, H, W] and, unless T is 0, `confident_pixels` int32 [T], out of H·W.
     """
-    return tf.image.resize(logits - tf.reduce_max(logits, -1, keepdims=True), size)
-
-
-def mask(upsampled: tf.Tensor) -> tf.Tensor:
-    """Class of each pixel: float32 [B, H, W, C] to uint8 [B, H, W]."""
-    return tf.cast(tf.argmax(upsampled, -1, tf.int32), tf.uint8)
+    low = tuple(logits.shape[1:3])
+    confidence_size = size if fidelity == EXACT else low
+    pixels, scale = math.prod(confidence_size), math.prod(size) / math.prod(confidence_size)
+    window = median_window(confidence_size, logits)
+    classes, signs = _planes(logits, confidence_size, thresholds, window)
+    counts = []
+    edges = _edges(classes) if any(edge_aware for _, edge_aware in thresholds) else None
+    for (_, edge_aware), sign in zip(thresholds, signs, strict=True):
+        if edge_aware:
+            half = _along_both(tf.nn.avg_pool2d, sign, window)
+            sign = half * edges + tf.transpose(sign)
+        # Full-size sums of +1 and -1 are exact in float32 up to 2**24 pixels.
+        balance = tf.reduce_sum(tf.clip_by_value(sign, -1.0, 1.0))
+        counts.append(tf.cast((balance + pixels) * (scale / 2) + 0.25, tf.int32))
+    if fidelity == LOW_CONFIDENCE:
+        classes, _ = _planes(logits, size, (), window)
+    mask = tf.cast(classes, tf.uint8)
+    if fidelity == LOW:
+        rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, low, strict=True))
+        mask = tf.gather(tf.gather(mask, columns, axis=1), rows, axis=0)
+    outputs = {MASK: tf.reshape(mask, (1, *size))}
+    return outputs | {CONFIDENT_PIXELS: tf.stack(counts)} if counts else outputs
 
 
 def median_window(size: tuple[int, int], logits: tf.Tensor) -> int:
@@ -30,48 +76,61 @@ def median_window(size: tuple[int, int], logits: tf.Tensor) -> int:
     return 2 * round(size[0] / logits.shape[1])
 
 
-def confident_pixels(upsampled: tf.Tensor, predicted: tf.Tensor, theta_pix: Sequence[float], edge_aware: bool, window: int) -> tf.Tensor:
-    """Counts the pixels of one image whose confidence, the largest softmax probability, is at least theta_pix.
+def _planes(logits: tf.Tensor, size: tuple[int, int], thresholds: Sequence[tuple[float, bool]], window: int):
+    """Class index of each pixel, float32 [H, W], and for each threshold a plane that tells which pixels are confident.
 
-    Args:
-      upsampled: float32 [1, H, W, C], of `upsample`.
-      predicted: uint8 [1, H, W], of `mask`.
-      theta_pix: T thresholds in 0..1.
-      edge_aware: replace the confidence on edges of the predicted mask by the median of the window around the pixel.
-      window: side of that window in pixels.
-
-    Returns:
-      int32 [T].
+    That plane is +2 or -2, plus an offset that is less than 1 over a whole window: it makes a tie count for the confident half.
     """
-    exponentials = tf.exp(upsampled)
-    largest, total = tf.reduce_max(exponentials, -1), tf.reduce_sum(exponentials, -1)
-    edges = _edges(predicted) if edge_aware else None
-    counts = []
-    for theta in theta_pix:
-        confident = tf.cast(largest >= theta * total, tf.float32)
-        if edge_aware:
-            # The median reaches the threshold where at least half of the window does.
-            half = _box_mean(confident, window) - (0.5 - 0.25 / window**2)
-            confident += edges * (tf.clip_by_value(half * 1e7, 0.0, 1.0) - confident)
-        counts.append(tf.reduce_sum(tf.cast(confident, tf.int32)))
-    return tf.stack(counts)
+    index = np.arange(logits.shape[-1], dtype=np.float32)[:, None]
+    classes, signs = [], [[] for _ in thresholds]
+    for below in _strips(logits, size):
+        classes.append(tf.reduce_min(index - below, 1))
+        if thresholds:
+            total = tf.reduce_sum(tf.exp(below * (1 / SPREAD)), 1)  # 1 / largest probability
+            for (theta, _), strips in zip(thresholds, signs, strict=True):
+                strips.append(tf.clip_by_value((np.float32(1 / theta) - total) * 2.0**40 + 2.0, -2.0, 2.0) + 0.5 / window**2)
+    return _joined(classes), [_joined(strips) for strips in signs]
 
 
-def _edges(predicted: tf.Tensor) -> tf.Tensor:
-    """1.0 where a pixel differs from one of its 8 neighbours, else 0.0: uint8 [1, H, W] to float32 [1, H, W]."""
-    classes = tf.cast(predicted, tf.float32)[..., None]
-    spread = tf.nn.max_pool2d(classes, 3, 1, "SAME") + tf.nn.max_pool2d(-classes, 3, 1, "SAME")
-    return tf.clip_by_value(spread[..., 0], 0.0, 1.0)
+def _strips(logits: tf.Tensor, size: tuple[int, int]) -> Iterator[tf.Tensor]:
+    """Upsampled logits less the largest of the pixel, times SPREAD: float32 [H, C, n] for strips of n columns, left to right.
 
-
-def _box_mean(values: tf.Tensor, window: int) -> tf.Tensor:
-    """Mean of the window around each pixel, cut off at the border: float32 [1, H, W] to the same.
-
-    First along the columns, then along the rows, the other axis standing in for the channels: pooling of many channels is what runtimes
-    vectorise.
+    The shift before upsampling is the same for all classes of a pixel, so it changes neither the class nor the softmax.
     """
-    for _ in range(2):
-        _, rows, columns = values.shape
-        pooled = tf.nn.avg_pool2d(tf.reshape(values, (1, rows, 1, columns)), (window, 1), 1, "SAME")
-        values = tf.transpose(tf.reshape(pooled, (1, rows, columns)), (0, 2, 1))
-    return values
+    height, classes = logits.shape[1], logits.shape[3]
+    shifted = (logits - tf.reduce_max(logits, -1, keepdims=True) - 1.0) * SPREAD
+    wide = tf.transpose(_resized(shifted, (height, size[1])), (0, 1, 3, 2))  # [1, h, C, W]
+    strips = math.ceil(size[0] * size[1] * classes / STRIP_VALUES)
+    step = 16 * math.ceil(size[1] / strips / 16)
+    for left in range(0, size[1], step):
+        columns = min(step, size[1] - left)
+        strip = tf.reshape(wide[..., left : left + columns], (1, height, 1, classes * columns))
+        upsampled = tf.reshape(_resized(strip, (size[0], 1)), (size[0], classes, columns))
+        yield upsampled - tf.reduce_max(upsampled, 1, keepdims=True)
+
+
+def _resized(values: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+    return values if tuple(values.shape[1:3]) == size else tf.image.resize(values, size)
+
+
+def _joined(strips: list[tf.Tensor]) -> tf.Tensor:
+    """Puts strips [H, n] side by side, four at a time since XNNPACK joins no more than five."""
+    while len(strips) > 1:
+        strips = [tf.concat(strips[i : i + 4], 1) for i in range(0, len(strips), 4)]
+    return strips[0]
+
+
+def _edges(classes: tf.Tensor) -> tf.Tensor:
+    """0 where a pixel has the class of its 8 neighbours, a large number elsewhere: float32 [H, W] to [W, H]."""
+    spread = _along_both(tf.nn.max_pool2d, classes, 3) + _along_both(tf.nn.max_pool2d, -classes, 3)
+    return spread * 1e6
+
+
+def _along_both(pool, values: tf.Tensor, window: int) -> tf.Tensor:
+    """Pools float32 [H, W] in windows around each pixel, cut off at the border: [W, H], transposed."""
+
+    def along_columns(values):
+        rows, columns = values.shape
+        return tf.reshape(pool(tf.reshape(values, (1, rows, 1, columns)), (window, 1), 1, "SAME"), (rows, columns))
+
+    return along_columns(tf.transpose(along_columns(values)))

@@ -169,9 +169,9 @@ def strips(network: MultiExitNetwork, examples: Examples, stats: Stats, deployme
         row[1].set_xlabel("label", fontsize=8)
         features = features_of(resize_image(tf.cast(image[None], tf.float32), size), training=False)
         for k, name in enumerate(names):
-            upsampled = policy.upsample(tf.cast(network.head_logits(name, features), tf.float32), size)
-            probability = tf.nn.softmax(upsampled)[0].numpy().max(-1)
-            row[2 + 2 * k].imshow(colours[policy.mask(upsampled)[0].numpy()])
+            logits = tf.cast(network.head_logits(name, features), tf.float32)
+            probability = tf.nn.softmax(tf.image.resize(logits, size))[0].numpy().max(-1)
+            row[2 + 2 * k].imshow(colours[policy.decide(logits, size, ())["mask"][0].numpy()])
             row[3 + 2 * k].imshow(probability, vmin=0, vmax=1, cmap="magma")
             here = ", leaves here" if leaves_at[index] == k else ""
             row[2 + 2 * k].set_xlabel(f"{deployment.exits[k].exit}{here}", fontsize=8)

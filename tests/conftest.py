@@ -5,6 +5,7 @@ import random
 import sys
 from pathlib import Path
 
+import fake_adbd
 import numpy as np
 import pytest
 
@@ -41,3 +42,46 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"needs data beside the repository: {path} does not exist")
     return path
+
+
+@pytest.fixture(scope="session")
+def adb_server(tmp_path_factory):
+    """An adb server for fake phones only, which the real adb client of this process and its children talks to."""
+    if not fake_adbd.have_adb():
+        pytest.skip("needs the adb client: Debian package adb")
+    server = fake_adbd.Server(tmp_path_factory.mktemp("adb"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        server.adb("start-server")
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def plug_in(adb_server, tmp_path_factory):
+    """Makes fake phones and connects them: `plug_in("Pixel 8", shell_v2=False)`."""
+    phones = []
+
+    def make(model: str, **options):
+        phones.append(fake_adbd.Phone(tmp_path_factory.mktemp("phone"), model, **options))
+        adb_server.connect(phones[-1])
+        return phones[-1]
+
+    yield make
+    for phone in phones:
+        phone.close()
+        adb_server.adb("disconnect", phone.serial)
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """Writes the stand-in benchmark_model of a kind, `tflite` or `litert`, and returns its path."""
+
+    def make(kind: str = "tflite") -> Path:
+        text = (Path(__file__).parent / "fake_benchmark_model.py").read_text()
+        path = tmp_path / f"{kind}_benchmark_model"
+        path.write_text(text.replace('KIND = "tflite"', f'KIND = "{kind}"'))
+        return path
+
+    return make

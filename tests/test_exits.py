@@ -8,7 +8,7 @@ import tensorflow as tf
 from mess_tf.backbones import build_backbone
 from mess_tf.configs import HEAD_SPACE, BackboneConfig, HeadSpec
 from mess_tf.costs import model_cost
-from mess_tf.exits import ExitPoint, Tap, build_head, final_point, find_exit_points
+from mess_tf.exits import TAP, ExitPoint, Tap, build_head, final_point, find_exit_points
 
 LAYERS = keras.layers
 SIZE = (32, 64)
@@ -79,6 +79,17 @@ def test_too_many_exits_are_an_error():
         names(plain_chain(4), 7)
 
 
+def test_exits_go_to_the_layers_that_are_named():
+    points = find_exit_points(residual_chain([1] * 6), ("block1", "block4"), (4, 4))
+    assert [(point.name, point.tap.name) for point in points] == [("exit1", "block1"), ("exit2", "block4")]
+
+
+@pytest.mark.parametrize("layers", [("relu3", "relu1"), ("relu1", "relu1"), ("relu1", "nothing"), ()])
+def test_layers_that_no_exit_can_read_are_an_error(layers):
+    with pytest.raises(ValueError, match=r"exits\.layers: must be some of these, in this order: \['conv2d.*'relu3'.*\]; got"):
+        find_exit_points(plain_chain(5), layers, (4, 4))
+
+
 @pytest.mark.parametrize(
     "config",
     [BackboneConfig(width=0.35), BackboneConfig("efficientnet_lite0"), BackboneConfig("resnet50", output_stride=8)],
@@ -126,7 +137,7 @@ def test_heads_build_at_their_taps_and_no_two_are_the_same(point, specs):
         taps = (point.tap, point.shallow) if spec.kind == "decoder" else (point.tap,)
         shapes = [(1, 64 // tap.stride, 128 // tap.stride, tap.channels) for tap in taps]
         assert head.name == f"{point.name}.{spec.name}"
-        assert [tensor.name for tensor in head.inputs] == [tap.name for tap in taps]
+        assert [tensor.name for tensor in head.inputs] == [TAP + tap.name for tap in taps]
         assert head([keras.KerasTensor(shape) for shape in shapes]).shape == (*shapes[-1][:3], CLASSES)
         structures.add(structure(head))
     assert len(structures) == len(specs)
@@ -135,7 +146,7 @@ def test_heads_build_at_their_taps_and_no_two_are_the_same(point, specs):
 @pytest.mark.parametrize("name", ["fcn-r8-b0", "fcn-r1-b3-d2", "deeplab-r2-b1-d4", "decoder-r1-b0", "decoder-r4-b2-d1"])
 def test_every_variable_of_a_head_gets_a_gradient(name):
     head = build_head(HeadSpec.parse(name), STRIDE16, CLASSES, momentum=0.9)
-    sizes = {"deep": (2, 4, 8, 112), "shallow": (2, 8, 16, 40)}
+    sizes = {TAP + "deep": (2, 4, 8, 112), TAP + "shallow": (2, 8, 16, 40)}
     inputs = [np.random.normal(size=sizes[tensor.name]).astype(np.float32) for tensor in head.inputs]
     with tf.GradientTape() as tape:
         logits = head(inputs, training=True)
@@ -163,9 +174,16 @@ def test_dilation_grows_with_the_blocks_and_aspp_rates_with_the_resolution(name,
     assert sorted(layer.dilation_rate[0] for layer in head.layers if isinstance(layer, LAYERS.DepthwiseConv2D)) == sorted(dilations)
 
 
+def test_a_tap_may_have_the_name_of_a_layer_of_the_head():
+    keras.backend.clear_session()  # the first names again: conv2d, depthwise_conv2d, add
+    taps = [Tap(name, 16, 8, 2) for name in ("conv2d", "add")]
+    for spec in ("fcn-r2-b1-d1", "decoder-r1-b1-d1"):
+        assert len(build_head(HeadSpec.parse(spec), ExitPoint("exit1", taps[1], taps[0]), CLASSES, momentum=0.9).inputs) in (1, 2)
+
+
 def test_reduction_makes_a_head_cheaper():
     for kind in ("fcn", "deeplab", "decoder"):
         heads = [build_head(HeadSpec(kind, reduction, 1), STRIDE16, CLASSES, momentum=0.9) for reduction in (2, 4, 8)]
-        sizes = {"deep": (4, 8), "shallow": (8, 16)}
+        sizes = {TAP + "deep": (4, 8), TAP + "shallow": (8, 16)}
         macs = [model_cost(head, {tensor.name: sizes[tensor.name] for tensor in head.inputs}).macs for head in heads]
         assert macs == sorted(set(macs), reverse=True)

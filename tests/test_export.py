@@ -1,24 +1,28 @@
 """Export, calibration, evaluation and the device runtime on one tiny network: what they say of it must agree."""
 
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
 
-from mess_runtime.bundle import Bundle, Cost, Predicted
+from mess_runtime.bundle import Bundle, Cost, InputSpec, Predicted, file_sha256
 from mess_runtime.runner import Runner
-from mess_tf import metrics
+from mess_tf import graphs, metrics
 from mess_tf.calibrate import calibrate
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
 from mess_tf.data import open_split
 from mess_tf.evaluate import accuracies, confusion_matrices, keras_predictor
-from mess_tf.export_tflite import Exporter, ExportError, check_parity, convert, export_candidates
-from mess_tf.files import Configuration, ExitChoice
+from mess_tf.export_tflite import Exporter, ExportError, check_parity, convert, export_candidates, export_deployment
+from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original
+from mess_tf.files import Predicted as Promise
 from mess_tf.model import FINAL, build_network
+from mess_tf.policy import decide
 from mess_tf.search import arrival_costs, evaluate_configuration, macs_costs
 
 SIZE = (32, 64)
 HEADS = ("fcn-r1-b0", "decoder-r2-b1-d2")
-THETAS = (0.17, 0.19)  # where the confidences of random weights lie
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +41,19 @@ def made(tmp_path_factory):
     run = tf.function(network.submodel(network.candidates))
     for _ in range(40):  # moving statistics of the batch normalisation, without which random weights make constant logits
         run(images, training=True)
+    probabilities = [tf.nn.softmax(logits).numpy().max(-1) for logits in run(images, training=False).values()]
+    thetas = np.quantile(np.concatenate([each.ravel() for each in probabilities]), [0.5, 0.7])
     folder = tmp_path_factory.mktemp("export")
-    export_candidates(network, SIZE, folder / "candidates")
-    stats = calibrate(network, examples, "val", SIZE, folder / "candidates", THETAS)
+    export_candidates(Exporter(network, SIZE), folder / "candidates")
+    stats = calibrate(network, examples, "val", SIZE, folder / "candidates", thetas.tolist())
     return network, examples, folder, stats
 
 
-def bundle_of(made, name: str, choices: list[ExitChoice], edge_aware: bool = False) -> Bundle:
+def bundle_of(made, name: str, choices: list[ExitChoice], edge_aware: bool = False, input_spec=None, **options) -> Bundle:
     network, examples, folder, _ = made
     configuration = Configuration("input-dependent", edge_aware, tuple(choices), None)
-    Exporter(network, SIZE).bundle(folder / name, configuration, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes)
+    exporter = Exporter(network, SIZE, **options)
+    exporter.bundle(folder / name, configuration, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes, input_spec, examples)
     return Bundle.load(folder / name)
 
 
@@ -55,7 +62,7 @@ def choices_of(stats, edge_aware: bool) -> list[ExitChoice]:
     choices = []
     for candidate in (f"exit1.{HEADS[0]}", f"exit2.{HEADS[1]}"):
         shares = stats.confident[stats.candidates.index(candidate), :, 0, int(edge_aware)] / stats.pixels
-        choices.append(ExitChoice(*candidate.split("."), THETAS[0], float(np.sort(shares)[len(shares) // 2])))
+        choices.append(ExitChoice(*candidate.split("."), float(stats.theta_pix[0]), float(np.sort(shares)[len(shares) // 2])))
     return [*choices, ExitChoice(*FINAL.split("."))]
 
 
@@ -114,6 +121,155 @@ def test_tflite_evaluates_with_the_same_code_as_keras(made):
     assert on_device[FINAL].miou == pytest.approx(in_keras[FINAL].miou, abs=2e-3)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_lower_precision(made, precision):
+    _, examples, _, stats = made
+    images = [examples.load(i)[0][None].astype(np.float32) for i in range(len(examples))]
+    choices = choices_of(stats, True)
+    full, less = (bundle_of(made, f"in-{name}", choices, True, precision=name, samples=images) for name in ("fp32", precision))
+    assert less.manifest.precision == precision
+    assert less.manifest.size_bytes < 0.9 * full.manifest.size_bytes
+    tensors = Interpreter(str(less.path)).get_signature_runner("segment.exit2").get_input_details().values()
+    assert {each["dtype"] for each in tensors} == {np.int8 if precision == "int8" else np.float32}
+    same = []
+    for i in range(len(examples)):
+        image, _ = examples.load(i)
+        results = [Runner(each).run(image, "budgeted") for each in (full, less)]
+        same.append((results[0].mask == results[1].mask).mean())
+    assert np.mean(same) > 0.9
+    for segment in less.manifest.segments:
+        assert 0 <= segment.miou <= 1
+
+
+def test_named_operations_stay_in_float(made):
+    _, examples, _, _ = made
+    images = [examples.load(i)[0][None].astype(np.float32) for i in range(2)]
+    exporter = Exporter(made[0], SIZE, precision="int8", samples=images)
+    candidates = [f"exit1.{HEADS[0]}"]
+
+    def in_float():
+        graph = exporter.converted(exporter.chain(candidates)[1], ["image"])
+        converting = (graphs.OPERATORS.QUANTIZE, graphs.OPERATORS.DEQUANTIZE)
+        return sum(each.inputs[0].description.type == graphs.FLOAT32 for each in graph.operations if each.builtin not in converting)
+
+    errors = exporter.quantization_errors(candidates)
+    assert errors == sorted(errors, reverse=True) and errors[0][0] > 0
+    assert sum("block_2_depthwise" in name for _, name in errors) == 1
+    assert in_float() == 0
+    exporter.float_operations = ["*block_2_depthwise*"]
+    assert in_float() == 1
+    exporter.float_operations = ["*nowhere*"]
+    with pytest.raises(ExportError, match=r"'\*nowhere\*' matches none"):
+        in_float()
+
+
+def test_int8_candidates_hand_int8_on(made, tmp_path):
+    network, examples, _, _ = made
+    images = [examples.load(i)[0][None].astype(np.float32) for i in range(2)]
+    exporter = Exporter(network, SIZE, precision="int8", samples=images)
+    exporter.policies(tmp_path)
+    prefix, head = exporter.prefix(tmp_path, "exit1"), exporter.head(tmp_path, f"exit1.{HEADS[0]}")
+    assert {each.description.type for graph in (prefix.outputs, head.inputs) for each in graph.values()} == {graphs.INT8}
+    assert [each.description.type for each in prefix.inputs.values()] == [graphs.FLOAT32]
+    for path in tmp_path.iterdir():
+        interpreter = Interpreter(str(path))
+        interpreter.allocate_tensors()
+        interpreter.invoke()
+
+
+def test_uint8_input_gives_the_same_masks(made):
+    _, examples, _, stats = made
+    choices = choices_of(stats, False)
+    plain = bundle_of(made, "float32", choices)
+    whole = bundle_of(made, "uint8", choices, input_spec=InputSpec(*SIZE, "uint8"))
+    for i in range(len(examples)):
+        image, _ = examples.load(i)
+        results = [Runner(each).run(image) for each in (plain, whole)]
+        assert results[0].exit == results[1].exit
+        np.testing.assert_array_equal(results[0].mask, results[1].mask)
+
+
+def test_measured_miou_is_that_of_the_evaluation(made):
+    network, examples, _, stats = made
+    bundle = bundle_of(made, "measured", choices_of(stats, False))
+    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), examples))
+    for segment in bundle.manifest.segments:
+        assert segment.miou == pytest.approx(result[f"{segment.exit}.{segment.head}"].miou, abs=2e-3)
+
+
+def test_deployment_writes_each_exit_as_a_file(made, tmp_path):
+    network, examples, _, stats = made
+    deployment = Deployment(
+        "input-dependent",
+        False,
+        tuple(choices_of(stats, False)),
+        None,
+        constraint=Objective(min_miou=0.0),
+        predicted=Promise(0.5, "macs", 1.0, 1.0, (0.5, 0.3, 0.2)),
+        original=Original(0.6, 2.0),
+        certificate=Certificate(1, 1, {}, 0.0, 0.0, 26),
+        stats_sha256="",
+        made_by={},
+    )
+    export_deployment(Exporter(network, SIZE), deployment, examples.info.classes, tmp_path)
+    exits = ("exit1", "exit2", "final")
+    files = {path.name for path in (tmp_path / "submodels").iterdir()}
+    assert files == {f"{kind}.{name}.tflite" for kind in ("alone", "segment", "logits") for name in exits} | {"original.tflite"}
+    bundle = Bundle.load(tmp_path / "bundle")
+    for segment in bundle.manifest.segments:
+        path = tmp_path / "submodels" / f"alone.{segment.exit}.tflite"
+        assert file_sha256(path) == segment.alone_sha256
+    assert bundle.manifest.size_bytes < 1.3 * sum((tmp_path / "submodels" / f"segment.{name}.tflite").stat().st_size for name in exits)
+    logits = Interpreter(str(tmp_path / "submodels" / "logits.exit1.tflite")).get_signature_runner("serve").get_output_details()
+    assert tuple(logits["logits"]["shape"][1:3]) == (2, 4)
+    assert json.loads((tmp_path / "bundle_original" / "manifest.json").read_text())["predicted"]["miou"] == 0.6
+
+
+def test_a_head_too_heavy_for_its_place_is_warned_of(made, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Exporter, "prefix", lambda self, folder, name: name)
+    monkeypatch.setattr(Exporter, "head", lambda self, folder, candidate: candidate)
+    monkeypatch.setattr(Exporter, "policies", lambda self, folder: None)
+    cost = {"exit1": 10, "exit2": 20, "final": 30, FINAL: 0} | {f"exit1.{HEADS[0]}": 15, f"exit2.{HEADS[0]}": 5}
+    monkeypatch.setattr(graphs, "macs", lambda name: cost.get(name, 1))
+    export_candidates(Exporter(made[0], SIZE), tmp_path / "candidates")
+    warned = [record.getMessage() for record in caplog.records if "too heavy" in record.getMessage()]
+    assert warned == [f"exit1.{HEADS[0]}: costs no less than at exit2: too heavy a head for its place"]
+
+
+def serve(graph: graphs.Graph, **inputs) -> dict[str, np.ndarray]:
+    return Interpreter(model_content=graphs.write({"serve": graph})).get_signature_runner("serve")(**inputs)
+
+
+def test_graphs_are_joined_and_cut_without_changing_results():
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 2, 2)).astype(np.float32)
+
+    def deep(x):
+        y = tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "SAME"))
+        return {"middle": y, "end": tf.nn.conv2d(y, kernel, 1, "SAME")}
+
+    shape = (1, 4, 4, 2)
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    whole, after = convert(deep, {"x": shape}), convert(lambda z: {"double": 2.0 * z}, {"z": shape})
+    for name in ("end", "middle"):
+        whole = graphs.join(whole, after, {"z": name}, f"{name}.")
+    expected = deep(tf.constant(x))
+    outputs = serve(whole, x=x)
+    np.testing.assert_allclose(outputs["end.double"], 2 * expected["end"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs["middle.double"], 2 * expected["middle"], rtol=1e-5, atol=1e-5)
+    middle = {"middle": whole.outputs["middle"]}
+    front, back = graphs.cut(whole, whole.inputs, middle), graphs.cut(whole, middle, {"end": whole.outputs["end"]})
+    np.testing.assert_array_equal(serve(back, middle=serve(front, x=x)["middle"])["end"], outputs["end"])
+    assert graphs.macs(whole) == 2 * 16 * 9 * 2 * 2 == graphs.macs(front) + graphs.macs(back)
+    with pytest.raises(ValueError, match=r"inputs: must hold all that \['end'\] need, \['x'\] is missing from \[\]"):
+        graphs.cut(whole, {}, {"end": whole.outputs["end"]})
+
+
+def test_signatures_share_weights():
+    weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    one, two = (convert(lambda x, factor=factor: {"y": tf.matmul(x, weights) + factor}, {"x": (1, 64)}) for factor in (1.0, 2.0))
+    assert len(graphs.write({"one": one, "two": two})) < 1.3 * len(graphs.write({"one": one}))
+
+
 def test_unsupported_ops_are_refused():
     with pytest.raises(ExportError, match="conversion failed"):
         convert(lambda x: {"y": tf.linalg.logdet(x)}, {"x": (1, 4, 4)})
@@ -125,11 +281,21 @@ def test_dilation_that_was_not_folded_is_refused():
 
 
 def test_a_file_that_differs_is_refused():
-    content = convert(lambda x: {"y": 2.0 * x}, {"x": (1, 4)})
-    example = {"x": np.ones((1, 4), np.float32)}
-    check_parity(content, lambda x: {"y": 2.0 * x}, example, None)
+    content = graphs.write({"serve": convert(lambda x: {"y": 2.0 * x}, {"x": (1, 4)})})
+    inputs = {"x": np.ones((1, 4), np.float32)}
+    check_parity(content, inputs, {"y": 2.0 * inputs["x"]}, {})
     with pytest.raises(ExportError, match="y: differs from Keras by"):
-        check_parity(content, lambda x: {"y": 2.1 * x}, example, None)
+        check_parity(content, inputs, {"y": 2.1 * inputs["x"]}, {})
+
+
+def test_a_mask_may_differ_where_classes_tie_only():
+    logits = np.zeros((1, 2, 2, 3), np.float32)
+    logits[0, 0, :, 1] = 1.0
+    content = graphs.write({"serve": convert(lambda x: decide(x, (2, 2), ()), {"x": logits.shape})})
+    mask = np.array([[[1, 1], [2, 0]]], np.uint8)
+    check_parity(content, {"x": logits}, {"mask": mask}, {"mask": logits})
+    with pytest.raises(ExportError, match="mask: 1 pixels differ from Keras beyond ties"):
+        check_parity(content, {"x": logits}, {"mask": np.array([[[1, 2], [2, 0]]], np.uint8)}, {"mask": logits})
 
 
 def test_a_failed_export_leaves_the_old_bundle(made, monkeypatch):
@@ -139,7 +305,7 @@ def test_a_failed_export_leaves_the_old_bundle(made, monkeypatch):
     exporter.bundle(folder / "kept", alone, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes)
     before = (folder / "kept" / "manifest.json").read_bytes()
     monkeypatch.setattr("mess_tf.export_tflite.check_parity", lambda *_: (_ for _ in ()).throw(ExportError("broken")))
-    with pytest.raises(ExportError, match=r"segment-final\.tflite: broken"):
+    with pytest.raises(ExportError, match=r"model\.tflite: broken"):
         exporter.bundle(folder / "kept", alone, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes)
     assert (folder / "kept" / "manifest.json").read_bytes() == before
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -3,21 +3,25 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
 from scipy import ndimage
 
-from mess_tf import policy
+from mess_tf import graphs, policy
+from mess_tf.export_tflite import convert
+from mess_tf.policy import EXACT, FIDELITIES, LOW, LOW_CONFIDENCE, decide
 
 SIZE = (40, 56)
 THETAS = (0.3, 0.5, 0.8)
+THRESHOLDS = [(theta, edge_aware) for edge_aware in (False, True) for theta in THETAS]
 
 
 def random_logits(seed: int, scale: float, height: int = 5, width: int = 7) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, scale, (1, height, width, 4)).astype(np.float32)
 
 
-def reference(logits: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reference(logits: np.ndarray, size: tuple[int, int], window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mask, plain and edge-aware confidence map, written from mess.md with windows cut off at the border."""
-    probabilities = tf.nn.softmax(tf.image.resize(logits, SIZE)).numpy()[0]
+    probabilities = tf.nn.softmax(tf.image.resize(logits, size)).numpy()[0]
     mask, confidence = probabilities.argmax(-1), probabilities.max(-1)
     edges = ndimage.maximum_filter(mask, 3, mode="nearest") != ndimage.minimum_filter(mask, 3, mode="nearest")
     edge_aware = confidence.copy()
@@ -30,18 +34,59 @@ def reference(logits: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, 
     return mask, confidence, edge_aware
 
 
-@pytest.mark.parametrize("window", [7, 8, 16])
+def counts_of(plain: np.ndarray, edge_aware: np.ndarray) -> list[int]:
+    return [int((confidence >= theta).sum()) for confidence in (plain, edge_aware) for theta in THETAS]
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (6, 7), (10, 14), (40, 56)])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_counts_equal_the_reference(window, scale):
-    logits = random_logits(window, scale)
-    mask, plain, edge_aware = reference(logits, window)
-    upsampled = policy.upsample(tf.constant(logits), SIZE)
-    predicted = policy.mask(upsampled)
-    np.testing.assert_array_equal(predicted.numpy()[0], mask)
-    for edges, confidence in ((False, plain), (True, edge_aware)):
-        counts = policy.confident_pixels(upsampled, predicted, THETAS, edges, window).numpy()
-        np.testing.assert_array_equal(counts, [(confidence >= theta).sum() for theta in THETAS])
+@pytest.mark.parametrize("strip_values", [policy.STRIP_VALUES, 3000])
+def test_exact_equals_the_reference(height, width, scale, strip_values, monkeypatch):
+    monkeypatch.setattr(policy, "STRIP_VALUES", strip_values)
+    logits = random_logits(height, scale, height, width)
+    mask, plain, edge_aware = reference(logits, SIZE, 2 * round(SIZE[0] / height))
+    outputs = decide(tf.constant(logits), SIZE, THRESHOLDS)
+    np.testing.assert_array_equal(outputs["mask"].numpy()[0], mask)
+    assert outputs["confident_pixels"].numpy().tolist() == counts_of(plain, edge_aware)
     assert (edge_aware != plain).any()
+
+
+@pytest.mark.parametrize("window", [3, 7, 8, 16])
+def test_windows_of_any_side(window, monkeypatch):
+    monkeypatch.setattr(policy, "median_window", lambda *_: window)
+    logits = random_logits(window, 2.0)
+    expected = counts_of(*reference(logits, SIZE, window)[1:])
+    assert decide(tf.constant(logits), SIZE, THRESHOLDS)["confident_pixels"].numpy().tolist() == expected
+
+
+def test_low_fidelity_counts_at_the_size_of_the_logits():
+    logits = random_logits(1, 3.0)
+    low_mask, plain, edge_aware = reference(logits, logits.shape[1:3], 2)
+    outputs = {fidelity: decide(tf.constant(logits), SIZE, THRESHOLDS, fidelity) for fidelity in FIDELITIES}
+    expected = [64 * count for count in counts_of(plain, edge_aware)]  # 8 x 8 pixels each
+    for fidelity in (LOW_CONFIDENCE, LOW):
+        assert outputs[fidelity]["confident_pixels"].numpy().tolist() == expected
+    np.testing.assert_array_equal(outputs[LOW_CONFIDENCE]["mask"], outputs[EXACT]["mask"])
+    np.testing.assert_array_equal(outputs[LOW]["mask"].numpy()[0], np.kron(low_mask, np.ones((8, 8))))
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_tflite_equals_tensorflow(fidelity):
+    logits = random_logits(2, 3.0, 6, 7)
+    graph = convert(lambda logits: decide(logits, SIZE, THRESHOLDS, fidelity), {"logits": logits.shape})
+    outputs = Interpreter(model_content=graphs.write({"serve": graph})).get_signature_runner("serve")(logits=logits)
+    expected = decide(tf.constant(logits), SIZE, THRESHOLDS, fidelity)
+    assert outputs.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(outputs[name], value)
+
+
+def test_the_first_of_equal_classes_wins():
+    logits = np.zeros((1, 5, 7, 4), np.float32)
+    logits[..., 1] = logits[..., 3] = 1e-30
+    assert (decide(tf.constant(logits), SIZE, [])["mask"].numpy() == 0).all()  # 1e-30 below is equal in the softmax too
+    logits[..., 1] = logits[..., 3] = 5.0
+    assert (decide(tf.constant(logits), SIZE, [])["mask"].numpy() == 1).all()
 
 
 def test_window_is_twice_the_output_stride():
@@ -52,19 +97,23 @@ def test_window_is_twice_the_output_stride():
 def test_one_class_everywhere_has_no_edges():
     logits = np.zeros((1, 5, 7, 4), np.float32)
     logits[..., 2] = 3.0
-    upsampled = policy.upsample(tf.constant(logits), SIZE)
-    predicted = policy.mask(upsampled)
-    assert (predicted.numpy() == 2).all()
-    for edges in (False, True):
-        confidence = np.exp(3) / (np.exp(3) + 3)
-        counts = policy.confident_pixels(upsampled, predicted, (confidence - 0.01, confidence + 0.01), edges, 16).numpy()
-        assert counts.tolist() == [SIZE[0] * SIZE[1], 0]
+    confidence = float(np.exp(3) / (np.exp(3) + 3))
+    thresholds = [(confidence + change, edge_aware) for edge_aware in (False, True) for change in (-0.01, 0.01)]
+    outputs = decide(tf.constant(logits), SIZE, thresholds)
+    assert (outputs["mask"].numpy() == 2).all()
+    assert outputs["confident_pixels"].numpy().tolist() == [SIZE[0] * SIZE[1], 0] * 2
 
 
-def test_large_logits_do_not_overflow():
-    logits = random_logits(0, 1.0) + 1000.0
-    upsampled = policy.upsample(tf.constant(logits), SIZE)
-    counts = policy.confident_pixels(upsampled, policy.mask(upsampled), THETAS, False, 8).numpy()
-    probabilities = tf.nn.softmax(tf.image.resize(logits - 1000.0, SIZE)).numpy().max(-1)
-    expected = [(probabilities >= theta).sum() for theta in THETAS]
+@pytest.mark.parametrize("offset", [1000.0, -1000.0])
+def test_large_logits_do_not_overflow(offset):
+    logits = random_logits(0, 1.0)
+    counts = decide(tf.constant(logits + offset), SIZE, THRESHOLDS)["confident_pixels"].numpy()
+    expected = counts_of(*reference(logits, SIZE, 16)[1:])
     np.testing.assert_allclose(counts, expected, atol=3)  # rounding of the large logits
+
+
+def test_classes_far_apart_leave_no_pixel_confident_between_them():
+    logits = np.zeros((1, 2, 2, 2), np.float32)
+    logits[:, :, 0, 0] = logits[:, :, 1, 1] = 1000.0
+    counts = decide(tf.constant(logits), (2, 3), [(0.9, False)])["confident_pixels"].numpy()
+    assert counts.tolist() == [4]  # in the middle column both classes are equal

@@ -1,6 +1,7 @@
 """The device side against a TensorFlow reference, on three small segments whose arithmetic is exact in float32."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -17,9 +18,23 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mess_runtime import benchmark, bundle, runner
-from mess_runtime.bundle import Bundle, Manifest, Segment, file_sha256, write_json, write_manifest
-from mess_runtime.runner import Runner
+from mess_runtime import benchmark, bundle, engines, runner
+from mess_runtime.bundle import (
+    MODEL,
+    Bundle,
+    InputSpec,
+    Manifest,
+    Segment,
+    alone_signature,
+    file_sha256,
+    segment_signature,
+    sha256,
+    write_json,
+    write_manifest,
+)
+from mess_runtime.runner import Runner, exit_within
+from mess_tf import graphs
+from mess_tf.export_tflite import convert
 
 HEIGHT, WIDTH, CLASSES = 32, 64, 5
 PIXELS = HEIGHT * WIDTH
@@ -67,15 +82,6 @@ class Net(tf.Module):
         return masks, [int(out["confident_pixels"][0]) for out in (first, second)]
 
 
-def convert(net, function, folder, **shapes):
-    specs = {name: tf.TensorSpec(shape, tf.float32, name) for name, shape in shapes.items()}
-    concrete = tf.function(function).get_concrete_function(**specs)
-    tf.saved_model.save(net, str(folder), signatures={bundle.SIGNATURE: concrete})
-    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder), signature_keys=[bundle.SIGNATURE])
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    return converter.convert()
-
-
 @pytest.fixture(scope="session")
 def net():
     return Net()
@@ -98,32 +104,67 @@ def thetas(net, images):
     return float(theta1 / PIXELS), float(rest[len(rest) // 2] / PIXELS)
 
 
+IMAGE_SHAPE, FEATURE_1, FEATURE_2 = (1, HEIGHT, WIDTH, 3), (1, HEIGHT // 2, WIDTH // 2, 4), (1, HEIGHT // 4, WIDTH // 4, 4)
+
+
+def alone(net, index):
+    """The function from the image to one exit."""
+
+    def function(image):
+        first = net.segment1(image)
+        second = net.segment2(first["feature_1"])
+        outputs = (first, second, net.segment3(first["feature_1"], second["feature_2"]))[index]
+        return {name: tensor for name, tensor in outputs.items() if not name.startswith("feature")}
+
+    return function
+
+
 @pytest.fixture(scope="session")
-def folder(net, thetas, tmp_path_factory):
+def signatures(net):
+    """The graphs of the bundle by signature."""
+    made = {
+        segment_signature("exit1"): convert(net.segment1, {"image": IMAGE_SHAPE}),
+        segment_signature("exit2"): convert(net.segment2, {"feature_1": FEATURE_1}),
+        segment_signature("final"): convert(net.segment3, {"feature_1": FEATURE_1, "feature_2": FEATURE_2}),
+    }
+    return made | {alone_signature(name): convert(alone(net, index), {"image": IMAGE_SHAPE}) for index, name in enumerate(EXITS)}
+
+
+@pytest.fixture(scope="session")
+def folder(signatures, thetas, tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle")
-    feature_1, feature_2 = (1, HEIGHT // 2, WIDTH // 2, 4), (1, HEIGHT // 4, WIDTH // 4, 4)
-    models = [
-        convert(net, net.segment1, path / "saved1", image=(1, HEIGHT, WIDTH, 3)),
-        convert(net, net.segment2, path / "saved2", feature_1=feature_1),
-        convert(net, net.segment3, path / "saved3", feature_1=feature_1, feature_2=feature_2),
-    ]
+    (path / MODEL).write_bytes(graphs.write(signatures))
     segments = []
-    for name, model, theta in zip(EXITS, models, (*thetas, None), strict=True):
-        file = path / f"segment-{name}.tflite"
-        file.write_bytes(model)
+    for name, theta in zip(EXITS, (*thetas, None), strict=True):
+        alone_sha256 = sha256(graphs.write({"serve": signatures[alone_signature(name)]}))
         pix = None if theta is None else 0.9
-        segments.append(Segment(name, "fcn-r1-b0", file.name, file_sha256(file), len(model), 1000, pix, theta, theta is not None))
-        shutil.rmtree(path / f"saved{len(segments)}")
+        segments.append(Segment(name, "fcn-r1-b0", 1000, 2000, alone_sha256, pix, theta, theta is not None, 0.5))
     manifest = Manifest(
         created_by=bundle.CreatedBy("0.1.0", tf.__version__, "unknown"),
-        input=bundle.InputSpec(HEIGHT, WIDTH),
+        input=InputSpec(HEIGHT, WIDTH),
         classes=("sky", "road", "tree", "car", "sign"),
         palette=PALETTE,
         setting="input-dependent",
+        precision="fp32",
+        fidelity="exact",
+        **describe_file(path / MODEL),
         predicted=bundle.Predicted(0.5, bundle.Cost("latency_ms", 1.5)),
         segments=tuple(segments),
     )
     write_manifest(path, manifest)
+    return path
+
+
+def describe_file(path):
+    return {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
+
+
+@pytest.fixture(scope="session")
+def submodels(signatures, tmp_path_factory):
+    """Files with one signature each."""
+    path = tmp_path_factory.mktemp("submodels")
+    for name, graph in signatures.items():
+        (path / f"{name}.tflite").write_bytes(graphs.write({"serve": graph}))
     return path
 
 
@@ -133,21 +174,22 @@ def copy(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-@pytest.fixture
-def run(folder):
-    return Runner(Bundle.load(folder))
+@pytest.fixture(params=engines.ENGINES)
+def run(folder, request):
+    return Runner(Bundle.load(folder), engine=request.param)
 
 
 @pytest.fixture
 def invocations(monkeypatch):
-    """The interpreters that were invoked, in order."""
-    calls, invoke = [], runner.Interpreter.invoke
+    """The signatures that were run, in order."""
+    calls = []
+    for engine in (engines.InterpreterEngine, engines.CompiledEngine):
 
-    def counting(interpreter):
-        calls.append(interpreter)
-        invoke(interpreter)
+        def counting(self, signature, inputs, run=engine.run):
+            calls.append(signature)
+            return run(self, signature, inputs)
 
-    monkeypatch.setattr(runner.Interpreter, "invoke", counting)
+        monkeypatch.setattr(engine, "run", counting)
     return calls
 
 
@@ -196,12 +238,13 @@ def test_theta_img_is_compared_as_a_whole_number_of_pixels(copy, net, images):
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_budgeted_equals_reference_and_runs_each_segment_once(net, run, images, invocations, index):
+def test_budgeted_equals_reference_and_runs_one_signature(net, run, images, invocations, index):
+    run.run(images[9], setting="budgeted", exit=EXITS[index])
     for image in images[:4]:
         invocations.clear()
         result = run.run(image, setting="budgeted", exit=EXITS[index])
         assert result.exit == EXITS[index]
-        assert len(invocations) == len(set(invocations)) == len(result.trace) == index + 1
+        assert invocations == [alone_signature(EXITS[index])] and len(result.trace) == 1
         np.testing.assert_array_equal(result.mask, net.everything(image)[0][index])
 
 
@@ -212,7 +255,7 @@ def test_budgeted_without_exit_goes_to_the_last(run, images):
 def test_input_dependent_stops_running_once_the_image_left(run, images, invocations):
     for image in images:
         invocations.clear()
-        assert len(run.run(image).trace) == len(invocations) == len(set(invocations))
+        assert [segment_signature(step.exit) for step in run.run(image).trace] == invocations
 
 
 def test_refine_yields_every_exit_and_runs_only_what_is_asked_for(net, run, images, invocations):
@@ -220,7 +263,7 @@ def test_refine_yields_every_exit_and_runs_only_what_is_asked_for(net, run, imag
     steps = run.refine(images[3])
     for index, expected in enumerate(masks):
         result = next(steps)
-        assert len(invocations) == len(set(invocations)) == index + 1
+        assert invocations == [segment_signature(name) for name in EXITS[: index + 1]]
         assert (result.exit, len(result.trace)) == (EXITS[index], index + 1)
         np.testing.assert_array_equal(result.mask, expected)
     assert next(steps, None) is None
@@ -256,19 +299,39 @@ def test_image_of_another_size(net, run, size):
         np.testing.assert_array_equal(result.mask, np.kron(mask, np.ones((3, 3), np.uint8)))
 
 
+@pytest.mark.parametrize("size", [(96, 96), (20, 300), (300, 20)])
+def test_letterboxed_image_keeps_its_aspect_ratio(net, copy, size):
+    edit(copy, lambda value: value["input"].update(resize="letterbox"))
+    image = np.random.default_rng(1).integers(0, 4, (*size, 3), np.uint8)
+    scale = min(HEIGHT / size[0], WIDTH / size[1])
+    height, width = round(size[0] * scale), round(size[1] * scale)
+    top, left = (HEIGHT - height) // 2, (WIDTH - width) // 2
+    boxed = np.full((HEIGHT, WIDTH, 3), 128, np.uint8)
+    inside = np.s_[top : top + height, left : left + width]
+    boxed[inside] = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    mask = net.everything(boxed)[0][2][inside]
+    run = Runner(Bundle.load(copy))
+    run.run(np.zeros((HEIGHT, WIDTH, 3), np.uint8))  # leaves nothing behind in the margins
+    result = run.run(image, setting="budgeted")
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=True))
+    np.testing.assert_array_equal(result.mask, mask[np.ix_(rows, columns)])
+
+
 @pytest.fixture
 def timed(folder, monkeypatch):
-    """A runner under a clock that each invocation advances by the duration, in ms, of its segment."""
-    clock, durations, names = [0], dict.fromkeys(EXITS, 10), {}
-    invoke = runner.Interpreter.invoke
-
-    def advancing(interpreter):
-        invoke(interpreter)
-        clock[0] += int(durations[names.setdefault(id(interpreter), EXITS[len(names) % 3])] * 1e6)
-
-    monkeypatch.setattr(runner.Interpreter, "invoke", advancing)
+    """A runner under a clock that each run advances by the duration, in ms, of its segment."""
+    clock, durations = [0], dict.fromkeys(EXITS, 10)
     monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter_ns=lambda: clock[0]))
-    return Runner(Bundle.load(folder)), durations
+    run = Runner(Bundle.load(folder), engine=engines.INTERPRETER)
+    original = run._engine.run
+
+    def advancing(signature, inputs):
+        clock[0] += int(durations[signature.partition(".")[2]] * 1e6)
+        return original(signature, inputs)
+
+    monkeypatch.setattr(run._engine, "run", advancing)
+    run._fastest_ms = {segment_signature(name): 10.0 for name in EXITS}
+    return run, durations
 
 
 @pytest.mark.parametrize(("deadline_ms", "exit", "executed"), [(1, "exit1", 1), (19.9, "exit1", 1), (20, "exit2", 2), (30, "final", 3)])
@@ -295,6 +358,9 @@ def test_anytime_drops_a_result_that_turned_out_late(timed, net, images):
         ({"setting": "anytime"}, "deadline_ms: must be positive"),
         ({"setting": "anytime", "deadline_ms": 0.0}, "deadline_ms: must be positive"),
         ({"deadline_ms": 5.0}, "deadline_ms: must be left out unless"),
+        ({"latency_budget_ms": 5.0}, "latency_budget_ms: must be left out unless"),
+        ({"setting": "budgeted", "exit": "exit1", "latency_budget_ms": 5.0}, "latency_budget_ms: must be left out where the exit is given"),
+        ({"setting": "budgeted", "latency_budget_ms": 5.0}, "latency: must be with rows of this bundle's"),
     ],
 )
 def test_options_that_do_not_go_together(run, images, options, message):
@@ -328,7 +394,7 @@ def test_manifest_round_trip(folder):
         assert Segment.from_json(segment.to_json()) == segment
     no_search = dataclasses.replace(manifest, predicted=None)
     assert Manifest.from_json(json.loads(json.dumps(no_search.to_json()))) == no_search
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.json", *(s.file for s in manifest.segments)])
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.tflite"]
 
 
 @pytest.mark.parametrize(
@@ -337,10 +403,12 @@ def test_manifest_round_trip(folder):
         (("format",), 2, r"manifest\.format: must be 1, got 2"),
         (("colour",), 1, r"manifest\.colour: unknown key"),
         (("segments", 1, "theta_imgs"), 0.5, r"segments\[1\]\.theta_imgs: unknown key, must be one of theta_img"),
-        (("segments", 0, "file"), "../x.tflite", r"segments\[0\]\.file: must be a plain \.tflite file name"),
-        (("segments", 0, "file"), "/x.tflite", r"segments\[0\]\.file: must be a plain"),
-        (("segments", 0, "sha256"), "A" * 64, r"segments\[0\]\.sha256: must be 64"),
-        (("segments", 0, "size_bytes"), 0, r"segments\[0\]\.size_bytes: must be positive"),
+        (("segments", 0, "alone_sha256"), "A" * 64, r"segments\[0\]\.sha256: must be 64"),
+        (("segments", 0, "exit"), "../x", r"segments\[0\]\.exit: must be a name of letters"),
+        (("sha256",), "A" * 64, r"sha256: must be 64"),
+        (("size_bytes",), 0, r"size_bytes: must be positive"),
+        (("precision",), "int4", r"precision: must be one of fp32, fp16, int8"),
+        (("input", "resize"), "crop", r"resize: must be one of stretch, letterbox"),
         (("segments", 0, "macs"), 1.5, r"segments\[0\]\.macs: must be of type int"),
         (("segments", 0, "edge_aware"), 1, r"segments\[0\]\.edge_aware: must be of type bool"),
         (("segments", 0, "theta_img"), 1.5, r"segments\[0\]\.theta_img: must be in \[0, 1\]"),
@@ -387,93 +455,76 @@ def test_thetas_follow_the_setting(copy):
         Bundle.load(copy)
 
 
-def test_changed_or_missing_files(copy):
-    path = copy / "segment-exit2.tflite"
+def test_changed_or_missing_file(copy):
+    path = copy / MODEL
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"segment-exit2\.tflite: sha256: must be"):
+    with pytest.raises(ValueError, match=r"model\.tflite: sha256: must be"):
         Bundle.load(copy)
     path.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"segment-exit2\.tflite: size: must be"):
+    with pytest.raises(ValueError, match=r"model\.tflite: size: must be"):
         Bundle.load(copy)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"segment-exit2\.tflite: missing, named by segments\[1\]\.file"):
+    with pytest.raises(FileNotFoundError, match=r"model\.tflite: missing, described by manifest\.json beside it"):
         Bundle.load(copy)
     (copy / bundle.MANIFEST).write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: "):
         Bundle.load(copy)
 
 
-def describe_file(path):
-    return {"file": path.name, "sha256": file_sha256(path), "size_bytes": path.stat().st_size}
+def replace_model(folder, content):
+    (folder / MODEL).write_bytes(content)
+    edit(folder, lambda value: value.update(describe_file(folder / MODEL)))
+    return Bundle.load(folder)
 
 
-def test_a_feature_that_nobody_makes(copy):
-    edit(copy, lambda value: value["segments"].pop(0))
-    with pytest.raises(ValueError, match=r"segment-exit2\.tflite: input 'feature_1': must be 'image' or made by a segment before"):
-        Runner(Bundle.load(copy))
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_signatures_that_do_not_fit_the_manifest(copy, signatures, engine):
+    missing = {name: graph for name, graph in signatures.items() if name != "segment.exit2"}
+    with pytest.raises(ValueError, match=r"signatures: must be with 'segment\.exit2', got"):
+        Runner(replace_model(copy, graphs.write(missing)), engine=engine)
+    swapped = signatures | {"segment.exit1": signatures["alone.exit1"]}  # hands no feature over
+    with pytest.raises(ValueError, match=r"segment\.exit2: input 'feature_1': must be one of"):
+        Runner(replace_model(copy, graphs.write(swapped)), engine=engine)
+    undecided = signatures | {"segment.exit1": signatures["segment.exit1"].renamed({"mask": "mask", "feature_1": "feature_1"})}
+    with pytest.raises(ValueError, match=r"segment\.exit1: output 'confident_pixels': must be"):
+        Runner(replace_model(copy, graphs.write(undecided)), engine=engine)
 
 
-def test_a_feature_that_two_segments_make(copy):
-    twin = shutil.copy(copy / "segment-exit1.tflite", copy / "twin.tflite")
-    edit(copy, lambda value: value["segments"][1].update(describe_file(Path(twin))))
-    with pytest.raises(ValueError, match=r"twin\.tflite: output 'feature_1': must be made by one segment only"):
-        Runner(Bundle.load(copy))
-
-
-def test_a_feature_with_another_quantization(folder, monkeypatch):
-    load = runner._Stage.__init__
-
-    def altered(stage, path, threads):
-        load(stage, path, threads)
-        if "feature_1" in stage.outputs:
-            stage.outputs["feature_1"]["quantization"] = (0.5, 3)
-
-    monkeypatch.setattr(runner._Stage, "__init__", altered)
-    with pytest.raises(ValueError, match=r"segment-exit2\.tflite: feature_1 quantization: must be \(0\.5, 3\), got"):
-        Runner(Bundle.load(folder))
-
-
-def test_graphs_of_another_size(copy):
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_graphs_of_another_size(copy, engine):
     edit(copy, lambda value: value["input"].update(height=HEIGHT * 2))
-    with pytest.raises(ValueError, match=r"segment-exit1\.tflite: mask: must be uint8 \[1, 64, 64\], got \('uint8', \(1, 32, 64\)\)"):
-        Runner(Bundle.load(copy))
+    with pytest.raises(ValueError, match=r"segment\.exit1: input 'image': must be one of"):
+        Runner(Bundle.load(copy), engine=engine)
 
 
-def test_a_decision_without_confident_pixels(copy):
-    def change(value):
-        first, second, last = value["segments"]
-        second |= {key: last[key] for key in ("file", "sha256", "size_bytes")}
-        value["segments"] = [first, second, dict(last, exit="other", **describe_file(copy / "other.tflite"))]
-
-    shutil.copy(copy / "segment-exit2.tflite", copy / "other.tflite")
-    edit(copy, change)
-    with pytest.raises(ValueError, match=r"segment-final\.tflite: tensors: must be with 'confident_pixels', got \['mask'\]"):
-        Runner(Bundle.load(copy))
-
-
-def test_a_file_that_is_no_model(copy):
-    path = copy / "segment-exit1.tflite"
-    path.write_bytes(b"x" * 100)
-    edit(copy, lambda value: value["segments"][0].update(describe_file(path)))
-    with pytest.raises(ValueError, match=r"segment-exit1\.tflite: .* cannot load it"):
-        Runner(Bundle.load(copy))
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_file_that_is_no_model(copy, engine):
+    with pytest.raises(ValueError, match=r"model\.tflite: .* cannot load it"):
+        Runner(replace_model(copy, b"x" * 100), engine=engine)
 
 
 # ---------------------------------------------------------------- latency.json
 
 
 @pytest.fixture(scope="session")
-def row(folder):
-    return benchmark.benchmark_file(folder / "segment-exit1.tflite", threads=1, warmup=1, runs=5, min_seconds=0.0)
+def row(submodels):
+    return benchmark.benchmark_file(submodels / "segment.exit1.tflite", threads=1, warmup=1, runs=5, min_seconds=0.0)
 
 
-def test_row_describes_the_file_and_the_runtime(folder, row):
-    path = folder / "segment-exit1.tflite"
-    assert (row.submodel, row.sha256, row.size_bytes) == ("segment-exit1", file_sha256(path), path.stat().st_size)
-    assert (row.runtime, row.backend_requested, row.backend_obtained, row.threads, row.runs) == (runner.RUNTIME, "xnnpack", "xnnpack", 1, 5)
+def test_row_describes_the_file_and_the_runtime(submodels, row):
+    path = submodels / "segment.exit1.tflite"
+    assert (row.submodel, row.sha256, row.size_bytes) == ("segment.exit1", file_sha256(path), path.stat().st_size)
+    assert (row.runtime, row.backend_requested, row.backend_obtained, row.threads, row.runs) == (
+        engines.RUNTIME,
+        "xnnpack",
+        "xnnpack",
+        1,
+        5,
+    )
     assert 0 < row.p50_ms <= row.p90_ms
+    assert (row.drift, row.sustained_s) == (None, 0.0)
     assert all((row.device, row.soc, row.os, row.runtime_version))
 
 
@@ -483,40 +534,59 @@ def test_backend_is_read_from_the_graph(monkeypatch):
     assert benchmark._backend(types.SimpleNamespace()) == "unknown"
 
 
-def test_files_are_measured_in_turns_until_runs_and_time_suffice(folder, invocations):
-    files = [folder / "segment-exit1.tflite", folder / "segment-final.tflite"]
+def test_files_are_measured_in_turns_until_runs_and_time_suffice(submodels, monkeypatch):
+    files = [submodels / "segment.exit1.tflite", submodels / "segment.final.tflite"]
+    invocations, invoke = [], engines.Interpreter.invoke
+
+    def counting(interpreter):
+        invocations.append(interpreter)
+        invoke(interpreter)
+
+    monkeypatch.setattr(engines.Interpreter, "invoke", counting)
     lines = []
     rows = benchmark.benchmark_files(files, warmup=2, runs=6, min_seconds=0.0, rounds=3, progress=lines.append)
     turns = [len(list(group)) for _, group in itertools.groupby(invocations, key=id)]
     assert turns == [4] * 6
-    assert [row.runs for row in rows] == [6, 6]
+    assert [row.runs for row in rows] == [6, 6] and all(row.drift > 0 for row in rows)
     assert [line.split()[:3] for line in lines] == [["round", f"{k}/3", path.stem] for k in (1, 2, 3) for path in files]
     assert lines[-1].endswith("eta_s=0")
     (row,) = benchmark.benchmark_files(files[:1], warmup=0, runs=1, min_seconds=0.02, rounds=2)
     assert row.mean_ms * row.runs >= 20
 
 
-def test_equal_files_are_measured_once(folder, copy):
-    rows = benchmark.benchmark_files([root / "segment-exit1.tflite" for root in (folder, copy)], runs=1, min_seconds=0.0, rounds=1)
-    assert [row.submodel for row in rows] == ["segment-exit1"]
+def test_equal_files_are_measured_once(submodels, tmp_path):
+    twin = shutil.copy(submodels / "segment.exit1.tflite", tmp_path / "twin.tflite")
+    rows = benchmark.benchmark_files([submodels / "segment.exit1.tflite", twin], runs=1, min_seconds=0.0, rounds=1)
+    assert [row.submodel for row in rows] == ["segment.exit1"]
 
 
 @pytest.mark.parametrize("argument", ["threads", "runs", "rounds"])
-def test_benchmark_arguments(folder, argument):
+def test_benchmark_arguments(submodels, argument):
     with pytest.raises(ValueError, match=f"{argument}: must be at least 1, got 0"):
-        benchmark.benchmark_files([folder / "segment-exit1.tflite"], **{argument: 0})
+        benchmark.benchmark_files([submodels / "segment.exit1.tflite"], **{argument: 0})
 
 
-def test_a_file_with_two_signatures_is_refused(net, tmp_path):
-    @tf.function(input_signature=[tf.TensorSpec((1, 4), tf.float32, "x")])
-    def double(x):
-        return {"y": x * 2}
+def test_a_file_with_several_signatures_is_refused(folder):
+    with pytest.raises(ValueError, match=r"model\.tflite: signatures: must be a single one"):
+        benchmark.benchmark_file(folder / MODEL, runs=1, min_seconds=0.0)
 
-    tf.saved_model.save(net, str(tmp_path / "saved"), signatures={"one": double, "two": double})
-    path = tmp_path / "two.tflite"
-    path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved"), signature_keys=["one", "two"]).convert())
-    with pytest.raises(ValueError, match=r"two\.tflite: signatures: must be a single one"):
-        benchmark.benchmark_file(path, runs=1, min_seconds=0.0)
+
+def test_the_exit_within_a_latency_budget(folder, row):
+    manifest = Bundle.load(folder).manifest
+    rows = [
+        dataclasses.replace(row, sha256=segment.alone_sha256, p50_ms=milliseconds, p90_ms=9.0)
+        for segment, milliseconds in zip(manifest.segments, (2.0, 6.0, 4.0), strict=True)
+    ]
+    assert [exit_within(manifest, rows, budget, 1) for budget in (2.0, 3.9, 4.0, 6.0)] == ["exit1", "exit1", "final", "final"]
+    best = dataclasses.replace(manifest.segments[1], miou=0.6)
+    manifest = dataclasses.replace(manifest, segments=(manifest.segments[0], best, manifest.segments[2]))
+    assert [exit_within(manifest, rows, budget, 1) for budget in (5.9, 6.0)] == ["final", "exit2"]
+    with pytest.raises(ValueError, match=r"latency_budget_ms: must be at least 2 for exit1, got 1\.9"):
+        exit_within(manifest, rows, 1.9, 1)
+    with pytest.raises(ValueError, match=r"at 2 threads on this device, got \"none of \['exit1', 'exit2', 'final'\]\""):
+        exit_within(manifest, rows, 9.0, 2)
+    others = [dataclasses.replace(each, device="another", p50_ms=1.0) for each in rows]
+    assert exit_within(manifest, [*others, *rows], 3.9, 1) == "exit1"  # of two devices, this one
 
 
 def test_latency_table_round_trip_and_merge(row, tmp_path):
@@ -542,6 +612,8 @@ def test_latency_table_round_trip_and_merge(row, tmp_path):
         (lambda value: value["rows"][0].update(threads=1.0), r"rows\[0\]\.threads: must be of type int"),
         (lambda value: value["rows"][0].update(p50_ms=0.0), r"rows\[0\]\.p50_ms: must be positive"),
         (lambda value: value["rows"][0].update(p50_ms=1e9), r"rows\[0\]\.p50_ms: must be at most p90_ms"),
+        (lambda value: value["rows"][0].update(drift=0.0), r"rows\[0\]\.drift: must be positive"),
+        (lambda value: value["rows"][0].update(sustained_s=-1.0), r"rows\[0\]\.sustained_s: must be at least 0"),
         (lambda value: value["rows"][0].update(temperature_c="warm"), r"rows\[0\]\.temperature_c: must be a finite number"),
         (lambda value: value["rows"].append(value["rows"][0]), r"latency\.rows: must be different"),
     ],
@@ -597,7 +669,7 @@ def test_run_writes_masks_and_goes_on_after_a_broken_image(folder, net, images, 
     for record, index in zip(records, (0, 5), strict=True):
         masks, counts = net.everything(images[index])
         assert (record["exit"], record["confidence"]) == ("exit2", counts[1] / PIXELS)
-        assert [step["exit"] for step in record["segments"]] == ["exit1", "exit2"]
+        assert [step["exit"] for step in record["segments"]] == ["exit2"]
         assert record["latency_ms"] == pytest.approx(sum(step["latency_ms"] for step in record["segments"]))
         with Image.open(output / f"{index}.png") as mask:
             np.testing.assert_array_equal(np.asarray(mask), masks[1])
@@ -616,24 +688,55 @@ def test_run_never_loses_a_file(folder, images, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == before
 
 
-def test_benchmark_measures_folders_and_merges(folder, tmp_path):
+def test_benchmark_measures_folders_and_merges(submodels, tmp_path):
     output = tmp_path / "latency.json"
     options = [f"--output={output}", "--runs=2", "--min_seconds=0", "--rounds=1"]
-    lines, _ = command("benchmark", folder, *options)
-    assert lines[-1] == str(output) and len(lines) == 4
-    command("benchmark", folder / "segment-final.tflite", "--threads=2", *options)
+    lines, _ = command("benchmark", submodels, *options)
+    assert lines[-1] == str(output) and len(lines) == 7
+    command("benchmark", submodels / "segment.final.tflite", "--threads=2", *options)
     rows = bundle.read_json(output, benchmark.LatencyTable.from_json).rows
-    names = ["segment-exit1", "segment-exit2", "segment-final"]
-    assert [(row.submodel, row.threads) for row in rows] == [*((name, 1) for name in names), ("segment-final", 2)]
+    names = sorted(path.stem for path in submodels.iterdir())
+    assert [(row.submodel, row.threads) for row in rows] == [*((name, 1) for name in names), ("segment.final", 2)]
+
+
+def test_run_chooses_the_exit_within_a_budget(folder, submodels, images, tmp_path):
+    command("benchmark", submodels, f"--output={tmp_path / 'latency.json'}", "--runs=2", "--min_seconds=0", "--rounds=1")
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    options = [f"--output={tmp_path / 'masks'}", "--setting=budgeted", f"--latency={tmp_path / 'latency.json'}"]
+    lines, _ = command("run", folder, tmp_path / "a.png", "--latency_budget_ms=1000", *options)
+    assert json.loads(lines[0])["exit"] == "final"
+    _, errors = command("run", folder, tmp_path / "a.png", "--latency_budget_ms=1e-9", *options, code=1)
+    assert len(errors) == 1 and "latency_budget_ms: must be at least" in errors[0]
+
+
+def test_run_writes_overlays(folder, net, images, tmp_path):
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    command("run", folder, tmp_path / "a.png", f"--output={tmp_path / 'masks'}", "--overlay", "--setting=budgeted")
+    colours = np.array(PALETTE, np.float64)[net.everything(images[0])[0][2]]
+    with Image.open(tmp_path / "masks" / "a.overlay.png") as overlay:
+        np.testing.assert_allclose(np.asarray(overlay), (images[0] + colours) / 2, atol=1)
+
+
+def test_run_takes_videos(folder, tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless")
+    path = str(tmp_path / "clip.avi")
+    video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 10, (WIDTH, HEIGHT))
+    for value in (0, 100, 200):
+        video.write(np.full((HEIGHT, WIDTH, 3), value, np.uint8))
+    video.release()
+    lines, _ = command("run", folder, path, f"--output={tmp_path / 'masks'}", "--frames=2")
+    assert [json.loads(line)["mask"] for line in lines[:-1]] == ["clip.000001.png", "clip.000002.png"]
+    assert sorted(each.name for each in (tmp_path / "masks").iterdir()) == ["clip.000001.png", "clip.000002.png"]
 
 
 def test_inspect_prints_the_segments(folder, thetas):
     lines, _ = command("inspect", folder)
     rows = [line.split() for line in lines[-4:]]
-    assert rows[0] == ["exit", "head", "file", "KiB", "MMACs", "theta_pix", "theta_img", "edge_aware"]
+    assert rows[0] == ["exit", "head", "MMACs", "alone", "mIoU", "theta_pix", "theta_img", "edge_aware"]
     assert [row[0] for row in rows[1:]] == list(EXITS)
     assert rows[1][5:] == ["0.9", f"{thetas[0]:g}", "yes"] and rows[3][5:] == ["-", "-", "no"]
     assert "setting    input-dependent" in lines
+    assert f"input      {HEIGHT} x {WIDTH} pixels, float32, stretch" in lines
     assert "predicted  mIoU 50.00 %, mean latency_ms 1.5" in lines
 
 
@@ -654,6 +757,95 @@ def test_user_errors_are_one_line(monkeypatch, tmp_path, arguments, message):
     assert lines == []
     assert len(errors) == 1 and message in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- other runtimes and languages
+
+
+OTHER_RUNTIMES = {
+    # ai-edge-litert is hidden, so the next one is found.
+    "tensorflow": ([sys.executable], "import sys; sys.modules['ai_edge_litert'] = sys.modules['tflite_runtime'] = None"),
+    "tflite-runtime": ([os.environ.get("MESS_TFLITE_RUNTIME_PYTHON")], ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RUNTIMES)
+def test_other_runtimes_give_the_same_masks(folder, net, images, thetas, tmp_path, name):
+    program, hide = OTHER_RUNTIMES[name]
+    if program == [None]:
+        pytest.skip("needs MESS_TFLITE_RUNTIME_PYTHON, the Python of an environment with tflite-runtime 2.14 (.ci/run makes one)")
+    for index in range(6):
+        Image.fromarray(images[index]).save(tmp_path / f"{index}.png")
+    code = f"{hide}\nimport sys; from mess_runtime import __main__, engines; print(engines.RUNTIME); sys.exit(__main__.main())"
+    environment = os.environ | {"PYTHONPATH": str(Path(bundle.__file__).parents[1])}
+    words = [*program, "-c", code, "run", str(folder), str(tmp_path), f"--output={tmp_path / 'masks'}"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == name
+    records = [json.loads(line) for line in done.stdout.splitlines()[1:-1]]
+    for index, record in enumerate(records):
+        masks, counts = net.everything(images[index])
+        left = next((k for k in range(2) if counts[k] >= round(thetas[k] * PIXELS)), 2)
+        assert record["exit"] == EXITS[left]
+        with Image.open(tmp_path / "masks" / f"{index}.png") as mask:
+            np.testing.assert_array_equal(np.asarray(mask), masks[left])
+    assert len(records) == 6
+
+
+@pytest.fixture(scope="session")
+def cpp_runner(tmp_path_factory):
+    """tflite/examples/cpp, built against the library in ai-edge-litert's wheel."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    library = Path(importlib.util.find_spec("ai_edge_litert").submodule_search_locations[0])
+    path = tmp_path_factory.mktemp("cpp") / "mess_runner"
+    source = Path(__file__).parents[1] / "tflite" / "examples" / "cpp" / "mess_runner.cc"
+    words = [
+        "g++",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        source,
+        "-o",
+        path,
+        f"-L{library}",
+        "-l:libLiteRt.so",
+        f"-Wl,-rpath,{library}",
+    ]
+    subprocess.run([str(word) for word in words], check=True)
+    return path
+
+
+def test_cpp_runner_decides_like_the_python_runner(cpp_runner, folder, images, thetas, tmp_path):
+    run = Runner(Bundle.load(folder))
+    needed = [math.ceil(theta * PIXELS - 1e-9) for theta in thetas]
+    exits = [f"exit1={needed[0]}", f"exit2={needed[1]}", "final"]
+    seen = set()
+    for image in images[:8]:
+        image.astype(np.float32).tofile(tmp_path / "image.rgb")
+        words = [cpp_runner, folder / MODEL, tmp_path / "image.rgb", tmp_path / "mask.raw", *exits]
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
+        expected, lines = run.run(image), [line.split() for line in done.stdout.splitlines()]
+        assert [line[0] for line in lines] == [step.exit for step in expected.trace]
+        counts = [int(line[4]) / PIXELS if len(line) > 4 and line[3] == "confident_pixels" else None for line in lines]
+        assert counts == confidences(expected)
+        assert [line[-1] == "leaves" for line in lines] == [False] * (len(lines) - 1) + [True]
+        np.testing.assert_array_equal(np.fromfile(tmp_path / "mask.raw", np.uint8).reshape(HEIGHT, WIDTH), expected.mask)
+        seen.add(expected.exit)
+    assert len(seen) > 1
+
+
+def test_cpp_runner_names_what_is_wrong(cpp_runner, folder, images, tmp_path):
+    images[0].tofile(tmp_path / "uint8.rgb")
+    for model, image, exits, message in (
+        ("nowhere.tflite", "uint8.rgb", ["final"], "loading nowhere.tflite failed"),
+        (folder / MODEL, "uint8.rgb", ["exit1=3", "final"], f"the image must have {HEIGHT * WIDTH * 12} bytes, got {HEIGHT * WIDTH * 3}"),
+        (folder / MODEL, "uint8.rgb", ["exit9"], "the model has no signature segment.exit9"),
+    ):
+        words = [str(word) for word in (cpp_runner, model, image, "mask.raw", *exits)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1 and message in done.stderr
 
 
 def test_importing_the_device_side_needs_no_tensorflow():

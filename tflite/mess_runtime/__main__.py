@@ -7,12 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-from PIL import Image
-
-from mess_runtime.bundle import SETTINGS, Bundle, Manifest, read_json, write_atomically, write_json
-
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+from mess_runtime.bundle import SETTINGS, Bundle, Manifest, read_json, write_json
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,14 +19,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mess_runtime", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser("run", help="segment images: a palette PNG and a JSON line each", allow_abbrev=False)
+    run = commands.add_parser("run", help="segment images, videos and cameras: a palette PNG and a JSON line per frame", allow_abbrev=False)
     run.add_argument("bundle", type=Path)
-    run.add_argument("images", nargs="+", type=Path, help="files, and folders whose images are all taken")
+    run.add_argument("sources", nargs="+", help="image and video files, folders whose images are all taken, camera:NUMBER")
     run.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the masks")
+    run.add_argument("--overlay", action="store_true", help="also write NAME.overlay.png, the mask over the image")
+    run.add_argument("--frames", type=int, metavar="N", help="stop a video or camera after N frames")
     run.add_argument("--setting", choices=SETTINGS, help="default: what the bundle is made for")
     run.add_argument("--exit", help="where to leave, for budgeted")
+    run.add_argument("--latency", type=Path, metavar="FILE", help="latency.json with the alone.EXIT submodels, for --latency_budget_ms")
+    run.add_argument("--latency_budget_ms", type=float, help="for budgeted: the best exit that keeps it")
     run.add_argument("--deadline_ms", type=float, help="for anytime")
     run.add_argument("--threads", type=int, default=1)
+    run.add_argument("--engine", choices=("compiled", "interpreter"), help="default: the faster of those installed")
     run.set_defaults(function=_run)
 
     benchmark = commands.add_parser("benchmark", help="measure .tflite files on this machine", allow_abbrev=False)
@@ -49,79 +49,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _expand(paths: list[Path], suffixes: set[str]) -> list[Path]:
-    """Returns the files, with every folder replaced by its files of these suffixes, in order and without repetition."""
-    files = {}
-    for path in paths:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path}: holds no file with the suffix {' or '.join(sorted(suffixes))}")
-        files |= {file.resolve(): file for file in found}
-    return list(files.values())
-
-
-def _mask_paths(images: list[Path], output: Path) -> dict[Path, Path]:
-    """Returns the mask's path of each image, after checking that no file is lost."""
-    masks = {}
-    for image in images:
-        mask = output / f"{image.stem}.png"
-        if mask in masks.values():
-            raise ValueError(f"{image}: another image's mask is called {mask} already")
-        masks[image] = mask
-    overwritten = {mask.resolve() for mask in masks.values()} & {image.resolve() for image in images}
-    if overwritten:
-        raise ValueError(f"--output: must be a folder where masks do not replace images, got {output}")
-    return masks
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """Returns uint8 [h, w, 3], RGB."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image: {error}") from error
-
-
 def _run(arguments: argparse.Namespace) -> int:
+    from mess_runtime.benchmark import LatencyTable
+    from mess_runtime.frames import UnreadableError, Writer, open_sources
     from mess_runtime.runner import Runner
 
     bundle = Bundle.load(arguments.bundle)
-    masks = _mask_paths(_expand(arguments.images, IMAGE_SUFFIXES), arguments.output)
-    runner = Runner(bundle, arguments.threads)
-    palette = [channel for colour in bundle.manifest.palette for channel in colour]
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    sources = open_sources(arguments.sources, arguments.frames)
+    writer = Writer(arguments.output, bundle.manifest.palette, arguments.overlay, [path for path, _ in sources])
+    rows = read_json(arguments.latency, LatencyTable.from_json).rows if arguments.latency else ()
+    runner = Runner(bundle, arguments.threads, arguments.engine, rows)
     failures = 0
-    for path, mask_path in masks.items():
+    for source, frames in sources:
         try:
-            image = _read_image(path)
-        except ValueError as error:
+            for name, image in frames:
+                result = runner.run(image, arguments.setting, arguments.exit, arguments.latency_budget_ms, arguments.deadline_ms)
+                writer.write(name, image, result.mask)
+                line = {
+                    "image": str(source),
+                    "mask": f"{name}.png",
+                    "exit": result.exit,
+                    "confidence": next(step.confidence for step in result.trace if step.exit == result.exit),
+                    "latency_ms": result.latency_ms,
+                    "segments": [dataclasses.asdict(step) for step in result.trace],
+                }
+                print(json.dumps(line), flush=True)
+        except UnreadableError as error:
             print(f"mess_runtime: {error}", file=sys.stderr)
             failures += 1
-            continue
-        result = runner.run(image, arguments.setting, arguments.exit, arguments.deadline_ms)
-        picture = Image.fromarray(result.mask)
-        picture.putpalette(palette)
-        write_atomically(mask_path, lambda temporary, picture=picture: picture.save(temporary, format="PNG"))
-        chosen = next(step for step in result.trace if step.exit == result.exit)
-        line = {
-            "image": str(path),
-            "exit": result.exit,
-            "confidence": chosen.confidence,
-            "latency_ms": result.latency_ms,
-            "segments": [dataclasses.asdict(step) for step in result.trace],
-        }
-        print(json.dumps(line), flush=True)
     print(arguments.output)
     return 1 if failures else 0
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
     from mess_runtime.benchmark import LatencyTable, benchmark_files
+    from mess_runtime.frames import expand
 
     table = read_json(arguments.output, LatencyTable.from_json) if arguments.output.exists() else LatencyTable({}, ())
     rows = benchmark_files(
-        _expand(arguments.paths, {".tflite"}),
+        expand(arguments.paths, {".tflite"}),
         threads=arguments.threads,
         runs=arguments.runs,
         min_seconds=arguments.min_seconds,
@@ -143,17 +109,19 @@ def _describe(manifest: Manifest) -> str:
     created, predicted = manifest.created_by, manifest.predicted
     lines = [
         f"made by    mess_tf {created.mess_tf}, TensorFlow {created.tensorflow}, commit {created.git_commit}",
-        f"input      {manifest.input.height} x {manifest.input.width} pixels",
+        f"input      {manifest.input.height} x {manifest.input.width} pixels, {manifest.input.dtype}, {manifest.input.resize}",
+        f"model      {manifest.size_bytes / 1024:.1f} KiB, {manifest.precision}, policy {manifest.fidelity}",
         f"classes    {len(manifest.classes)}: {', '.join(manifest.classes)}",
         f"setting    {manifest.setting}",
     ]
     if predicted is not None:
         lines.append(f"predicted  mIoU {100 * predicted.miou:.2f} %, mean {predicted.cost.name} {predicted.cost.mean:.6g}")
-    table = [("exit", "head", "file", "KiB", "MMACs", "theta_pix", "theta_img", "edge_aware")]
+    table = [("exit", "head", "MMACs", "alone", "mIoU", "theta_pix", "theta_img", "edge_aware")]
     for segment in manifest.segments:
         thetas = ["-" if theta is None else f"{theta:g}" for theta in (segment.theta_pix, segment.theta_img)]
-        size, work = f"{segment.size_bytes / 1024:.1f}", f"{segment.macs / 1e6:.1f}"
-        table.append((segment.exit, segment.head, segment.file, size, work, *thetas, "yes" if segment.edge_aware else "no"))
+        work = [f"{macs / 1e6:.1f}" for macs in (segment.macs, segment.alone_macs)]
+        miou = "-" if segment.miou is None else f"{100 * segment.miou:.2f}"
+        table.append((segment.exit, segment.head, *work, miou, *thetas, "yes" if segment.edge_aware else "no"))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines.append("")
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

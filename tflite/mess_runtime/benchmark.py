@@ -16,7 +16,7 @@ import numpy as np
 
 import mess_runtime
 from mess_runtime.bundle import FORMAT, check, check_sha256, decode_versioned, file_sha256
-from mess_runtime.runner import RUNTIME, Interpreter, open_interpreter
+from mess_runtime.engines import RUNTIME, Interpreter, open_interpreter
 
 BACKEND = "xnnpack"
 WARMUP = 3
@@ -33,9 +33,11 @@ class LatencyRow:
       runtime, runtime_version: of the interpreter.
       backend_requested, backend_obtained: `xnnpack`, `cpu`, or what a phone offers; obtained is `unknown` where the runtime does not tell.
       threads: of the interpreter.
-      p50_ms, p90_ms, mean_ms: of the interpreter's invocation alone, over `runs` samples.
+      p50_ms, p90_ms, mean_ms: of the interpreter's invocation alone, over `runs` samples; p90 is None where the tool does not tell it.
       runs: number of samples.
       temperature_c: hottest sensor in degrees Celsius when the file was last measured, None where there is none.
+      drift: median of the last round's samples over that of the first's; above 1 the device has slowed down. None with a single round.
+      sustained_s: seconds of full load before the measurement; 0 means the speed of a cool device.
     """
 
     submodel: str
@@ -50,16 +52,20 @@ class LatencyRow:
     backend_obtained: str
     threads: int
     p50_ms: float
-    p90_ms: float
+    p90_ms: float | None
     mean_ms: float
     runs: int
     temperature_c: float | None
+    drift: float | None = None
+    sustained_s: float = 0.0
 
     def __post_init__(self):
         check_sha256(self.sha256)
-        for name in ("size_bytes", "threads", "p50_ms", "p90_ms", "mean_ms", "runs"):
-            check(getattr(self, name) > 0, name, "positive", getattr(self, name))
-        check(self.p50_ms <= self.p90_ms, "p50_ms", f"at most p90_ms = {self.p90_ms}", self.p50_ms)
+        for name in ("size_bytes", "threads", "p50_ms", "p90_ms", "mean_ms", "runs", "drift"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, "positive", value)
+        check(self.p90_ms is None or self.p50_ms <= self.p90_ms, "p50_ms", f"at most p90_ms = {self.p90_ms}", self.p50_ms)
+        check(self.sustained_s >= 0, "sustained_s", "at least 0", self.sustained_s)
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -171,11 +177,14 @@ def benchmark_files(
     files = {}
     for path in paths:
         files.setdefault(file_sha256(path), Path(path))
-    samples, backends, temperatures = {sha256: [] for sha256 in files}, {}, {}
+    samples, medians = ({sha256: [] for sha256 in files} for _ in range(2))
+    backends, temperatures = {}, {}
     begin = time.perf_counter()
     for count, (number, (sha256, path)) in enumerate(itertools.product(range(1, rounds + 1), files.items()), start=1):
         interpreter = open_interpreter(path, threads)
-        samples[sha256] += _sample(path, interpreter, warmup, math.ceil(runs / rounds), min_seconds / rounds)
+        latest = _sample(path, interpreter, warmup, math.ceil(runs / rounds), min_seconds / rounds)
+        samples[sha256] += latest
+        medians[sha256].append(float(np.median(latest)))
         backends[sha256] = _backend(interpreter)
         temperatures[sha256] = _temperature_c()
         eta = (time.perf_counter() - begin) / count * (rounds * len(files) - count)
@@ -201,6 +210,7 @@ def benchmark_files(
             mean_ms=float(np.mean(samples[sha256])),
             runs=len(samples[sha256]),
             temperature_c=temperatures[sha256],
+            drift=medians[sha256][-1] / medians[sha256][0] if rounds > 1 else None,
         )
         for sha256, path in files.items()
     ]

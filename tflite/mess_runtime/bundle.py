@@ -1,4 +1,10 @@
-"""The deployable folder: a manifest and one .tflite per segment, checked before anything runs.
+"""The deployable folder: a manifest and one .tflite, checked before anything runs.
+
+The .tflite has these signatures, which share their weights:
+  segment.EXIT  image or features of earlier segments to `mask`, `confident_pixels` where there is a decision, and the features that
+                later segments still need; run one after another, they are the chain
+  alone.EXIT    image to `mask` of one exit, without the heads of those before and without a decision
+  full          image to EXIT.mask (and EXIT.confident_pixels) of every exit, at a stretch
 
 The strict JSON reading and atomic writing here also serve latency.json. This module needs no interpreter.
 """
@@ -18,9 +24,11 @@ from typing import Any, Literal, Self, TypeVar
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MODEL = "model.tflite"
 
-# Names inside a segment file: its only signature, and that signature's inputs and outputs.
+# Names inside a .tflite: the signature of files that have only one, that of everything, inputs and outputs.
 SIGNATURE = "serve"
+FULL = "full"
 IMAGE = "image"
 MASK = "mask"
 CONFIDENT_PIXELS = "confident_pixels"
@@ -29,6 +37,9 @@ INPUT_DEPENDENT = "input-dependent"
 BUDGETED = "budgeted"
 ANYTIME = "anytime"
 SETTINGS = (INPUT_DEPENDENT, BUDGETED, ANYTIME)
+PRECISIONS = ("fp32", "fp16", "int8")
+INPUT_TYPES = ("float32", "uint8")
+RESIZES = ("stretch", "letterbox")
 
 T = TypeVar("T")
 
@@ -37,6 +48,16 @@ def check(ok: bool, argument: str, required: str, received: Any) -> None:
     """Raises ValueError that names the argument, what it must be and what it was, unless `ok`."""
     if not ok:
         raise ValueError(f"{argument}: must be {required}, got {received!r}")
+
+
+def segment_signature(exit: str) -> str:
+    """Name of the signature of the segment that ends at an exit."""
+    return f"segment.{exit}"
+
+
+def alone_signature(exit: str) -> str:
+    """Name of the signature from the image to one exit alone."""
+    return f"alone.{exit}"
 
 
 def check_sha256(value: str) -> None:
@@ -55,10 +76,18 @@ class CreatedBy:
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
-    """Size in pixels of the network's input, RGB float32 [1, height, width, 3] in 0..255; scaling is inside the graph."""
+    """The network's input, RGB [1, height, width, 3] in 0..255; scaling is inside the graph.
+
+    Attributes:
+      height, width: in pixels.
+      dtype: `float32` or `uint8`.
+      resize: how images of another size are fitted: `stretch`, or `letterbox`, which keeps the aspect ratio and fills up with grey.
+    """
 
     height: int
     width: int
+    dtype: Literal["float32", "uint8"] = "float32"
+    resize: Literal["stretch", "letterbox"] = "stretch"
 
     def __post_init__(self):
         check(self.height > 0, "height", "positive", self.height)
@@ -89,39 +118,39 @@ class Predicted:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One .tflite: the backbone from the exit before to this exit, and this exit's head.
+    """The backbone from the exit before to this exit, and this exit's head.
 
     Attributes:
       exit: name of the exit at the segment's end.
       head: name of the head there.
-      file: plain file name inside the bundle.
-      sha256, size_bytes: of the file.
-      macs: multiply-accumulates of one run of the segment.
+      macs: multiply-accumulates of the segment.
+      alone_macs: multiply-accumulates from the image to this exit alone.
+      alone_sha256: of the file with this exit alone, by which latency.json knows it.
       theta_pix: a pixel is confident from this probability on; built into the graph, kept here to be read.
       theta_img: an image leaves here from this share of confident pixels on; None where there is no decision.
       edge_aware: whether the confidence of pixels on predicted edges is the median around them.
+      miou: of this exit alone in this file, 0..1, if it was measured.
     """
 
     exit: str
     head: str
-    file: str
-    sha256: str
-    size_bytes: int
     macs: int
+    alone_macs: int
+    alone_sha256: str
     theta_pix: float | None
     theta_img: float | None
     edge_aware: bool
+    miou: float | None
 
     def __post_init__(self):
-        check(bool(self.exit), "exit", "a name", self.exit)
+        check(re.fullmatch(r"\w+", self.exit) is not None, "exit", "a name of letters, digits and underscores", self.exit)
         check(bool(self.head), "head", "a name", self.head)
-        check(re.fullmatch(r"[\w.-]+\.tflite", self.file) is not None, "file", "a plain .tflite file name inside the bundle", self.file)
-        check_sha256(self.sha256)
-        check(self.size_bytes > 0, "size_bytes", "positive", self.size_bytes)
-        check(self.macs >= 0, "macs", "at least 0", self.macs)
-        for name in ("theta_pix", "theta_img"):
-            theta = getattr(self, name)
-            check(theta is None or 0 <= theta <= 1, name, "in [0, 1] or null", theta)
+        check_sha256(self.alone_sha256)
+        for name in ("macs", "alone_macs"):
+            check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("theta_pix", "theta_img", "miou"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value <= 1, name, "in [0, 1] or null", value)
         both_or_none = (self.theta_pix is None) == (self.theta_img is None)
         check(both_or_none, "theta_img", "given or null together with theta_pix", self.theta_img)
 
@@ -141,7 +170,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything about a bundle that is not in its graphs.
+    """Everything about a bundle that is not in its .tflite.
 
     Attributes:
       created_by: versions of what wrote it.
@@ -149,6 +178,9 @@ class Manifest:
       classes: names by class index.
       palette: RGB in 0..255 by class index.
       setting: how the bundle is meant to run, one of `SETTINGS`.
+      precision: of the network, one of `PRECISIONS`.
+      fidelity: what the exit policy computes at the size of the image: `exact` everything, `low_confidence` the mask, `low` nothing.
+      sha256, size_bytes: of the .tflite.
       predicted: what the search expects, if there was a search.
       segments: in the order of execution; every image that leaves nowhere else leaves at the last.
     """
@@ -158,6 +190,10 @@ class Manifest:
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     setting: Literal["input-dependent", "budgeted", "anytime"]
+    precision: Literal["fp32", "fp16", "int8"]
+    fidelity: Literal["exact", "low_confidence", "low"]
+    sha256: str
+    size_bytes: int
     predicted: Predicted | None
     segments: tuple[Segment, ...]
 
@@ -167,14 +203,19 @@ class Manifest:
         for index, colour in enumerate(self.palette):
             check(all(0 <= channel <= 255 for channel in colour), f"palette[{index}]", "three values in 0..255", colour)
         check(len(self.segments) > 0, "segments", "at least one segment", self.segments)
-        for key in ("exit", "file"):
-            values = [getattr(segment, key) for segment in self.segments]
-            check(len(set(values)) == len(values), f"segments.{key}", "different in every segment", values)
+        check_sha256(self.sha256)
+        check(self.size_bytes > 0, "size_bytes", "positive", self.size_bytes)
+        check(len(set(self.exits)) == len(self.exits), "segments.exit", "different in every segment", self.exits)
         *early, last = self.segments
         check(last.theta_img is None, f"segments[{len(early)}].theta_img", "null in the last segment", last.theta_img)
         if self.setting == INPUT_DEPENDENT:
             for index, segment in enumerate(early):
                 check(segment.theta_img is not None, f"segments[{index}].theta_img", f"given for {INPUT_DEPENDENT}", segment.theta_img)
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Names of the exits, shallow to deep."""
+        return tuple(segment.exit for segment in self.segments)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as JSON values."""
@@ -199,33 +240,37 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle folder whose manifest and files passed every check."""
+    """A bundle folder whose manifest and .tflite passed every check."""
 
     folder: Path
     manifest: Manifest
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
-        """Reads `folder`/manifest.json and compares every segment file with its size and SHA-256.
+        """Reads `folder`/manifest.json and compares the .tflite with its size and SHA-256.
 
         Raises:
-          FileNotFoundError: the manifest or a segment file is missing.
-          ValueError: the manifest breaks the schema or a file is not the one that it describes.
+          FileNotFoundError: the manifest or the .tflite is missing.
+          ValueError: the manifest breaks the schema or the .tflite is not the one that it describes.
         """
-        folder = Path(folder)
-        manifest = read_json(folder / MANIFEST, Manifest.from_json)
-        for index, segment in enumerate(manifest.segments):
-            path = folder / segment.file
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: missing, named by segments[{index}].file of {folder / MANIFEST}")
-            check(path.stat().st_size == segment.size_bytes, f"{path}: size", f"{segment.size_bytes} bytes", path.stat().st_size)
-            received = file_sha256(path)
-            check(received == segment.sha256, f"{path}: sha256", segment.sha256, received)
-        return cls(folder, manifest)
+        bundle = cls(Path(folder), read_json(Path(folder) / MANIFEST, Manifest.from_json))
+        if not bundle.path.is_file():
+            raise FileNotFoundError(f"{bundle.path}: missing, described by {MANIFEST} beside it")
+        size = bundle.path.stat().st_size
+        check(size == bundle.manifest.size_bytes, f"{bundle.path}: size", f"{bundle.manifest.size_bytes} bytes", size)
+        received = file_sha256(bundle.path)
+        check(received == bundle.manifest.sha256, f"{bundle.path}: sha256", bundle.manifest.sha256, received)
+        return bundle
 
-    def path(self, segment: Segment) -> Path:
-        """Returns where the segment's .tflite is."""
-        return self.folder / segment.file
+    @property
+    def path(self) -> Path:
+        """The .tflite."""
+        return self.folder / MODEL
+
+
+def sha256(content: bytes) -> str:
+    """Returns the SHA-256 of some bytes in lower-case hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def file_sha256(path: str | os.PathLike) -> str:

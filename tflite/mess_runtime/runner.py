@@ -1,39 +1,54 @@
-"""Runs a bundle: one interpreter per segment, features handed from one to the next, three settings."""
+"""Runs a bundle: budgeted, anytime and input-dependent, each segment once per image, features handed from one to the next."""
 
 import dataclasses
 import math
-import os
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from mess_runtime.bundle import ANYTIME, BUDGETED, CONFIDENT_PIXELS, IMAGE, INPUT_DEPENDENT, MASK, SETTINGS, SIGNATURE, Bundle, check
-
-try:
-    from ai_edge_litert.interpreter import Interpreter
-
-    RUNTIME = "ai-edge-litert"
-except ModuleNotFoundError:
-    try:
-        from tflite_runtime.interpreter import Interpreter
-    except ModuleNotFoundError:
-        raise ImportError("an interpreter is needed: install ai-edge-litert or tflite-runtime, see requirements.txt") from None
-    RUNTIME = "tflite-runtime"
+from mess_runtime.bundle import (
+    ANYTIME,
+    BUDGETED,
+    CONFIDENT_PIXELS,
+    IMAGE,
+    INPUT_DEPENDENT,
+    MASK,
+    SETTINGS,
+    Bundle,
+    InputSpec,
+    Manifest,
+    alone_signature,
+    check,
+    segment_signature,
+)
+from mess_runtime.engines import Tensor, open_engine
 
 # The first run touches the memory, the second has a typical latency.
 WARMUP_RUNS = 2
+GREY = 128  # around letterboxed images
+
+
+class LatencyRow(Protocol):
+    """What is read of a row of latency.json, see `mess_runtime.benchmark`."""
+
+    sha256: str
+    device: str
+    threads: int
+    p50_ms: float
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTrace:
-    """One executed segment.
+    """One executed signature.
 
     Attributes:
       exit: name of the exit at its end.
-      confidence: share of confident pixels in 0..1, None where the segment does not count them.
-      latency_ms: from its inputs (the float image, features) to the mask at the network's size.
+      confidence: share of confident pixels in 0..1, None where they are not counted.
+      latency_ms: from its inputs (the image at the network's size, features) to the mask at that size.
     """
 
     exit: str
@@ -48,7 +63,7 @@ class Result:
     Attributes:
       mask: uint8 [h, w], class indices at the size of the image.
       exit: name of the exit that made the mask.
-      trace: every segment that was run, in order.
+      trace: every signature that was run, in order.
       latency_ms: sum over the trace.
     """
 
@@ -58,88 +73,56 @@ class Result:
     latency_ms: float
 
 
-def open_interpreter(path: str | os.PathLike, threads: int) -> Interpreter:
-    """Returns an interpreter of a .tflite with its tensors allocated.
-
-    Raises:
-      ValueError: the file is not a model, or needs operations that the runtime does not have.
-    """
-    try:
-        interpreter = Interpreter(os.fspath(path), num_threads=threads)
-        interpreter.allocate_tensors()
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
-    return interpreter
-
-
-class _Stage:
-    """A segment in its interpreter. Tensors are known by their signature names, since their order in the file is arbitrary."""
-
-    def __init__(self, path: os.PathLike, threads: int):
-        self.path = path
-        self.interpreter = open_interpreter(path, threads)
-        signatures = list(self.interpreter.get_signature_list())
-        check(signatures == [SIGNATURE], f"{path}: signatures", f"[{SIGNATURE!r}]", signatures)
-        # The signature runner dies with this method: while one lives, invoke() refuses to run.
-        runner = self.interpreter.get_signature_runner(SIGNATURE)
-        self.inputs = runner.get_input_details()
-        self.outputs = runner.get_output_details()
-
-    def input(self, name: str) -> np.ndarray:
-        """A view into the interpreter; it must not be held, for invoke() refuses to run while one exists."""
-        return self.interpreter.tensor(self.inputs[name]["index"])()
-
-    def output(self, name: str) -> np.ndarray:
-        """A view like `input`."""
-        return self.interpreter.tensor(self.outputs[name]["index"])()
-
-    def check_tensor(self, details: dict, name: str, dtype: type, shape: tuple[int, ...]) -> None:
-        """Raises ValueError unless the named tensor exists with this type and shape."""
-        check(name in details, f"{self.path}: tensors", f"with {name!r}", sorted(details))
-        received = details[name]["dtype"].__name__, tuple(details[name]["shape"].tolist())
-        check(received == (dtype.__name__, shape), f"{self.path}: {name}", f"{dtype.__name__} {list(shape)}", received)
-
-
 class Runner:
-    """Executes a bundle, image after image, on one thread of Python.
+    """Executes a bundle, image after image, on one thread of Python."""
 
-    No segment runs twice for an image. A feature is copied only when a segment that takes it runs, straight from output to input.
-    """
-
-    def __init__(self, bundle: Bundle, threads: int = 1):
+    def __init__(self, bundle: Bundle, threads: int = 1, engine: str | None = None, latency: Sequence[LatencyRow] = ()):
         """Loads and warms up every segment.
 
         Args:
           bundle: the checked folder.
-          threads: of each interpreter.
+          threads: of the runtime.
+          engine: see `engines.open_engine`.
+          latency: rows of latency.json, for `latency_budget_ms`.
 
         Raises:
-          ValueError: a segment cannot be loaded, or its inputs and outputs do not fit the manifest or the segments before it.
+          ValueError: the file cannot be loaded, or its signatures do not fit the manifest.
         """
         check(threads >= 1, "threads", "at least 1", threads)
         manifest = bundle.manifest
-        self.segments = manifest.segments
-        self.setting = manifest.setting
-        self._height, self._width = manifest.input.height, manifest.input.width
-        self._image = np.zeros((1, self._height, self._width, 3), np.float32)
-        self._stages = [_Stage(bundle.path(segment), threads) for segment in self.segments]
-        self._sources = self._wire()
-        pixels = self._height * self._width
-        self._needed = [None if s.theta_img is None else math.ceil(s.theta_img * pixels - 1e-9) for s in self.segments]
+        self.manifest, self.threads, self.latency = manifest, threads, tuple(latency)
+        self._path, self._input = bundle.path, manifest.input
+        self._engine = open_engine(bundle.path, threads, engine)
+        self._pixels = self._input.height * self._input.width
+        self._image = np.zeros((1, self._input.height, self._input.width, 3), self._input.dtype)
+        self._signatures = [segment_signature(name) for name in manifest.exits]
+        self._needed = [None if s.theta_img is None else math.ceil(s.theta_img * self._pixels - 1e-9) for s in manifest.segments]
+        self._fastest_ms: dict[str, float] = {}
+        self._tensors: dict[str, object] = {}  # the image and features by name
+        self._outputs: dict[str, dict[str, object]] = {}  # by signature
         self._turn = 0
-        self._fastest_ms = [math.inf] * len(self.segments)
-        for _ in range(WARMUP_RUNS):
-            for index in range(len(self.segments)):
-                self._step(index)
+        made = {IMAGE: Tensor(self._input.dtype, self._image.shape)}
+        for signature, needed in zip(self._signatures, self._needed, strict=True):
+            self._prepare(signature, needed is not None, made)
+            made |= {name: tensor for name, tensor in self._engine.outputs[signature].items() if name not in (MASK, CONFIDENT_PIXELS)}
+        self._warm_up(self._signatures)
 
-    def run(self, image: np.ndarray, setting: str | None = None, exit: str | None = None, deadline_ms: float | None = None) -> Result:
+    def run(
+        self,
+        image: np.ndarray,
+        setting: str | None = None,
+        exit: str | None = None,
+        latency_budget_ms: float | None = None,
+        deadline_ms: float | None = None,
+    ) -> Result:
         """Segments one image.
 
         Args:
-          image: uint8 [h, w, 3], RGB, any size; resized bilinearly for the network, and the mask back by nearest neighbours.
-          setting: `input-dependent` leaves at the first exit with enough confident pixels, `budgeted` at the exit named,
-            `anytime` gives the latest result that was finished by the deadline; by default what the manifest says.
-          exit: where to leave, for `budgeted`; by default at the last.
+          image: uint8 [h, w, 3], RGB, any size; fitted to the network as the manifest says, and the mask back by nearest neighbours.
+          setting: `input-dependent` leaves at the first exit with enough confident pixels, `budgeted` runs one exit without the heads
+            before it, `anytime` gives the latest result that was finished by the deadline; by default what the manifest says.
+          exit: the exit for `budgeted`; by default the last.
+          latency_budget_ms: instead of `exit`: takes the best exit whose latency.json median keeps it, see `exit_within`.
           deadline_ms: for `anytime`, counted like the latency in the result. A segment that cannot make it even in the least time it
             ever took is not started; one that turns out late is in the trace, but its mask does not count. The first exit always counts.
 
@@ -149,34 +132,37 @@ class Runner:
         Raises:
           ValueError: the image has another type or shape, or the options do not go together.
         """
-        setting = self.setting if setting is None else setting
+        setting = self.manifest.setting if setting is None else setting
         check(setting in SETTINGS, "setting", f"one of {', '.join(SETTINGS)}", setting)
-        last = len(self.segments) - 1
-        if exit is not None:
-            check(setting == BUDGETED, "exit", f"left out unless the setting is {BUDGETED}", exit)
-            exits = [segment.exit for segment in self.segments]
-            check(exit in exits, "exit", f"one of {', '.join(exits)}", exit)
-            last = exits.index(exit)
+        for name, value, fits in (
+            ("exit", exit, BUDGETED),
+            ("latency_budget_ms", latency_budget_ms, BUDGETED),
+            ("deadline_ms", deadline_ms, ANYTIME),
+        ):
+            check(value is None or setting == fits, name, f"left out unless the setting is {fits}", value)
+        if setting == BUDGETED:
+            check(exit is None or latency_budget_ms is None, "latency_budget_ms", "left out where the exit is given", latency_budget_ms)
+            if latency_budget_ms is not None:
+                exit = exit_within(self.manifest, self.latency, latency_budget_ms, self.threads)
+            return self._budgeted(image, self.manifest.exits[-1] if exit is None else exit)
         if setting == ANYTIME:
             check(deadline_ms is not None and deadline_ms > 0, "deadline_ms", f"positive milliseconds for {ANYTIME}", deadline_ms)
         else:
-            check(deadline_ms is None, "deadline_ms", f"left out unless the setting is {ANYTIME}", deadline_ms)
-        if setting == INPUT_DEPENDENT:
             check(None not in self._needed[:-1], "setting", f"{BUDGETED} or {ANYTIME}, as the bundle has no theta_img", setting)
 
         self._take(image)
         trace, spent_ms, stands = [], 0.0, 0
-        for index in range(last + 1):
-            if index and deadline_ms is not None and spent_ms + self._fastest_ms[index] > deadline_ms:
+        for index, signature in enumerate(self._signatures):
+            if index and deadline_ms is not None and spent_ms + self._fastest_ms[signature] > deadline_ms:
                 break
-            trace.append(self._step(index))
+            trace.append(self._step(signature))
             spent_ms += trace[-1].latency_ms
             if index and deadline_ms is not None and spent_ms > deadline_ms:
                 break
             stands = index
-            if setting == INPUT_DEPENDENT and self._leaves(index):
+            if setting == INPUT_DEPENDENT and self._needed[index] is not None and self._confident_pixels(signature) >= self._needed[index]:
                 break
-        return self._result(stands, trace, image)
+        return self._result(self._signatures[stands], trace, image)
 
     def refine(self, image: np.ndarray) -> Iterator[Result]:
         """Yields a result after each segment, the last one being the best; stop iterating to save the rest.
@@ -190,75 +176,121 @@ class Runner:
         """
         self._take(image)
         turn, trace = self._turn, []
-        for index in range(len(self.segments)):
+        for signature in self._signatures:
             if self._turn != turn:
                 raise RuntimeError("refine: the runner was given another image, whose features have replaced this one's")
-            trace.append(self._step(index))
-            yield self._result(index, trace, image)
+            trace.append(self._step(signature))
+            yield self._result(signature, trace, image)
 
-    def _wire(self) -> list[dict[str, _Stage | None]]:
-        """Returns, per segment and input name, the stage that makes the input (None for the image), after checking every tensor."""
-        size = (self._height, self._width)
-        makers, sources = {}, []
-        for segment, stage in zip(self.segments, self._stages, strict=True):
-            stage.check_tensor(stage.outputs, MASK, np.uint8, (1, *size))
-            if CONFIDENT_PIXELS in stage.outputs or segment.theta_img is not None:
-                stage.check_tensor(stage.outputs, CONFIDENT_PIXELS, np.int32, (1,))
-            for name, details in stage.inputs.items():
-                if name == IMAGE:
-                    stage.check_tensor(stage.inputs, IMAGE, np.float32, (1, *size, 3))
-                    continue
-                check(name in makers, f"{stage.path}: input {name!r}", f"{IMAGE!r} or made by a segment before", sorted(makers))
-                made = makers[name].outputs[name]
-                stage.check_tensor(stage.inputs, name, made["dtype"], tuple(made["shape"].tolist()))
-                check(
-                    details["quantization"] == made["quantization"],
-                    f"{stage.path}: {name} quantization",
-                    str(made["quantization"]),
-                    details["quantization"],
-                )
-            sources.append({name: makers.get(name) for name in stage.inputs})
-            for name in stage.outputs.keys() - {MASK, CONFIDENT_PIXELS}:
-                check(name not in makers, f"{stage.path}: output {name!r}", "made by one segment only", name)
-                makers[name] = stage
-        return sources
+    def _budgeted(self, image: np.ndarray, exit: str) -> Result:
+        check(exit in self.manifest.exits, "exit", f"one of {', '.join(self.manifest.exits)}", exit)
+        signature = alone_signature(exit)
+        if signature not in self._fastest_ms:
+            self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._image.shape)})
+            self._warm_up([signature])
+        self._take(image)
+        return self._result(signature, [self._step(signature)], image)
+
+    def _prepare(self, signature: str, decides: bool, available: dict[str, Tensor]) -> None:
+        """Readies a signature after checking that its inputs are there and that it makes what a decision needs."""
+        engine, where = self._engine, f"{self._path}: {signature}"
+        check(signature in engine.inputs, f"{self._path}: signatures", f"with {signature!r}", sorted(engine.inputs))
+        engine.prepare(signature)
+        for name, tensor in engine.inputs[signature].items():
+            check(available.get(name) == tensor, f"{where}: input {name!r}", f"one of {available}", tensor)
+        expected = {MASK: Tensor("uint8", self._image.shape[:3])}
+        if decides or CONFIDENT_PIXELS in engine.outputs[signature]:
+            expected[CONFIDENT_PIXELS] = Tensor("int32", (1,))
+        for name, tensor in expected.items():
+            received = engine.outputs[signature].get(name)
+            check(received == tensor, f"{where}: output {name!r}", str(tensor), received)
+
+    def _warm_up(self, signatures: Sequence[str]) -> None:
+        for _ in range(WARMUP_RUNS):
+            self._tensors = {IMAGE: self._image}
+            for signature in signatures:
+                self._step(signature)
 
     def _take(self, image: np.ndarray) -> None:
-        """Makes the image, resized to the network's input, the one that the next steps work on."""
-        received = f"{image.dtype} {list(image.shape)}"
+        """Makes the image, fitted to the network's input, the one that the next steps work on."""
         fits = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
-        check(fits, "image", "uint8 [h, w, 3]", received)
-        size = (self._width, self._height)
+        check(fits, "image", "uint8 [h, w, 3]", f"{image.dtype} {list(image.shape)}")
+        rows, columns = placed(image.shape[:2], self._input)
+        size = (columns.stop - columns.start, rows.stop - rows.start)
         if image.shape[1::-1] != size:
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-        self._image[0] = image
+        if self._image.shape[1:3] != image.shape[:2]:
+            self._image[0] = GREY
+        self._image[0, rows, columns] = image
+        self._tensors = {IMAGE: self._image}
         self._turn += 1
 
-    def _step(self, index: int) -> StepTrace:
-        """Runs one segment; those before it must have run on the same image."""
-        stage = self._stages[index]
+    def _step(self, signature: str) -> StepTrace:
+        """Runs one signature; what it reads must have been made from the same image."""
+        engine, tensors = self._engine, self._tensors
         start = time.perf_counter_ns()
-        for name, maker in self._sources[index].items():
-            np.copyto(stage.input(name), self._image if maker is None else maker.output(name))
-        stage.interpreter.invoke()
+        inputs = {name: engine.put(signature, name, self._image) if name == IMAGE else tensors[name] for name in engine.inputs[signature]}
+        outputs = engine.run(signature, inputs)
         latency_ms = (time.perf_counter_ns() - start) / 1e6
-        self._fastest_ms[index] = min(self._fastest_ms[index], latency_ms)
-        confidence = self._confident_pixels(index) / (self._height * self._width) if CONFIDENT_PIXELS in stage.outputs else None
-        return StepTrace(self.segments[index].exit, confidence, latency_ms)
+        tensors |= outputs
+        self._outputs[signature] = outputs
+        self._fastest_ms[signature] = min(self._fastest_ms.get(signature, math.inf), latency_ms)
+        confidence = self._confident_pixels(signature) / self._pixels if CONFIDENT_PIXELS in outputs else None
+        return StepTrace(signature.partition(".")[2], confidence, latency_ms)
 
-    def _confident_pixels(self, index: int) -> int:
-        return int(self._stages[index].output(CONFIDENT_PIXELS)[0])
+    def _confident_pixels(self, signature: str) -> int:
+        return int(self._engine.get(signature, CONFIDENT_PIXELS, self._outputs[signature][CONFIDENT_PIXELS])[0])
 
-    def _leaves(self, index: int) -> bool:
-        needed = self._needed[index]
-        return needed is not None and self._confident_pixels(index) >= needed
+    def _result(self, signature: str, trace: list[StepTrace], image: np.ndarray) -> Result:
+        mask = self._engine.get(signature, MASK, self._outputs[signature][MASK])[0]
+        mask = _resize_nearest(mask[placed(image.shape[:2], self._input)], *image.shape[:2])
+        return Result(mask, signature.partition(".")[2], tuple(trace), sum(step.latency_ms for step in trace))
 
-    def _result(self, index: int, trace: list[StepTrace], image: np.ndarray) -> Result:
-        mask = _resize_nearest(self._stages[index].output(MASK)[0], *image.shape[:2])
-        return Result(mask, self.segments[index].exit, tuple(trace), sum(step.latency_ms for step in trace))
+
+def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_ms: float, threads: int) -> str:
+    """Chooses the best exit that keeps a latency budget.
+
+    Args:
+      manifest: of the bundle.
+      rows: of latency.json, with the `alone.EXIT` submodels measured at this number of threads, on one device or on this one.
+      latency_budget_ms: for one image.
+      threads: of the runtime.
+
+    Returns:
+      The name of the exit with the highest measured mIoU (the deepest one where mIoU was not measured) among those whose median latency
+      is within the budget.
+
+    Raises:
+      ValueError: a submodel was not measured, or none is fast enough.
+    """
+    rows = [row for row in rows if row.threads == threads]
+    if len({row.device for row in rows}) > 1:
+        rows = [row for row in rows if row.device == platform.node()]
+    measured = {row.sha256: row.p50_ms for row in rows}
+    missing = [segment.exit for segment in manifest.segments if segment.alone_sha256 not in measured]
+    check(
+        not missing, "latency", f"with rows of this bundle's alone.EXIT submodels at {threads} threads on this device", f"none of {missing}"
+    )
+    latencies = {segment.exit: measured[segment.alone_sha256] for segment in manifest.segments}
+    fastest = min(latencies, key=latencies.get)
+    check(latencies[fastest] <= latency_budget_ms, "latency_budget_ms", f"at least {latencies[fastest]:g} for {fastest}", latency_budget_ms)
+    fast = [(segment.miou or 0.0, index) for index, segment in enumerate(manifest.segments) if latencies[segment.exit] <= latency_budget_ms]
+    return manifest.exits[max(fast)[1]]
+
+
+def placed(size: tuple[int, int], spec: InputSpec) -> tuple[slice, slice]:
+    """Rows and columns of the network's input that an image of (height, width) `size` takes."""
+    if spec.resize == "stretch":
+        return slice(0, spec.height), slice(0, spec.width)
+    scale = min(spec.height / size[0], spec.width / size[1])
+    height, width = (max(1, min(limit, round(side * scale))) for side, limit in zip(size, (spec.height, spec.width), strict=True))
+    top, left = (spec.height - height) // 2, (spec.width - width) // 2
+    return slice(top, top + height), slice(left, left + width)
 
 
 def _resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A copy in which every pixel has the class at its centre, in whole numbers because Pillow's rounding is off at some sizes."""
+    """The mask in which every pixel has the class at its centre, in whole numbers because Pillow's rounding is off at some sizes."""
+    if mask.shape == (height, width):
+        return mask
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip((height, width), mask.shape, strict=True))
     return mask.take(columns, axis=1).take(rows, axis=0)

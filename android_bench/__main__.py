@@ -1,0 +1,184 @@
+"""Command line: `python -m android_bench devices|run|verify`; see README.md in this folder."""
+
+import argparse
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+from android_bench import adb, benchmark_model, verify
+from android_bench.session import Options, Session, Store
+
+FAILURES = (adb.AdbError, benchmark_model.BenchmarkError, OSError, ValueError)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="android_bench", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("devices", help="list the phones that adb sees", allow_abbrev=False).set_defaults(function=_devices)
+
+    run = commands.add_parser("run", help="measure WORKDIR/candidates", allow_abbrev=False)
+    run.add_argument("--output", type=Path, metavar="FILE", help="default: WORKDIR/latency.json; merged if it exists")
+    run.add_argument("--details", action="store_true", help="also find the time per operation and the peak memory")
+    run.set_defaults(function=_run)
+
+    check = commands.add_parser("verify", help="compare a deployment's prediction with the phone", allow_abbrev=False)
+    check.add_argument("--output", type=Path, metavar="FILE", help="default: WORKDIR/verification.json")
+    check.add_argument("--deployment", type=Path, metavar="FILE", help="default: WORKDIR/deployment.json")
+    check.set_defaults(function=_verify, details=False)
+
+    for command in (run, check):
+        command.add_argument("--workdir", required=True, type=Path, help="folder of a training")
+        command.add_argument("--serial", action="append", help="measure on this phone only; may be repeated")
+        command.add_argument("--tool", default=benchmark_model.TFLITE, help="tflite or litert (fetched once), or a benchmark_model file")
+        command.add_argument("--app", type=Path, metavar="APK", help="measure with the benchmark app instead")
+        command.add_argument("--library", type=Path, action="append", default=[], help="file to put beside the tool; may be repeated")
+        command.add_argument("--backend", choices=benchmark_model.BACKENDS, default=benchmark_model.XNNPACK)
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--cpus", default="all", help="all, big, or a hexadecimal taskset mask")
+        command.add_argument("--runs", type=int, default=20, help="least number of samples per repetition")
+        command.add_argument("--min_seconds", type=float, default=0.5, help="least total time of a repetition's samples")
+        command.add_argument("--max_seconds", type=float, default=60.0, help="a repetition ends after this time with the samples it has")
+        command.add_argument("--warmup_runs", type=int, default=2)
+        command.add_argument("--repetitions", type=int, default=3)
+        command.add_argument("--flag", action="append", default=[], metavar="--NAME=VALUE", help="for the tool; may be repeated")
+        command.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="measure after so long a time of full load")
+        command.add_argument("--max_battery_c", type=float, default=40.0, help="wait while the battery is warmer")
+        command.add_argument("--max_cooldown_s", type=float, default=600.0, help="give up after waiting so long")
+        command.add_argument("--keep", action="store_true", help="leave the files on the phone, for the next time")
+    return parser
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    return Options(
+        settings=benchmark_model.Settings(
+            backend=arguments.backend,
+            threads=arguments.threads,
+            cpus=arguments.cpus,
+            num_runs=arguments.runs,
+            min_secs=arguments.min_seconds,
+            max_secs=arguments.max_seconds,
+            warmup_runs=arguments.warmup_runs,
+            extra=tuple(arguments.flag),
+        ),
+        tool=arguments.tool,
+        app=arguments.app,
+        libraries=tuple(arguments.library),
+        repetitions=arguments.repetitions,
+        sustained_s=arguments.sustained,
+        max_battery_c=arguments.max_battery_c,
+        max_cooldown_s=arguments.max_cooldown_s,
+        details=arguments.details,
+        keep=arguments.keep,
+        cache=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mess_tf",
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _complain(problem: object) -> None:
+    print(f"android_bench: {problem}", file=sys.stderr, flush=True)
+
+
+def _on_phones(arguments: argparse.Namespace, store: Store, work: Callable[[Session], Any]) -> tuple[list[Any], int]:
+    """Runs `work` on all phones at once, or on those named; returns what it gave, and the number of problems, which are printed."""
+    options = _options(arguments)
+    states = adb.list_devices()
+    serials = arguments.serial or list(states)
+    if not serials:
+        raise adb.NoDeviceError(adb.HOST, "devices", "no phone is connected: plug one in, with USB debugging on")
+    stopped = threading.Event()
+
+    def one(serial: str) -> tuple[list[Any], list[str]]:
+        session = None
+        try:
+            if serial not in states:
+                raise adb.NoDeviceError(serial, "connect", f"no such device, there are: {', '.join(states) or 'none'}")
+            session = Session(adb.open_device(serial, states[serial]), options, store, _say, stopped)
+            done = [work(session)]
+        except FAILURES as error:
+            text = str(error)
+            return [], [*(session.problems if session else []), text if serial in text else f"{serial}: {text}"]
+        return done, session.problems
+
+    with ThreadPoolExecutor(len(serials)) as pool:
+        futures = [pool.submit(one, serial) for serial in serials]
+        try:
+            outcomes = [future.result() for future in futures]
+        except KeyboardInterrupt:
+            stopped.set()
+            _complain("stopping after the current runs")
+            outcomes = [future.result() for future in futures]
+    problems = [problem for _, each in outcomes for problem in each]
+    for problem in problems:
+        _complain(problem)
+    return [value for done, _ in outcomes for value in done], len(problems)
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    states = adb.list_devices()
+    if not states:
+        raise adb.NoDeviceError(adb.HOST, "devices", "no phone is connected: plug one in, with USB debugging on")
+    usable = 0
+    for serial, state in states.items():
+        try:
+            device = adb.open_device(serial, state)
+            phone, thermal = device.read_phone(), device.read_thermal()
+        except adb.AdbError as error:
+            _complain(error)
+            continue
+        usable += 1
+        clocks = sorted(phone.max_khz.values(), reverse=True)
+        cpus = ", ".join(f"{clocks.count(khz)} x {khz / 1e6:.2f} GHz" for khz in dict.fromkeys(clocks)) or "unknown"
+        about = f"{phone.name}: {phone.soc}, {phone.os}, {phone.abis[0]}, CPUs {cpus}"
+        _say(f"{serial} {about}, battery {thermal.battery_percent} % {thermal.battery_c} °C, throttling status {thermal.status}")
+    return 0 if usable == len(states) else 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    paths = sorted((arguments.workdir / "candidates").glob("*.tflite"))
+    if not paths:
+        raise ValueError(f"{arguments.workdir / 'candidates'}: holds no .tflite; run mess_tf.export_tflite --candidates first")
+    output = arguments.output or arguments.workdir / "latency.json"
+    rows, problems = _on_phones(arguments, Store(output), lambda session: session.measure(paths))
+    for each in rows:
+        _say(f"{each[0].device if each else 'a phone'}: {len(each)} latencies")
+    _say(str(output))
+    return 1 if problems else 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    deployed = verify.Deployed.load(arguments.workdir, arguments.deployment or arguments.workdir / "deployment.json")
+    verifications, problems = _on_phones(arguments, Store(None), deployed.verify)
+    output = arguments.output or arguments.workdir / "verification.json"
+    if verifications:
+        for each in verifications:
+            _say(verify.describe(each))
+        verify.write(output, verifications)
+        _say(str(output))
+    return 1 if problems else 0
+
+
+def main() -> int:
+    """Runs a command and returns its exit code: 0, or 1 after any problem, each of which is one line on stderr."""
+    arguments = _parser().parse_args()
+    try:
+        return arguments.function(arguments)
+    except FAILURES as error:
+        _complain(re.sub(r"\s+", " ", str(error)))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

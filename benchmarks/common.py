@@ -1,0 +1,98 @@
+"""What the benchmarks of export and runtime share: interleaved timing, and bundles of a trained network."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ai_edge_litert.interpreter import Interpreter
+
+from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, Bundle, Cost, InputSpec, Predicted
+from mess_tf import configs
+from mess_tf.data import Examples, open_split
+from mess_tf.export_tflite import FP32, INT8, Exporter, calibration_images
+from mess_tf.files import Configuration, ExitChoice
+from mess_tf.model import FINAL, load_network
+
+CHOSEN = ("exit1.decoder-r1-b0", "exit2.decoder-r1-b0", "exit4.decoder-r1-b0", FINAL)
+
+
+def define_flags() -> None:
+    """The flags of every benchmark on a trained network."""
+    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_string("split", "val", "split whose images are used")
+    flags.DEFINE_list("candidates", list(CHOSEN), "EXIT.HEAD of each exit, shallow to deep")
+
+
+class Trained:
+    """The network that the flags name, its data, and exports of it."""
+
+    def __init__(self):
+        values = flags.FLAGS
+        self.config = configs.with_data_dir(configs.load_config(values.workdir), values.data_dir)
+        self.size = self.config.data.input_size
+        self.examples: Examples = open_split(self.config.data, values.split)
+        self.network = load_network(values.workdir, self.config, self.examples.info.num_classes)
+
+    def exporter(self, precision: str = FP32, float_operations: Sequence[str] = ()) -> Exporter:
+        """An exporter, with calibration images for int8."""
+        samples = calibration_images(self.config) if precision == INT8 else ()
+        return Exporter(self.network, self.size, precision=precision, samples=samples, float_operations=float_operations)
+
+    def bundle(
+        self,
+        folder: Path,
+        exporter: Exporter,
+        candidates: Sequence[str],
+        theta: tuple[float, float] | None = None,
+        input_type: str = "float32",
+        measure: bool = False,
+    ) -> Bundle:
+        """Exports some candidates, which decide edge-aware at (theta_pix, theta_img) or, without, run to a deadline."""
+        *early, last = [ExitChoice(*name.split(".")) for name in candidates]
+        if theta:
+            early = [ExitChoice(choice.exit, choice.head, *theta) for choice in early]
+        configuration = Configuration(*((INPUT_DEPENDENT, True, (*early, last), None) if theta else (ANYTIME, False, (*early, last), 1.0)))
+        spec = InputSpec(*self.size, input_type)
+        predicted = Predicted(0.0, Cost("macs", 0.0))
+        exporter.bundle(folder, configuration, predicted, self.examples.info.classes, spec, self.examples if measure else None)
+        return Bundle.load(folder)
+
+
+def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, np.ndarray]:
+    """Calls every side once per round, in an order that turns from round to round.
+
+    Returns:
+      Milliseconds float64 [rounds] of each side.
+    """
+    for call in sides.values():
+        for _ in range(warmup):
+            call()
+    names = list(sides)
+    samples = {name: np.zeros(rounds) for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter_ns()
+            sides[name]()
+            samples[name][turn] = (time.perf_counter_ns() - start) / 1e6
+    return samples
+
+
+def invocation(content: bytes, threads: int, inputs: Mapping[str, np.ndarray] | None = None) -> Callable[[], None]:
+    """Makes a function that runs a .tflite with one signature, on random inputs unless some are given by name."""
+    interpreter = Interpreter(model_content=content, num_threads=threads)
+    interpreter.allocate_tensors()
+    details = interpreter.get_signature_runner().get_input_details()
+    generator = np.random.default_rng(0)
+    for name, each in details.items():
+        value = generator.uniform(0, 127, each["shape"]).astype(each["dtype"]) if inputs is None else inputs[name]
+        interpreter.set_tensor(each["index"], value)
+    return interpreter.invoke
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
+    """Median of the ratio of two sides round by round, and its 25 % and 75 % quantiles."""
+    return tuple(float(value) for value in np.quantile(above / below, [0.5, 0.25, 0.75]))

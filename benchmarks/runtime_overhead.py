@@ -1,0 +1,99 @@
+"""What splitting a network into segments costs, and what the runner adds to the interpreter.
+
+`python benchmarks/runtime_overhead.py --workdir W [--data_dir D]`, after training. Everything in one process and interleaved, at 1 and 2
+threads, on a bundle without decisions. The last line is one JSON object, of 1 thread:
+  chain_over_monolithic: latency of all segments one after another over that of the signature `full`, which computes the same at a
+    stretch; through CompiledModel with shared buffers. chain_interval: the quartiles.
+  chain_over_monolithic_interpreter: likewise through signature runners of the Interpreter, which copy.
+  exit1_over_prefix: the first segment, which hands features on, over the first exit alone.
+  runner_overhead_ms: `Runner.run` of one exit (uint8 image in, mask out) less the time that the runtime spends in the same call, for a
+    bundle that takes uint8; runner_overhead_float32_ms: for one that takes float32, whose image is converted before.
+"""
+
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from common import Trained, define_flags, interleaved, ratio
+
+from mess_runtime.bundle import BUDGETED, FULL, IMAGE, INPUT_TYPES, Bundle, alone_signature, segment_signature
+from mess_runtime.engines import COMPILED, ENGINES, open_engine
+from mess_runtime.runner import Runner
+
+
+def measure(bundle: Bundle, image: np.ndarray, engine_name: str, threads: int, rounds: int) -> dict[str, np.ndarray]:
+    """Milliseconds of each side, [rounds]."""
+    engine = open_engine(bundle.path, threads, engine_name)
+    exits = bundle.manifest.exits
+    segments, prefix = [segment_signature(name) for name in exits], alone_signature(exits[0])
+    for signature in (*segments, prefix, FULL):
+        engine.prepare(signature)
+    pixels = image[None].astype(bundle.manifest.input.dtype)
+
+    def run(*signatures):
+        tensors = {}
+        for signature in signatures:
+            inputs = {name: engine.put(signature, name, pixels) if name == IMAGE else tensors[name] for name in engine.inputs[signature]}
+            tensors |= engine.run(signature, inputs)
+
+    return interleaved(
+        {
+            "chain": lambda: run(*segments),
+            "full": lambda: run(FULL),
+            "exit1": lambda: run(segments[0]),
+            "prefix1": lambda: run(prefix),
+        },
+        rounds,
+    )
+
+
+def overhead(bundle: Bundle, image: np.ndarray, engine_name: str, threads: int, rounds: int) -> float:
+    """Median milliseconds that `Runner.run` spends outside the runtime."""
+    runner = Runner(bundle, threads, engine_name)
+    inside, run = [], runner._engine.run
+
+    def timed(signature, inputs):
+        start = time.perf_counter_ns()
+        outputs = run(signature, inputs)
+        inside.append((time.perf_counter_ns() - start) / 1e6)
+        return outputs
+
+    runner._engine.run = timed
+    samples = interleaved({"runner": lambda: runner.run(image, BUDGETED)}, rounds)["runner"]
+    return float(np.median(samples - inside[-rounds:]))
+
+
+def main(argv) -> None:
+    del argv
+    trained = Trained()
+    figures, image = {}, trained.examples.load(0)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = {name: trained.bundle(Path(folder) / name, trained.exporter(), FLAGS.candidates, input_type=name) for name in INPUT_TYPES}
+        for threads, engine in itertools.product((2, 1), ENGINES):
+            samples = measure(bundles["float32"], image, engine, threads, FLAGS.rounds)
+            chain, exit1 = ratio(samples["chain"], samples["full"]), ratio(samples["exit1"], samples["prefix1"])
+            spent = {name: overhead(bundle, image, engine, threads, FLAGS.rounds) for name, bundle in bundles.items()}
+            medians = ", ".join(f"{name} {np.median(values):.2f}" for name, values in samples.items())
+            print(
+                f"{threads} thread(s), {engine}: {medians} ms; chain {chain[0]:.3f} ({chain[1]:.3f} to {chain[2]:.3f}),"
+                f" exit1 {exit1[0]:.3f},"
+                f" runner +{spent['uint8']:.2f} ms (uint8), +{spent['float32']:.2f} ms (float32)",
+                flush=True,
+            )
+            if engine == COMPILED:
+                figures |= {"chain_over_monolithic": chain[0], "chain_interval": chain[1:], "exit1_over_prefix": exit1[0]}
+                figures |= {"runner_overhead_ms": spent["uint8"], "runner_overhead_float32_ms": spent["float32"]}
+            else:
+                figures |= {"chain_over_monolithic_interpreter": chain[0]}
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    define_flags()
+    flags.DEFINE_integer("rounds", 40, "timed runs of each side")
+    app.run(main)

@@ -1,0 +1,276 @@
+"""Graphs of TFLite operations: read from .tflite files, joined, cut at named tensors, and written as one file that shares weights.
+
+A network and its exit policies are converted once each. Everything that is deployed is joined and cut from these, so that the segments of
+a chain, a network run at a stretch and each exit alone hold the same operations, weights and scales.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+OPERATORS = schema.BuiltinOperator
+FLOAT32, INT8 = schema.TensorType.FLOAT32, schema.TensorType.INT8
+OPERATOR_NAMES = {code: name for name, code in vars(OPERATORS).items() if not name.startswith("_")}
+
+
+@dataclasses.dataclass(eq=False)
+class Tensor:
+    """A tensor: its description, and its content where it is constant."""
+
+    description: schema.TensorT
+    content: np.ndarray | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(side) for side in self.description.shape) if self.description.shape is not None else ()
+
+
+@dataclasses.dataclass(eq=False)
+class Operation:
+    """An operation and the tensors that it reads (None where an optional one is left out) and makes."""
+
+    description: schema.OperatorT
+    code: schema.OperatorCodeT
+    inputs: list[Tensor | None]
+    outputs: list[Tensor]
+
+    @property
+    def builtin(self) -> int:
+        return max(self.code.builtinCode, self.code.deprecatedBuiltinCode)
+
+
+@dataclasses.dataclass(eq=False)
+class Graph:
+    """Operations in order of execution, and the tensors that go in and come out by name."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    operations: list[Operation]
+
+    def renamed(self, outputs: Mapping[str, str]) -> "Graph":
+        """The same graph with only some outputs: new name to present name."""
+        return cut(self, self.inputs, {new: self.outputs[old] for new, old in outputs.items()})
+
+
+def read(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> Graph:
+    """Reads a .tflite with one subgraph, whose inputs and outputs have these names, in order."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
+    (subgraph,) = model.subgraphs
+    tensors = [Tensor(each, model.buffers[each.buffer].data) for each in subgraph.tensors]
+    operations = [
+        Operation(
+            each,
+            model.operatorCodes[each.opcodeIndex],
+            [tensors[i] if i >= 0 else None for i in each.inputs],
+            [tensors[i] for i in each.outputs],
+        )
+        for each in subgraph.operators
+    ]
+    return Graph(
+        {name: tensors[i] for name, i in zip(inputs, subgraph.inputs, strict=True)},
+        {name: tensors[i] for name, i in zip(outputs, subgraph.outputs, strict=True)},
+        operations,
+    )
+
+
+def join(first: Graph, second: Graph, wires: Mapping[str, str], prefix: str = "") -> Graph:
+    """Feeds outputs of one graph to another.
+
+    Args:
+      first: makes the outputs that `second` reads.
+      second: is copied, so that it can be joined several times.
+      wires: input of `second` to output of `first`; all inputs.
+      prefix: of the names of the second graph's outputs.
+
+    Returns:
+      A graph with the inputs of the first and the outputs of both.
+    """
+    placed = {id(tensor): first.outputs[wires[name]] for name, tensor in second.inputs.items()}
+
+    def place(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in placed:
+            placed[id(tensor)] = tensor if tensor.content is not None else Tensor(copy.copy(tensor.description), None)
+        return placed[id(tensor)]
+
+    operations = [
+        Operation(each.description, each.code, [place(tensor) for tensor in each.inputs], [place(tensor) for tensor in each.outputs])
+        for each in second.operations
+    ]
+    outputs = {prefix + name: place(tensor) for name, tensor in second.outputs.items()}
+    return Graph(first.inputs, first.outputs | outputs, first.operations + operations)
+
+
+def cut(graph: Graph, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Graph:
+    """The part of a graph that makes some of its tensors from others.
+
+    Args:
+      graph: the whole.
+      inputs: tensors by name where the part begins; those that it does not read are left out.
+      outputs: tensors by name that the part makes.
+
+    Raises:
+      ValueError: if the outputs need an input of the whole graph that is not among the inputs.
+    """
+    given = {id(tensor) for tensor in inputs.values()}
+    needed, kept = {id(tensor) for tensor in outputs.values()}, []
+    for operation in reversed(graph.operations):
+        if any(id(tensor) in needed and id(tensor) not in given for tensor in operation.outputs):
+            kept.append(operation)
+            needed |= {id(tensor) for tensor in operation.inputs if tensor is not None}
+    missing = [name for name, tensor in graph.inputs.items() if id(tensor) in needed and id(tensor) not in given]
+    if missing:
+        raise ValueError(f"inputs: must hold all that {sorted(outputs)} need, {missing} is missing from {sorted(inputs)}")
+    return Graph({name: tensor for name, tensor in inputs.items() if id(tensor) in needed}, dict(outputs), kept[::-1])
+
+
+def stored(graph: Graph, name: str) -> Tensor:
+    """An output as the graph works with it: the int8 tensor where the output is its float copy."""
+    for operation in graph.operations:
+        if (
+            operation.builtin == OPERATORS.DEQUANTIZE
+            and operation.outputs[0] is graph.outputs[name]
+            and operation.inputs[0].content is None
+        ):
+            return operation.inputs[0]
+    return graph.outputs[name]
+
+
+def taken(graph: Graph, name: str) -> Tensor:
+    """An input as the graph works with it: the int8 tensor where its only reader quantises it."""
+    readers = [operation for operation in graph.operations if graph.inputs[name] in operation.inputs]
+    if len(readers) == 1 and readers[0].builtin == OPERATORS.QUANTIZE:
+        return readers[0].outputs[0]
+    return graph.inputs[name]
+
+
+def macs(graph: Graph) -> int:
+    """Multiply-accumulates of the convolutions and matrix products of a graph."""
+    total = 0
+    for operation in graph.operations:
+        if operation.builtin in (OPERATORS.CONV_2D, OPERATORS.FULLY_CONNECTED):
+            total += math.prod(operation.outputs[0].shape) * math.prod(operation.inputs[1].shape[1:])
+        elif operation.builtin == OPERATORS.DEPTHWISE_CONV_2D:
+            total += math.prod(operation.outputs[0].shape) * math.prod(operation.inputs[1].shape[1:3])
+        elif operation.builtin == OPERATORS.TRANSPOSE_CONV:
+            total += math.prod(operation.inputs[2].shape) * math.prod(operation.inputs[1].shape[:3])
+        elif operation.builtin == OPERATORS.BATCH_MATMUL:
+            total += math.prod(operation.outputs[0].shape) * operation.inputs[0].shape[-1]
+    return total
+
+
+def problems(graph: Graph) -> list[str]:
+    """What keeps a graph from being deployed: custom and Flex operations, dilation that was not folded, dynamic shapes."""
+    refused = (OPERATORS.CUSTOM, OPERATORS.SPACE_TO_BATCH_ND, OPERATORS.BATCH_TO_SPACE_ND)
+    found = []
+    for operation in graph.operations:
+        if operation.builtin in refused:
+            custom = f" {operation.code.customCode.decode()}" if operation.code.customCode else ""
+            found.append(OPERATOR_NAMES[operation.builtin] + custom)
+        for tensor in operation.outputs:
+            if tensor.description.shapeSignature is not None and -1 in tensor.description.shapeSignature:
+                found.append(f"dynamic shape {list(tensor.description.shapeSignature)} of {tensor.description.name.decode()}")
+    return sorted(set(found))
+
+
+class _Once:
+    """Quantisation parameters that several tensors of a file share: written at the first, referred to by the others."""
+
+    def __init__(self, quantization: schema.QuantizationParametersT):
+        self._quantization, self._offset = quantization, None
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802
+        if self._offset is None:
+            self._offset = self._quantization.Pack(builder)
+        return self._offset
+
+
+def write(graphs: Mapping[str, Graph]) -> bytes:
+    """One .tflite with a signature per graph, under its name.
+
+    Constants of equal content, and what graphs say of the same tensor, are stored once; only the first graph names the tensor.
+    """
+    model = schema.ModelT()
+    model.version = 3
+    model.description = "mess_tf"
+    model.operatorCodes, model.subgraphs, model.signatureDefs = [], [], []
+    model.buffers = [schema.BufferT()]  # the first one is empty, for all that is not constant
+    buffers: dict[bytes, int] = {}
+    codes: dict[tuple, int] = {}
+    quantizations: dict[int, _Once] = {}
+    for signature, graph in graphs.items():
+        model.subgraphs.append(_subgraph(signature, graph, model, buffers, codes, quantizations))
+        definition = schema.SignatureDefT()
+        definition.signatureKey, definition.subgraphIndex = signature, len(model.subgraphs) - 1
+        definition.inputs = _tensor_maps(graph.inputs, model.subgraphs[-1].inputs)
+        definition.outputs = _tensor_maps(graph.outputs, model.subgraphs[-1].outputs)
+        model.signatureDefs.append(definition)
+    builder = flatbuffers.Builder(sum(map(len, buffers)) + 65536)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _subgraph(
+    name: str,
+    graph: Graph,
+    model: schema.ModelT,
+    buffers: dict[bytes, int],
+    codes: dict[tuple, int],
+    quantizations: dict[int, _Once],
+) -> schema.SubGraphT:
+    subgraph = schema.SubGraphT()
+    subgraph.name, subgraph.tensors, subgraph.operators = name, [], []
+    positions: dict[int, int] = {}
+
+    def position(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        if id(tensor) not in positions:
+            positions[id(tensor)] = len(subgraph.tensors)
+            description = copy.copy(tensor.description)
+            description.buffer = 0
+            if (quantization := description.quantization) is not None:
+                if id(quantization) in quantizations:
+                    description.name = None
+                description.quantization = quantizations.setdefault(id(quantization), _Once(quantization))
+            if tensor.content is not None:
+                content = bytes(tensor.content)
+                if content not in buffers:
+                    buffers[content] = len(model.buffers)
+                    buffer = schema.BufferT()
+                    buffer.data = np.frombuffer(content, np.uint8)
+                    model.buffers.append(buffer)
+                description.buffer = buffers[content]
+            subgraph.tensors.append(description)
+        return positions[id(tensor)]
+
+    def positions_of(tensors: Iterable[Tensor | None]) -> np.ndarray:
+        return np.array([position(tensor) for tensor in tensors], np.int32)
+
+    subgraph.inputs = positions_of(graph.inputs.values())
+    for operation in graph.operations:
+        description = copy.copy(operation.description)
+        key = (operation.builtin, operation.code.customCode, operation.code.version)
+        if key not in codes:
+            codes[key] = len(model.operatorCodes)
+            model.operatorCodes.append(operation.code)
+        description.opcodeIndex = codes[key]
+        description.inputs, description.outputs = positions_of(operation.inputs), positions_of(operation.outputs)
+        subgraph.operators.append(description)
+    subgraph.outputs = positions_of(graph.outputs.values())
+    return subgraph
+
+
+def _tensor_maps(tensors: Iterable[str], positions: np.ndarray) -> list[schema.TensorMapT]:
+    maps = []
+    for name, position in zip(tensors, positions, strict=True):
+        tensor_map = schema.TensorMapT()
+        tensor_map.name, tensor_map.tensorIndex = name, int(position)
+        maps.append(tensor_map)
+    return maps

@@ -1,0 +1,506 @@
+"""`python -m android_bench` with the real adb client and phones that the tests provide.
+
+The tests of the whole path run submodels of a tiny network; the others, where only the phone matters, files of any content.
+"""
+
+import dataclasses
+import json
+import sys
+import threading
+import types
+
+import pytest
+from fake_adbd import slow_down
+
+from android_bench import __main__ as command
+from android_bench import adb, session, verify
+from mess_runtime.benchmark import LatencyTable
+from mess_runtime.bundle import file_sha256, read_json
+
+NAMES = ("prefix.exit1", "prefix.final", "head.exit1.fcn-r1-b0", "head.final.original")
+FAST = ("--runs=5", "--min_seconds=0", "--repetitions=2", "--warmup_runs=1")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Files to measure in the mode `canned`, where their content does not matter."""
+    folder = tmp_path / "work"
+    (folder / "candidates").mkdir(parents=True)
+    for size, name in enumerate(NAMES, 1):
+        (folder / "candidates" / f"{name}.tflite").write_bytes(name.encode() * 1000 * size)
+    return folder
+
+
+@pytest.fixture
+def bench(monkeypatch, capfd):
+    """Runs a command in this process and returns its exit code, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["android_bench", *map(str, words)])
+        try:
+            code = command.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def canned(plug_in):
+    """Plugs in a phone that runs no graphs."""
+
+    def make(model="Pixel 8", **options):
+        phone = plug_in(model, **options)
+        phone.environment["FAKE_MODE"] = "canned"
+        return phone
+
+    return make
+
+
+def rows_of(workdir, name="latency.json"):
+    path = workdir / name
+    return read_json(path, LatencyTable.from_json).rows if path.exists() else ()
+
+
+def runs_of(workdir):
+    path = workdir / "latency.runs.json"
+    return read_json(path, session.RunLog.from_json).runs if path.exists() else ()
+
+
+def measure(bench, workdir, tool, *words):
+    return bench("run", f"--workdir={workdir}", f"--tool={tool()}", *FAST, *words)
+
+
+def test_two_phones_at_once(bench, canned, workdir, tool):
+    phones = [canned("Pixel 8"), canned("Nexus 5", shell_v2=False)]
+    code, out, err = measure(bench, workdir, tool)
+    assert (code, err) == (0, "")
+    rows = rows_of(workdir)
+    assert {(row.device, row.submodel) for row in rows} == {(d, n) for d in ("Pixel_8-PIXEL8", "Nexus_5-NEXUS5") for n in NAMES}
+    for row in rows:
+        path = workdir / "candidates" / f"{row.submodel}.tflite"
+        assert (row.sha256, row.size_bytes, row.runs) == (file_sha256(path), path.stat().st_size, 10)
+        assert 200 + row.size_bytes // 100 <= row.p50_ms * 1e3 <= 206 + row.size_bytes // 100
+        assert (row.backend_requested, row.backend_obtained, row.temperature_c) == ("xnnpack", "xnnpack", 41.0)
+        assert row.runtime == "tflite benchmark_model" and row.runtime_version == f"sha256 {file_sha256(tool())[:16]}"
+        assert row.p90_ms is None and 0.9 < row.drift < 1.1 and row.sustained_s == 0
+    assert all(f"{phone.serial} repetition 2/2 8/8" in out for phone in phones) and out.rstrip().endswith("latency.json")
+    for phone in phones:
+        assert sorted(phone.benchmarked) == sorted(2 * [f"{file_sha256(path)}.tflite" for path in (workdir / "candidates").iterdir()])
+        assert phone.benchmarked[:4] != phone.benchmarked[4:], "the order must differ between repetitions"
+        assert phone.files() == []
+
+
+# ---------------------------------------------------------------- what goes wrong, and the same command again
+
+
+def test_unplugged_in_a_run(bench, canned, adb_server, workdir, tool):
+    phone, other = canned(), canned("Nexus 5")
+    phone.runs_left = 5
+    code, _, err = measure(bench, workdir, tool)
+    broken = phone.benchmarked[5].removesuffix(".tflite")
+    (name,) = [path.stem for path in (workdir / "candidates").iterdir() if file_sha256(path) == broken]
+    assert code == 1 and err.startswith(f"android_bench: {phone.serial}: measure {name}: connection lost") and err.count("\n") == 1
+    kept = [run for run in runs_of(workdir) if run.device == "Pixel_8-PIXEL8"]
+    assert [f"{run.sha256}.tflite" for run in kept] == phone.benchmarked[:5]
+    rows = rows_of(workdir)
+    assert [row.device for row in rows].count("Pixel_8-PIXEL8") == 1 and [row.device for row in rows].count("Nexus_5-NEXUS5") == 4
+
+    phone.runs_left = None
+    adb_server.connect(phone)
+    done = len(phone.benchmarked), len(other.benchmarked)
+    assert measure(bench, workdir, tool)[0] == 0
+    assert len(phone.benchmarked) - done[0] == 3 and len(other.benchmarked) == done[1] == 8
+    assert [run for run in runs_of(workdir) if run.device == "Pixel_8-PIXEL8"][:5] == kept
+    assert len(rows_of(workdir)) == 8 and phone.files() == []
+
+    (workdir / "latency.json").unlink()
+    assert measure(bench, workdir, tool)[0] == 0
+    assert len(rows_of(workdir)) == 8 and len(phone.benchmarked) == done[0] + 3
+
+
+def test_unplugged_in_a_push(bench, canned, adb_server, workdir, tool):
+    phone = canned()
+    phone.push_limit = 60_000
+    code, _, err = measure(bench, workdir, tool, "--keep")
+    assert code == 1 and err.startswith(f"android_bench: {phone.serial}: push ") and "connection lost" in err
+    assert rows_of(workdir) == () == runs_of(workdir)
+    first = len(phone.received)
+    assert 0 < first < 5 and len(phone.files()) == first + 2  # the folder, and half of a file
+
+    phone.push_limit = None
+    adb_server.connect(phone)
+    assert measure(bench, workdir, tool)[0] == 0
+    assert len(phone.received) == len(set(phone.received)) == 5 and phone.files() == []
+
+
+def test_full_storage(bench, canned, workdir, tool):
+    phone = canned()
+    phone.full = True
+    code, _, err = measure(bench, workdir, tool)
+    assert code == 1 and f"{phone.serial}: push " in err and "no space left for /data/local/tmp/mess_bench" in err
+    assert rows_of(workdir) == () and phone.files() == []
+    phone.full = False
+    assert measure(bench, workdir, tool)[0] == 0
+
+
+def test_file_that_arrives_broken(bench, canned, workdir, tool):
+    phone = canned()
+    phone.corrupt = True
+    code, _, err = measure(bench, workdir, tool)
+    assert code == 1 and f"{phone.serial}: push " in err and "SHA-256 must be" in err and phone.benchmarked == []
+    phone.corrupt = False
+    assert measure(bench, workdir, tool)[0] == 0
+
+
+def test_unauthorized_phone_beside_another(bench, canned, adb_server, workdir, tool):
+    good, bad = canned("Pixel 8"), canned("Nexus 5")
+    bad.authorized = False
+    adb_server.connect(bad)
+    code, _, err = measure(bench, workdir, tool)
+    assert code == 1 and err == (
+        f"android_bench: {bad.serial}: connect: the phone must allow this computer: unlock it and confirm USB debugging "
+        "(device unauthorized)\n"
+    )
+    assert {row.device for row in rows_of(workdir)} == {"Pixel_8-PIXEL8"} and len(good.benchmarked) == 8
+    bad.authorized = True
+    adb_server.connect(bad)
+    assert measure(bench, workdir, tool)[0] == 0 and len(rows_of(workdir)) == 8 and len(good.benchmarked) == 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("garbage", "got 0"), ("canned,fail_late", "exit code 1 and said: Benchmarking failed."), ("canned,killed", "exit code 137")],
+)
+def test_tool_that_fails(bench, canned, workdir, tool, mode, message):
+    phone = canned()
+    phone.environment["FAKE_MODE"] = mode
+    code, _, err = measure(bench, workdir, tool)
+    lines = err.splitlines()
+    assert code == 1 and len(lines) == 4 and lines[3] == f"android_bench: {phone.serial}: 3 submodels in a row failed"
+    assert all(line.startswith(f"android_bench: {phone.serial}: measure ") and message in line for line in lines[:3])
+    assert rows_of(workdir) == () == runs_of(workdir)
+    phone.environment["FAKE_MODE"] = "canned"
+    assert measure(bench, workdir, tool)[0] == 0 and len(rows_of(workdir)) == 4
+
+
+def test_tool_that_hangs(bench, canned, workdir, tool, monkeypatch):
+    phone = canned()
+    phone.environment["FAKE_MODE"] = "hang"
+    monkeypatch.setattr(session, "LOADING_S", 1.0)
+    monkeypatch.setattr(session, "FAILURES_IN_A_ROW", 1)
+    code, _, err = measure(bench, workdir, tool, "--max_seconds=0")
+    assert code == 1 and "no end after 1 s" in err
+    assert phone.process.wait(10) is not None and phone.files() == []
+    phone.environment["FAKE_MODE"] = "canned"
+    monkeypatch.setattr(session, "LOADING_S", 60.0)
+    assert measure(bench, workdir, tool)[0] == 0 and len(rows_of(workdir)) == 4
+
+
+def test_silent_fallback_is_never_the_gpu(bench, canned, workdir, tool):
+    phone = canned()
+    phone.environment["FAKE_MODE"] = "canned,no_gpu"
+    code, _, err = measure(bench, workdir, tool, "--backend=gpu")
+    assert code == 1 and f"{phone.serial}: measure: asked for gpu, ran on cpu: {', '.join(sorted(NAMES))}" in err
+    assert {(row.backend_requested, row.backend_obtained) for row in rows_of(workdir)} == {("gpu", "cpu")}
+    phone.environment["FAKE_MODE"] = "canned"
+    assert measure(bench, workdir, tool, "--backend=gpu")[0] == 0
+    assert {(row.backend_requested, row.backend_obtained) for row in rows_of(workdir)} == {("gpu", "gpu")}
+    code, _, err = measure(bench, workdir, tool)
+    assert code == 1 and "rows of Pixel_8-PIXEL8: must be measured with" in err and "another --output" in err
+    assert measure(bench, workdir, tool, f"--output={workdir / 'cpu.json'}")[0] == 0 and len(rows_of(workdir, "cpu.json")) == 4
+
+
+def test_an_accelerator_that_takes_only_part(bench, canned, workdir, tool):
+    canned().environment["FAKE_MODE"] = "canned,partial"
+    code, out, err = measure(bench, workdir, tool, "--backend=gpu", "--repetitions=1")
+    assert (code, err) == (0, "") and "WARNING: asked for gpu, the log shows something else: head.exit1.fcn-r1-b0 (gpu+cpu)," in out
+    assert {row.backend_obtained for row in rows_of(workdir)} == {"gpu+cpu"}
+
+
+def test_tool_for_another_processor(bench, canned, workdir, tmp_path):
+    phone = canned()
+    path = tmp_path / "benchmark_model"
+    path.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(57))
+    code, _, err = measure(bench, workdir, lambda: path)
+    assert code == 1 and f"{phone.serial}: read usage: benchmark_model is not for this phone, which takes arm64-v8a, armeabi-v7a" in err
+    path.write_text("#!/no/such/interpreter\n")
+    code, _, err = measure(bench, workdir, lambda: path)
+    assert code == 1 and f"{phone.serial}: read usage: benchmark_model cannot be started" in err
+    path.write_text("#!/bin/sh\necho hello\n")
+    code, _, err = measure(bench, workdir, lambda: path)
+    assert code == 1 and f"{phone.serial}: neither TensorFlow Lite's nor LiteRT's benchmark_model" in err
+    assert phone.files() == []
+
+
+def test_stopped_by_the_user(canned, workdir, tool):
+    phone = canned()
+    arguments = command._parser().parse_args(["run", f"--workdir={workdir}", f"--tool={tool()}", *FAST])
+    stopped, lines = threading.Event(), []
+
+    def say(line):
+        lines.append(line)
+        if "3/8" in line:
+            stopped.set()
+
+    store = session.Store(workdir / "latency.json")
+    device = adb.open_device(phone.serial, "device")
+    with pytest.raises(adb.AdbError, match="the same command goes on from here"):
+        session.Session(device, command._options(arguments), store, say, stopped).measure(sorted((workdir / "candidates").iterdir()))
+    assert len(runs_of(workdir)) == 3 and phone.files() == []
+
+
+@pytest.mark.parametrize("name", ["latency.json", "latency.runs.json"])
+def test_broken_file_of_results(bench, canned, workdir, tool, name):
+    canned()
+    (workdir / name).write_text('{"format": 1, "rows"')
+    code, _, err = measure(bench, workdir, tool)
+    assert code == 1 and name in err
+    assert (workdir / name).read_text() == '{"format": 1, "rows"'
+
+
+# ---------------------------------------------------------------- heat
+
+
+def test_a_hot_phone_must_cool(bench, canned, workdir, tool, monkeypatch):
+    phone = canned()
+    monkeypatch.setattr(session, "COOLDOWN_POLL_S", 0.1)
+    phone.set_heat(45.0, 0, 60.0)
+    code, _, err = measure(bench, workdir, tool, "--max_cooldown_s=0.2")
+    assert code == 1 and f"{phone.serial}: cool down: after 0 s still too hot: battery 45.0 °C (at most 40)" in err
+    assert phone.benchmarked == []
+    phone.set_heat(30.0, 2, 60.0)
+    timer = threading.Timer(1.0, phone.set_heat, (30.0, 0, 60.0))
+    timer.start()
+    code, out, _ = measure(bench, workdir, tool)
+    timer.join()
+    assert code == 0 and "waiting to cool: battery 30.0 °C (at most 40), throttling status 2 (must be 0)" in out
+
+
+def test_throttling_is_flagged(bench, canned, workdir, tool):
+    phone = canned()
+    phone.environment["FAKE_MODE"] = "canned,heating"
+    code, out, _ = measure(bench, workdir, tool)
+    assert code == 0 and "WARNING: throttled: the last repetition took 1." in out
+    assert all(row.drift > 1.1 for row in rows_of(workdir))
+
+
+def test_sustained_speed(bench, canned, workdir, tool):
+    phone = canned()
+    phone.set_heat(45.0, 1, 60.0)
+    assert measure(bench, workdir, tool, "--sustained=0.01")[0] == 0
+    largest = max((workdir / "candidates").iterdir(), key=lambda path: path.stat().st_size)
+    assert phone.benchmarked[0] == f"{file_sha256(largest)}.tflite" and len(phone.benchmarked) == 9
+    assert {(row.sustained_s, row.temperature_c) for row in rows_of(workdir)} == {(0.01, 60.0)}
+    assert measure(bench, workdir, tool)[0] == 1, "rows of a cool phone must not stand beside them"
+
+
+# ---------------------------------------------------------------- other ways to run
+
+
+def test_benchmark_app(bench, canned, workdir, tool, tmp_path, monkeypatch):
+    phone = canned()
+    monkeypatch.setattr(session, "LOG_POLL_S", 0.1)
+    program = tool()
+    program.chmod(0o755)
+    phone.environment["FAKE_APP"] = str(program)
+    package = tmp_path / "app.apk"
+    package.write_bytes(b"apk")
+    code, _, err = measure(bench, workdir, tool, f"--app={package}")
+    assert (code, err) == (0, "")
+    rows = rows_of(workdir)
+    assert {(row.runtime, row.runtime_version) for row in rows} == {("tflite benchmark app", f"sha256 {file_sha256(package)[:16]}")}
+    assert [row.p50_ms * 1e3 // 100 for row in rows] == [(200 + row.size_bytes // 100) // 100 for row in rows]
+    assert not (phone.root / "app").exists() and phone.files() == []
+    phone.environment["FAKE_MODE"] = "canned,fail_late"
+    code, _, err = measure(bench, workdir, tool, f"--app={package}", f"--output={workdir / 'again.json'}")
+    assert code == 1 and "the tool failed and said: Benchmarking failed." in err and rows_of(workdir, "again.json") == ()
+
+
+def test_big_cpus_and_other_flags(bench, canned, workdir, tool):
+    phone = canned()
+    assert measure(bench, workdir, tool, "--cpus=big", "--flag=--use_nnapi=false", "--threads=2")[0] == 0
+    assert (phone.root / "cpus").read_text() == "c\n"
+    (run, *_) = runs_of(workdir)
+    assert run.conditions.settings.extra == ("--use_nnapi=false",) and run.conditions.settings.threads == 2
+    code, _, err = measure(bench, workdir, tool, "--flag=--gpu_backend=cl")
+    assert code == 1 and "does not know --gpu_backend" in err
+
+
+def test_kept_files_are_not_copied_again(bench, canned, workdir, tool, tmp_path):
+    phone = canned()
+    library = tmp_path / "lib it's.so"
+    library.write_bytes(b"library")
+    assert "6 files copied" in measure(bench, workdir, tool, "--keep", f"--library={library}")[1]
+    assert "lib it's.so" in phone.files()
+    assert "0 files copied" in measure(bench, workdir, tool, f"--library={library}")[1]
+    assert phone.files() == []
+
+
+def test_names_reach_no_shell(bench, canned, workdir, tool):
+    phone = canned("$(touch pwned)`touch pwned`; touch pwned")
+    (workdir / "candidates" / "$(touch pwned); 'touch pwned' `touch pwned`.tflite").write_bytes(b"model")
+    assert measure(bench, workdir, tool)[0] == 0
+    assert len(rows_of(workdir)) == 5
+    assert list(phone.root.rglob("pwned")) == []
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+def test_devices(bench, canned, adb_server):
+    phone, locked = canned("Pixel 8"), canned("Nexus 5")
+    code, out, err = bench("devices")
+    assert (code, err) == (0, "") and (
+        f"{phone.serial} Pixel_8-PIXEL8: Google Tensor, Android 14 (API 34), arm64-v8a, CPUs 1 x 2.80 GHz, 1 x 2.40 GHz, 2 x 1.80 GHz, "
+        "battery 85 % 28.5 °C, throttling status 0\n"
+    ) in out
+    locked.authorized = False
+    adb_server.connect(locked)
+    code, out, err = bench("devices")
+    assert code == 1 and f"{locked.serial}: connect: the phone must allow" in err and phone.serial in out
+
+
+def test_nothing_to_talk_to(bench, adb_server, workdir, tool, monkeypatch, tmp_path):
+    assert bench("devices")[::2] == (1, "android_bench: adb: devices: no phone is connected: plug one in, with USB debugging on\n")
+    code, _, err = measure(bench, workdir, tool, "--serial=nobody")
+    assert code == 1 and err == "android_bench: nobody: connect: no such device, there are: none\n"
+    code, _, err = bench("run", f"--workdir={tmp_path}")
+    assert code == 1 and "run mess_tf.export_tflite --candidates first" in err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "android_bench: adb: devices: not found: install" in bench("devices")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threads=0"], "threads: must be at least 1, got 0"),
+        (["--cpus=fast"], "cpus: must be all, big or a hexadecimal mask, got 'fast'"),
+        (["--runs=0"], "num_runs: must be at least 1"),
+        (["--warmup_runs=0"], "warmup_runs: must be at least 1"),
+        (["--min_seconds=9", "--max_seconds=1"], "min_secs: must be in [0, max_secs = 1.0]"),
+        (["--flag=use_gpu"], "extra: must be --name=value"),
+        (["--repetitions=0"], "repetitions: must be at least 1"),
+        (["--sustained=-1"], "sustained: must be at least 0"),
+        (["--app=nowhere.apk"], "nowhere.apk: must be an existing file"),
+        (["--backend=quantum"], "invalid choice: 'quantum'"),
+    ],
+)
+def test_arguments(bench, workdir, tool, words, message):
+    code, _, err = measure(bench, workdir, tool, *words)
+    assert code == 1 and message in err and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- the whole path: run, search, export, verify
+
+SIZE = (32, 64)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network with random weights, and its work folder with candidates and stats.npz."""
+    import keras
+
+    from mess_tf.calibrate import calibrate
+    from mess_tf.configs import DataConfig, HeadSpec
+    from mess_tf.data import open_split
+    from mess_tf.export_tflite import Exporter, export_candidates
+    from mess_tf.model import convert
+
+    examples = open_split(DataConfig(input_size=SIZE, synthetic_train=2, synthetic_val=3), "val")
+    keras.utils.set_random_seed(0)
+    image = x = keras.Input((None, None, 3))
+    for stride in (2, 2, 1, 1):
+        x = keras.layers.Conv2D(16, 3, stride, "same", activation="relu")(x)
+    network = convert(keras.Model(image, keras.layers.Conv2D(examples.info.num_classes, 1)(x)), 2, SIZE)
+    network.add_heads([HeadSpec.parse("fcn-r1-b0")], 0.9)
+    workdir = tmp_path_factory.mktemp("trained")
+    export_candidates(Exporter(network, SIZE), workdir / "candidates")
+    calibrate(network, examples, "val", SIZE, workdir / "candidates", (0.1, 0.2)).save(workdir / "stats.npz")
+    return network, examples.info.classes, workdir
+
+
+def cheapest(workdir, device):
+    """What the search finds for a phone when any accuracy is enough."""
+    from mess_tf.files import Objective, Stats
+    from mess_tf.search import latency_costs, search
+
+    stats = Stats.load(workdir / "stats.npz")
+    costs = latency_costs(stats, [dataclasses.asdict(row) for row in rows_of(workdir)], device)
+    return search(stats, costs, Objective(min_miou=0.0))
+
+
+def test_from_phones_to_deployments(bench, plug_in, trained, tool):
+    from mess_tf.export_tflite import Exporter, export_deployment
+
+    network, classes, workdir = trained
+    fast, slow = plug_in("Pixel 8"), plug_in("Nexus 5", shell_v2=False)
+    early, late = [], []
+    for path in (workdir / "candidates").glob("[ph]*.*.tflite"):
+        (early if ".exit1." in path.name else late).append(file_sha256(path))
+    slow_down(fast, dict.fromkeys(late, 30))
+    slow_down(slow, dict.fromkeys(early, 30))
+    assert bench("devices")[0] == 0
+    code, _, err = measure(bench, workdir, tool, "--details", "--repetitions=1")
+    assert (code, err) == (0, "")
+    chosen = {device: cheapest(workdir, device) for device in ("Pixel_8-PIXEL8", "Nexus_5-NEXUS5")}
+    assert chosen["Pixel_8-PIXEL8"].exits[0].exit == "exit1" and chosen["Nexus_5-NEXUS5"].exits[0].exit == "final"
+
+    details = read_json(workdir / "latency.runs.json", session.RunLog.from_json).details
+    assert {each.sha256 for each in details} == {file_sha256(path) for path in (workdir / "candidates").iterdir()}
+    assert len(details) == 2 * len({each.sha256 for each in details}) and {each.peak_memory_mb for each in details} == {74.2}
+    assert all(op.count > 0 and op.mean_ms > 0 for each in details for op in each.op_times) and all(each.op_times for each in details)
+
+    deployment = chosen["Pixel_8-PIXEL8"]
+    deployment.save(workdir / "deployment.json")
+    export_deployment(Exporter(network, SIZE), deployment, classes, workdir)
+    litert = f"--tool={tool('litert')}"
+    code, out, err = bench("verify", f"--workdir={workdir}", f"--serial={fast.serial}", litert, *FAST)
+    assert (code, err) == (0, "")
+    (device,) = json.loads((workdir / "verification.json").read_text())["devices"]
+    assert device["device"] == "Pixel_8-PIXEL8" and device["runtime"] == "litert benchmark_model"
+    assert device["predicted_ms"] == deployment.predicted.cost_mean and device["original_predicted_ms"] == deployment.original.cost
+    assert device["measured_ms"] == pytest.approx(device["segments_ms"][0]) and device["original_ms"] > 0
+    assert device["error"] == pytest.approx(device["predicted_ms"] / device["measured_ms"] - 1)
+    (parts,) = device["sums"]
+    assert parts["submodel"] == "exit1.fcn-r1-b0" and parts["error"] == pytest.approx(parts["sum_ms"] / parts["whole_ms"] - 1)
+    assert f"prefix + head of exit1.fcn-r1-b0: {parts['sum_ms']:.3f} ms" in out
+    assert fast.files() == [] and slow.files() == []
+
+    chosen["Nexus_5-NEXUS5"].save(workdir / "deployment.json")
+    code, _, err = bench("verify", f"--workdir={workdir}", litert, *FAST)
+    assert code == 1 and "bundle: segments: must be those of" in err
+
+
+def test_measured_latency_is_that_of_the_segments(tmp_path):
+    """Input-dependent: the mean over the exits, weighted with the predicted shares of images."""
+    from mess_tf.files import Certificate, Deployment, ExitChoice, Objective, Original, Predicted
+
+    paths = [tmp_path / f"{name}.tflite" for name in ("one", "two", "original", "whole", "prefix", "head")]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]))
+    deployment = Deployment(
+        "input-dependent",
+        False,
+        (ExitChoice("exit1", "h", 0.5, 0.5), ExitChoice("final", "original")),
+        None,
+        Objective(min_miou=0.5),
+        Predicted(0.6, "latency_ms", 4.0, 5.0, (0.75, 0.25)),
+        Original(0.7, 10.0),
+        Certificate(1, 1, {}, 0.0, 0.1, 2),
+        "",
+        {},
+    )
+    deployed = verify.Deployed(deployment, (paths[0], paths[1]), paths[2], {"exit1.h": tuple(paths[3:])})
+    rows = {path: 2.0**number for number, path in enumerate(paths)}
+    about = dict.fromkeys(("device", "soc", "os", "runtime", "runtime_version", "backend_obtained"), "x") | {"threads": 1}
+    made = [types.SimpleNamespace(sha256=file_sha256(path), p50_ms=ms, temperature_c=None, **about) for path, ms in rows.items()]
+    phone = types.SimpleNamespace(measure=lambda files: made, device=types.SimpleNamespace(serial="ABC"), problems=[])
+    verification = deployed.verify(phone)
+    assert verification.measured_ms == 0.75 * 1 + 0.25 * (1 + 2) and verification.error == 4.0 / 1.5 - 1
+    assert verification.sums == (verify.Sum("exit1.h", 8.0, 16.0 + 32.0, 5.0),)
+    assert "bundle" in verify.describe(verification) and "+500.0%" in verify.describe(verification)
+    made.pop()
+    with pytest.raises(ValueError, match=r"ABC: verify: must be measured completely, got \"no latency of \['head.tflite'\]"):
+        deployed.verify(phone)

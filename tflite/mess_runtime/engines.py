@@ -1,0 +1,155 @@
+"""What runs a .tflite with several signatures: LiteRT's CompiledModel, or an Interpreter of one of three packages."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+try:
+    from ai_edge_litert.interpreter import Interpreter
+
+    RUNTIME = "ai-edge-litert"
+except ModuleNotFoundError:
+    try:
+        from tflite_runtime.interpreter import Interpreter
+
+        RUNTIME = "tflite-runtime"
+    except ModuleNotFoundError:
+        try:
+            import tensorflow
+
+            Interpreter = tensorflow.lite.Interpreter
+            RUNTIME = "tensorflow"
+        except ModuleNotFoundError:
+            raise ImportError("an interpreter is needed: install ai-edge-litert or tflite-runtime, see requirements.txt") from None
+try:
+    from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
+except ModuleNotFoundError:
+    CompiledModel = None
+
+COMPILED, INTERPRETER = ENGINES = ("compiled", "interpreter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Type and shape of an input or output."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class InterpreterEngine:
+    """Signature runners of one interpreter. Tensors between signatures are NumPy arrays, copied out and in."""
+
+    def __init__(self, path: str | os.PathLike, threads: int):
+        self._interpreter = open_interpreter(path, threads)
+        signatures = self._interpreter.get_signature_list()
+        self._runners = {}
+        self.inputs: dict[str, dict[str, Tensor]] = {}
+        self.outputs: dict[str, dict[str, Tensor]] = {}
+        for name, tensors in signatures.items():
+            self.inputs[name] = dict.fromkeys(tensors["inputs"])
+            self.outputs[name] = dict.fromkeys(tensors["outputs"])
+
+    def prepare(self, signature: str) -> None:
+        """Makes a signature ready to run and describes its inputs and outputs."""
+        runner = self._interpreter.get_signature_runner(signature)
+        for tensors, details in ((self.inputs, runner.get_input_details()), (self.outputs, runner.get_output_details())):
+            tensors[signature] = {
+                name: Tensor(np.dtype(each["dtype"]).name, tuple(int(side) for side in each["shape"])) for name, each in details.items()
+            }
+        self._runners[signature] = runner
+
+    def put(self, signature: str, name: str, value: np.ndarray) -> Any:
+        """Turns an array into what `run` takes for an input."""
+        return value
+
+    def run(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs a prepared signature on inputs from `put` or from another run."""
+        return self._runners[signature](**inputs)
+
+    def get(self, signature: str, name: str, value: Any) -> np.ndarray:
+        """Turns an output of `run` into an array that stays as it is."""
+        return value
+
+
+class CompiledEngine:
+    """LiteRT's CompiledModel. What one signature makes, another reads from the same buffer."""
+
+    def __init__(self, path: str | os.PathLike, threads: int):
+        options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
+        try:
+            self._model = CompiledModel.from_file(os.fspath(path), options=options)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
+        signatures = self._model.get_signature_list()
+        self._buffers: dict[tuple[str, str], Any] = {}
+        self.inputs: dict[str, dict[str, Tensor]] = {name: dict.fromkeys(tensors["inputs"]) for name, tensors in signatures.items()}
+        self.outputs: dict[str, dict[str, Tensor]] = {name: dict.fromkeys(tensors["outputs"]) for name, tensors in signatures.items()}
+
+    def prepare(self, signature: str) -> None:
+        """Like `InterpreterEngine.prepare`."""
+        model = self._model
+        for tensors, details in (
+            (self.inputs, model.get_input_tensor_details(signature)),
+            (self.outputs, model.get_output_tensor_details(signature)),
+        ):
+            tensors[signature] = {
+                name: Tensor(str(np.dtype(details[name]["dtype"]).name), tuple(int(side) for side in details[name]["shape"]))
+                for name in tensors[signature]
+            }
+        for name in self.outputs[signature]:
+            self._buffers[signature, name] = model.create_output_buffer_by_name(signature, name)
+
+    def put(self, signature: str, name: str, value: np.ndarray) -> Any:
+        """Like `InterpreterEngine.put`; the next call for the same input overwrites what this one returned."""
+        key = signature, name
+        if key not in self._buffers:
+            self._buffers[key] = self._model.create_input_buffer_by_name(signature, name)
+        self._buffers[key].write(value)
+        return self._buffers[key]
+
+    def run(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Like `InterpreterEngine.run`; the next run of the same signature overwrites what this one returned."""
+        outputs = {name: self._buffers[signature, name] for name in self.outputs[signature]}
+        self._model.run_by_name(signature, inputs, outputs)
+        return outputs
+
+    def get(self, signature: str, name: str, value: Any) -> np.ndarray:
+        """Like `InterpreterEngine.get`."""
+        tensor = self.outputs[signature][name]
+        return value.read(int(np.prod(tensor.shape)), np.dtype(tensor.dtype)).reshape(tensor.shape)
+
+
+def open_engine(path: str | os.PathLike, threads: int, engine: str | None = None) -> InterpreterEngine | CompiledEngine:
+    """Opens a .tflite with several signatures.
+
+    Args:
+      path: of the file.
+      threads: to run on.
+      engine: `compiled`, `interpreter`, or the faster of those that are installed.
+
+    Raises:
+      ValueError: the file is not a model, needs operations that the runtime does not have, or the engine is not installed.
+    """
+    if engine is None:
+        engine = COMPILED if CompiledModel else INTERPRETER
+    if engine == COMPILED and CompiledModel is None:
+        raise ValueError(f"engine: must be {INTERPRETER} without ai-edge-litert, got {engine!r}")
+    return {COMPILED: CompiledEngine, INTERPRETER: InterpreterEngine}[engine](path, threads)
+
+
+def open_interpreter(path: str | os.PathLike, threads: int) -> Interpreter:
+    """Returns an interpreter of a .tflite with its tensors allocated.
+
+    Raises:
+      ValueError: the file is not a model, or needs operations that the runtime does not have.
+    """
+    try:
+        interpreter = Interpreter(os.fspath(path), num_threads=threads)
+        interpreter.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
+    return interpreter
