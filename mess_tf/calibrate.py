@@ -6,6 +6,7 @@ The exit policy runs as the .tflite that devices run, so a threshold means the s
 submodels whose latencies belong to them.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -18,9 +19,9 @@ from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, SIGNATURE, file_sha256
 from mess_tf import configs, graphs, metrics, policy
-from mess_tf.costs import model_cost
+from mess_tf.costs import Cost, model_cost
 from mess_tf.data import Examples, evaluation_batches, open_split, resize_image, resize_label
-from mess_tf.export_tflite import CANDIDATES, convert, head_macs, head_name, policy_name
+from mess_tf.export_tflite import CANDIDATES, convert, head_cost, head_name, policy_name
 from mess_tf.files import Stats, made_by
 from mess_tf.model import MultiExitNetwork, load_network
 
@@ -62,13 +63,17 @@ def calibrate(
     num_classes = examples.info.num_classes
     counts = np.zeros((3, len(candidates), len(examples), num_classes), np.int64)
     confident = np.zeros((len(candidates), len(examples), len(theta_pix), 2), np.int64)
+    changed = np.zeros(confident.shape[:2], np.int64)
     for i, (image, label) in enumerate(evaluation_batches(examples)):
         logits = {name: tensor.numpy() for name, tensor in logits_of(resize_image(image, size), training=False).items()}
+        masks = []
         for k, candidate in enumerate(candidates):
             outputs = policy_runner(logits[candidate].shape)(logits=logits[candidate])
+            masks.append(outputs[MASK])
             confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(len(theta_pix), 2)
             prediction = resize_label(outputs[MASK], tuple(label.shape[1:3]))
             counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label.numpy(), prediction.numpy(), num_classes))
+        changed[:, i] = [(mask != masks[-1]).sum() for mask in masks]
         logging.log_every_n_seconds(logging.INFO, "calibrate: image %d of %d", 10, i + 1, len(examples))
 
     def sha256(name: str) -> str:
@@ -77,6 +82,14 @@ def calibrate(
 
     exits = [point.name for point in network.exit_points] + ["final"]
     of_exit = [[name for name in candidates if name.startswith(f"{exit_name}.")] for exit_name in exits]
+
+    prefix = [model_cost(network.features(names), size) for names in of_exit]
+    head = [head_cost(network, name, size) for name in candidates]
+    costs = {
+        f"{part}_{field.name}": np.array([getattr(cost, field.name) for cost in of_part], np.int64)
+        for part, of_part in (("prefix", prefix), ("head", head))
+        for field in dataclasses.fields(Cost)
+    }
 
     def policy_sha256(mode: str) -> tuple[str, ...]:
         return tuple(sha256(policy_name(network, name, size, mode, fidelity)) for name in candidates)
@@ -92,8 +105,8 @@ def calibrate(
         fn=counts[2],
         theta_pix=np.array(theta_pix, np.float64),
         confident=confident,
-        prefix_macs=np.array([model_cost(network.features(names), size).macs for names in of_exit], np.int64),
-        head_macs=np.array([head_macs(network, name, size) for name in candidates], np.int64),
+        changed=changed,
+        **costs,
         prefix_sha256=tuple(sha256(f"prefix.{exit_name}") for exit_name in exits),
         head_sha256=tuple(sha256(head_name(name, fidelity)) for name in candidates),
         mask_sha256=policy_sha256("mask"),

@@ -1,9 +1,12 @@
 """What a network costs before any device has run it: multiply-accumulates, parameters and activation memory."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import keras
 import numpy as np
+
+IN_PLACE = (keras.layers.BatchNormalization, keras.layers.Activation, keras.layers.ReLU, keras.layers.Dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,12 +16,14 @@ class Cost:
     Attributes:
       macs: multiply-accumulates of convolutions and dense layers.
       parameters: number of weights, moving statistics included.
-      activation_bytes: size of all float32 outputs of its layers together (an upper bound of what is alive at once).
+      memory_bytes: the most float32 activations that are alive at once while its layers run one after another: from when they are computed
+        until their last reader has run, the model's inputs from the start and its outputs to the end. What only normalises or activates
+        writes over what it reads.
     """
 
     macs: int
     parameters: int
-    activation_bytes: int
+    memory_bytes: int
 
 
 def with_input_size(model: keras.Model, sizes: dict[str, tuple[int, int]] | tuple[int, int]) -> keras.Model:
@@ -67,11 +72,26 @@ def model_cost(model: keras.Model, sizes: dict[str, tuple[int, int]] | tuple[int
     nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
     if nested:
         raise ValueError(f"model: must have no models among its layers, got {nested}")
-    macs, activation_bytes = 0, 0
-    for node in graph_nodes(with_input_size(model, sizes)):
-        macs += node.macs
-        activation_bytes += 4 * int(np.prod(node.output.shape[1:]))
-    return Cost(macs, model.count_params(), activation_bytes)
+    sized = with_input_size(model, sizes)
+    nodes = graph_nodes(sized)
+    return Cost(sum(node.macs for node in nodes), model.count_params(), _peak_bytes(nodes, keras.tree.flatten(sized.output)))
+
+
+def _peak_bytes(nodes: Sequence["Node"], outputs: Sequence[keras.KerasTensor]) -> int:
+    """`Cost.memory_bytes` of calls that run in this order."""
+    last_reader = {source: number for number, node in enumerate(nodes) for source in node.inputs}
+    last_reader |= {node.name: len(nodes) for node in nodes if any(node.output is tensor for tensor in outputs)}
+    alive = {node.name: 4 * int(np.prod(node.output.shape[1:])) for node in nodes if isinstance(node.operation, keras.layers.InputLayer)}
+    peak = sum(alive.values())
+    for number, node in enumerate(nodes):
+        done = {source for source in node.inputs if last_reader[source] == number}
+        if isinstance(node.operation, IN_PLACE) and done:
+            del alive[done.pop()]
+        alive[node.name] = 4 * int(np.prod(node.output.shape[1:]))
+        peak = max(peak, sum(alive.values()))
+        for source in done:
+            del alive[source]
+    return peak
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from PIL import Image
 
 from mess_runtime import bundle as bundles
 from mess_tf import configs, graphs, metrics, policy
-from mess_tf.costs import graph_nodes, model_cost, with_input_size
+from mess_tf.costs import Cost, graph_nodes, model_cost, with_input_size
 from mess_tf.data import Examples, evaluation_batches, open_split, palette, resize_image, resize_label
 from mess_tf.exits import TAP
 from mess_tf.files import Configuration, Deployment, ExitChoice, made_by
@@ -68,11 +68,11 @@ def logits_size(network: MultiExitNetwork, candidate: str, size: tuple[int, int]
     return max(sizes[name] for name in network.taps(candidate))
 
 
-def head_macs(network: MultiExitNetwork, candidate: str, size: tuple[int, int]) -> int:
-    """Multiply-accumulates of a candidate's head, from its taps to its logits; the original's own head counts as its prefix."""
+def head_cost(network: MultiExitNetwork, candidate: str, size: tuple[int, int]) -> Cost:
+    """Costs of a candidate's head, from its taps to its logits; the original's own head counts as its prefix."""
     if candidate == FINAL:
-        return 0
-    return model_cost(network.heads[candidate], {TAP + name: side for name, side in feature_sizes(network, size).items()}).macs
+        return Cost(0, 0, 0)
+    return model_cost(network.heads[candidate], {TAP + name: side for name, side in feature_sizes(network, size).items()})
 
 
 def policy_name(network: MultiExitNetwork, candidate: str, size: tuple[int, int], mode: str, fidelity: str) -> str:

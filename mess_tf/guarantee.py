@@ -3,8 +3,8 @@
 All of it assumes that the images to come are drawn independently from the same source as the calibration images: the same cameras, places,
 seasons, labels. Nothing here covers a change of these.
 
-Sources: Angelopoulos et al., "Learn then Test", arXiv 2110.01052 (fixed sequence testing, Hoeffding-Bentkus p-value); Jazbec et al., "Fast yet
-Safe: Early-Exiting with Risk Control", NeurIPS 2024, arXiv 2405.20915 (risks against the final exit and against the labels).
+Sources: Angelopoulos et al., "Learn then Test", arXiv 2110.01052 (fixed sequence testing, Hoeffding-Bentkus p-value); Jazbec et al., "Fast
+yet Safe: Early-Exiting with Risk Control", NeurIPS 2024, arXiv 2405.20915 (risks against the final exit and against the labels).
 """
 
 import dataclasses

@@ -4,13 +4,17 @@ What is searched: at every exit a network may skip it, take a decision there (a 
 their confidence, would leave), or end there (all images that are left leave at one head). mIoU is a ratio of sums over the images, so
 three steps make it tractable:
 
-1. `Planes`: a linear upper bound of mIoU, valid wherever TP and union of each class lie in a box. Then the worth of a configuration is a
-   sum over the images of what the head that each one leaves at is worth to it.
-2. `_evaluate`: a Lagrangian bound over all configurations of a node at once. Prices make the limits on costs part of the worth. Potentials,
-   one per exit and image, say what an image is worth that reaches the exit; given them, the exits part, and each one picks its best decision
-   by itself in one pass over the sorted images. Any prices and potentials give a valid bound, `_descend` looks for the best ones. What a
-   decision lacks to the best of its exit is a reduced cost: they add up, so a decision that lacks more than the node has to spare is cut.
+1. `_planes`: a linear upper bound of mIoU, valid wherever TP and union of each class lie in a box. Then the worth of a configuration is a
+   sum over the images of what the head that each one leaves at is worth to it. `_tighten` makes the box smaller, and the bound better.
+2. `_evaluate`: a Lagrangian bound over all configurations of a node at once. Prices make the limits on costs part of the worth.
+   Potentials, one per exit and image, say what an image is worth that goes on from the exit; given them, the exits part, and each one picks
+   its best decision by itself in one pass over the sorted images. Any prices and potentials give a valid bound, `_descend` looks for the
+   best ones. What a decision lacks to the best of its exit is a reduced cost: they add up, so `_reduce` drops what lacks more than the
+   node has to spare.
 3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly.
+
+`_solve` takes these steps for one node, `run` for all that are left, best bound first. `_climb` finds the good configurations that the
+bounds are compared with.
 
 Source: Lagrangian decomposition with potentials as in Held and Karp (1970) and Guignard and Kim (1987); McCormick planes (1976).
 """
@@ -25,25 +29,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from scipy.optimize import minimize
 
-# A constraint counts as met, and a bound as reached, within the rounding of sums of float64.
-ROUNDING = 1e-12
-# The sums of a bound have as many terms as there are images and exits, so its rounding is larger.
-SLACK = 1e-10
-# Parts of a loop that run side by side. Their results are put together in a fixed order, so the number of cores does not change them.
-CHUNKS = 4
+from mess_tf import kernels
+from mess_tf.kernels import CHUNKS, MEAN, P90, P90_SHARE, PEAK, ROUNDING, SLACK, TOTAL
+
 # Shorter loops, in steps over sorted images, run on one core.
 PARALLEL_STEPS = 1e5
-MEAN, P90, TOTAL, PEAK = range(4)
-P90_SHARE = 0.9
 # Of the softened maximum, in mIoU; coarse first, so that the search for potentials neither stalls nor stops too early.
 TEMPERATURES = (1e-3, 3e-4, 1e-4)
 # What the costs of the original network are worth in mIoU, where a search for good configurations starts.
 START_PRICES = (0.01, 0.02, 0.04, 0.08, 0.16)
 # What is scored at once, in steps over sorted images: what takes less time than to bound it again, and what is not branched.
-CHEAP_STEPS = 1e5
+CHEAP_STEPS = 1e6
 SCAN_STEPS = 3e9
 
 
@@ -52,8 +50,8 @@ class Resources:
     """What a configuration costs, in R ways. E exits, K candidates.
 
     Attributes:
-      kind: int64 [R], MEAN (over the images), P90 (over the images), TOTAL (prefix of the last exit and all chosen heads) or PEAK (largest of
-        these).
+      kind: int64 [R], MEAN (over the images), P90 (over the images), TOTAL (prefix of the last exit and all chosen heads) or PEAK (largest
+        of these).
       prefix: float64 [R, E], up to each exit.
       head: float64 [R, K], of each candidate.
       decision: float64 [R, K], of a candidate's decision; unused where it ends the network.
@@ -139,422 +137,11 @@ class Proof:
     bound: float = math.nan
 
 
-# === Kernels ===
-
-
-@njit(cache=True, nogil=True)
-def _chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs):
-    """Costs [R] of a chain of candidates, of which counts[j] images leave at chain[j]."""
-    length, images = chain.size, counts.sum()
-    arrival = np.empty(length)
-    for r in range(kind.size):
-        heads = 0.0
-        peak = 0.0
-        for j in range(length):
-            heads += head[r, chain[j]]
-            peak = max(peak, head[r, chain[j]])
-            if j < length - 1:
-                heads += decision[r, chain[j]]
-            arrival[j] = prefix[r, exit_of[chain[j]]] + heads
-        if kind[r] == MEAN:
-            total = 0.0
-            for j in range(length):
-                total += counts[j] * arrival[j]
-            costs[r] = total / images
-        elif kind[r] == P90:
-            needed = math.ceil(P90_SHARE * images - 1e-9)
-            best = np.inf
-            for j in range(length):
-                within = 0
-                for other in range(length):
-                    if arrival[other] <= arrival[j]:
-                        within += counts[other]
-                if within >= needed:
-                    best = min(best, arrival[j])
-            costs[r] = best
-        elif kind[r] == TOTAL:
-            costs[r] = arrival[length - 1]
-        else:
-            costs[r] = max(peak, prefix[r, exit_of[chain[length - 1]]])
-
-
-@njit(cache=True, nogil=True)
-def _within(costs, limits):
-    """Whether all costs are within their limits."""
-    for r in range(costs.size):
-        if costs[r] > limits[r] * (1 + ROUNDING):
-            return False
-    return True
-
-
-@njit(cache=True, nogil=True)
-def _miou(tp, fp, labelled):
-    """mIoU of sums over the images, [C] each."""
-    total = 0.0
-    for c in range(labelled.size):
-        total += tp[c] / (labelled[c] + fp[c])
-    return total / labelled.size
-
-
-@njit(cache=True, nogil=True)
-def _stay_and_gain(first, worth, leave, stay, inside, outside, gain):
-    """Worth of a decision at which nobody leaves, and in `gain` what changes when an image leaves; all given the potentials."""
-    total = 0.0
-    for i in range(gain.size):
-        if first:
-            stays, leaves = outside[i] - stay, worth[i] - leave
-        else:
-            stays, leaves = max(0.0, outside[i] - stay - inside[i]), max(0.0, worth[i] - leave - inside[i])
-        total += stays
-        gain[i] = leaves - stays
-    return total
-
-
-@njit(cache=True, nogil=True)
-def _share(chunk, size):
-    """The part of a range that a chunk works on."""
-    return size * chunk // CHUNKS, size * (chunk + 1) // CHUNKS
-
-
-@njit(cache=True, nogil=True)
-def _best_cuts(w, prices, order, position, candidate, theta, allowed, potentials, floors, best, chunk):
-    """Largest worth of each order's allowed cuts, into `best` [n]; takes the permission from cuts worth less than their position's floor.
-
-    Args:
-      w: float64 [K, I]; prices: (leave, stay, fixed), float64 [K] each.
-      order: see `Root`.
-      position, candidate, theta, allowed: of the n orders, see `_Node`.
-      potentials: float64 [m + 1, I] of the chain's positions, 0 at the first.
-      floors: float64 [m].
-    """
-    leave, stay, fixed = prices
-    images = w.shape[1]
-    gain, start, done = np.empty(images), 0.0, -1
-    low, high = _share(chunk, candidate.size)
-    for n in range(low, high):
-        k, p = candidate[n], position[n]
-        if k != done:
-            start = _stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
-            done = k
-        value, most = start, -np.inf
-        ranked = order[k, theta[n]]
-        for a in range(images):
-            value += gain[ranked[a]]
-            if allowed[n, a]:
-                most = max(most, value)
-                if value < floors[p]:
-                    allowed[n, a] = False
-        best[n] = most
-
-
-@njit(cache=True, nogil=True)
-def _soften(w, prices, order, position, candidate, theta, allowed, potentials, best, tops, temperature, of_candidate, of_image, chunk):
-    """Softmax over the cuts of each position, the largest worth having the weight 1; see `_best_cuts`.
-
-    Args:
-      best: float64 [n], of `_best_cuts`; tops: float64 [m], largest worth of each position.
-      of_candidate: float64 [CHUNKS, K, 3], to which are added the weight of a candidate, the images that leave and that stay times weight.
-      of_image: float64 [CHUNKS, m, 2, I], the weight with which each image leaves and stays. Only images that take part count: all at the
-        first position, else those worth more than their potential.
-    """
-    leave, stay, fixed = prices
-    images = w.shape[1]
-    gain, weight, start, done = np.empty(images), np.empty(images), 0.0, -1
-    low, high = _share(chunk, candidate.size)
-    for n in range(low, high):
-        k, p = candidate[n], position[n]
-        least = tops[p] - 15 * temperature
-        if best[n] < least:
-            continue
-        inside, outside = potentials[p], potentials[p + 1]
-        if k != done:
-            start = _stay_and_gain(p == 0, w[k], leave[k], stay[k], inside, outside, gain) - fixed[k]
-            done = k
-        value, total = start, 0.0
-        ranked = order[k, theta[n]]
-        for a in range(images):
-            value += gain[ranked[a]]
-            weight[a] = 0.0
-            if allowed[n, a] and value > least:
-                weight[a] = math.exp((value - tops[p]) / temperature)
-                total += weight[a]
-        of_candidate[chunk, k, 0] += total
-        left = 0.0
-        for a in range(images - 1, -1, -1):
-            left += weight[a]
-            i = ranked[a]
-            if p == 0 or w[k, i] - leave[k] - inside[i] > 0:
-                of_candidate[chunk, k, 1] += left
-                of_image[chunk, p, 0, i] += left
-            if p == 0 or outside[i] - stay[k] - inside[i] > 0:
-                of_candidate[chunk, k, 2] += total - left
-                of_image[chunk, p, 1, i] += total - left
-
-
-@njit(cache=True, nogil=True)
-def _worths(w, prices, order, position, candidate, theta, potentials, worths, chunk):
-    """Worth of every cut of every order, into float64 [n, I]; see `_best_cuts`."""
-    leave, stay, fixed = prices
-    images = w.shape[1]
-    gain = np.empty(images)
-    low, high = _share(chunk, candidate.size)
-    for n in range(low, high):
-        k, p = candidate[n], position[n]
-        value = _stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
-        ranked = order[k, theta[n]]
-        for a in range(images):
-            value += gain[ranked[a]]
-            worths[n, a] = value
-
-
-@njit(cache=True, nogil=True)
-def _possible(order, position, candidate, theta, allowed, lasts, possible):
-    """At which candidates an image can be, into bool [K, I]; the orders are sorted by position."""
-    images = possible.shape[1]
-    reach, stays = np.ones(images, np.bool_), np.zeros(images, np.bool_)
-    for n in range(candidate.size):
-        if n and position[n] != position[n - 1]:
-            reach[:] = stays
-            stays[:] = False
-        ranked = order[candidate[n], theta[n]]
-        lowest, highest = images, -1
-        for a in range(images):
-            if allowed[n, a]:
-                lowest = min(lowest, a)
-                highest = a
-        for a in range(images):
-            i = ranked[a]
-            if reach[i] and a <= highest:
-                possible[candidate[n], i] = True
-            if reach[i] and a > lowest:
-                stays[i] = True
-    for k in lasts:
-        possible[k] |= stays if candidate.size else reach
-
-
-@njit(cache=True, nogil=True)
-def _ranges(lack, fp, possible, parts, chunk):
-    """Smallest and largest lack and FP per class of all mixtures in which image i is at one of the candidates with possible[k, i].
-
-    Added to float64 [CHUNKS, 4, C].
-    """
-    images, classes = fp.shape[1:]
-    of_image = np.empty((4, classes))
-    for i in range(chunk, images, CHUNKS):
-        of_image[0::2] = np.inf
-        of_image[1::2] = -np.inf
-        for k in range(fp.shape[0]):
-            if possible[k, i]:
-                for c in range(classes):
-                    of_image[0, c] = min(of_image[0, c], lack[k, i, c])
-                    of_image[1, c] = max(of_image[1, c], lack[k, i, c])
-                    of_image[2, c] = min(of_image[2, c], fp[k, i, c])
-                    of_image[3, c] = max(of_image[3, c], fp[k, i, c])
-        parts[chunk] += of_image
-
-
-@njit(cache=True, nogil=True)
-def _scan(
-    problem, resources, order, planes, limits, target, second, floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally, chunk
-):
-    """Scores the configurations of one pattern of exits whose reduced costs fit the budget.
-
-    For every outer decision and every last candidate, one pass over each inner order follows the exact linear worth and the costs; what
-    passes is scored exactly.
-
-    Args:
-      problem: (tp, fp, labelled, exit_of).
-      resources: (kind, prefix, head, decision).
-      planes: (w, constant).
-      limits, target, second: see `Problem`; floor: mIoU that is needed.
-      fixed: (who, counts, chain) of the decisions before: candidate of each image that has left (-1: none yet), images per decision,
-        candidates.
-      outer: (candidate, theta, cut, reduced cost) of the last but one decision; a candidate of -1 stands for none.
-      lasts: (candidate, reduced cost) of the last exit.
-      inner: (candidate, theta, smallest reduced cost) of the orders of the last decision; allowed: bool [n, I], their cuts.
-      best: float64 [CHUNKS, 2], value and tie-breaker to beat, smaller is better; found: int64 [CHUNKS, 7]; tally: int64 [CHUNKS, 3], scored
-        and failed by limit and by linear bound.
-    """
-    tp, fp, labelled, exit_of = problem
-    kind, prefix, head, decision = resources
-    w, constant = planes
-    who_fixed, counts_fixed, chain_fixed = fixed
-    images, classes = who_fixed.size, labelled.size
-    before = chain_fixed.size
-    who, passes = np.empty(images, np.int64), np.empty(images, np.bool_)
-    t, t_last, t_gone = np.empty(classes), np.empty(classes), np.empty(classes)
-    f, f_last, f_gone = np.empty(classes), np.empty(classes), np.empty(classes)
-    costs, bounds = np.empty(kind.size), limits.copy()
-    needed = floor
-    for o in range(chunk, outer[0].size, CHUNKS):
-        with_outer = 1 if outer[0][o] >= 0 else 0
-        length = before + with_outer + 2
-        chain, counts = np.empty(length, np.int64), np.zeros(length, np.int64)
-        chain[:before] = chain_fixed
-        counts[:before] = counts_fixed
-        who[:] = who_fixed
-        if with_outer:
-            chain[before] = outer[0][o]
-            ranked = order[outer[0][o], outer[1][o]]
-            for a in range(outer[2][o]):
-                if who[ranked[a]] < 0:
-                    who[ranked[a]] = outer[0][o]
-                    counts[before] += 1
-        reached, gone = 0, constant
-        t_gone[:] = 0
-        f_gone[:] = 0
-        for i in range(images):
-            if who[i] < 0:
-                reached += 1
-            else:
-                gone += w[who[i], i]
-                t_gone += tp[who[i], i]
-                f_gone += fp[who[i], i]
-        for q in range(lasts[0].size):
-            spent = outer[3][o] + lasts[1][q]
-            if spent > budget:
-                continue
-            last = lasts[0][q]
-            chain[length - 1] = last
-            stay = gone
-            t_last[:] = t_gone
-            f_last[:] = f_gone
-            for i in range(images):
-                if who[i] < 0:
-                    stay += w[last, i]
-                    t_last += tp[last, i]
-                    f_last += fp[last, i]
-            for n in range(inner[0].size):
-                if spent + inner[2][n] > budget:
-                    continue
-                k = inner[0][n]
-                chain[length - 2] = k
-                ranked = order[k, inner[1][n]]
-                worth, passing = stay, 0
-                for a in range(images):
-                    i = ranked[a]
-                    if who[i] < 0:
-                        worth += w[k, i] - w[last, i]
-                    passes[a] = allowed[n, a] and worth >= needed - SLACK
-                    passing += passes[a]
-                    tally[chunk, 2] += allowed[n, a] and not passes[a]
-                if not passing:
-                    continue
-                t[:] = t_last
-                f[:] = f_last
-                left = 0
-                for a in range(images):
-                    i = ranked[a]
-                    if who[i] < 0:
-                        left += 1
-                        for c in range(classes):
-                            t[c] += tp[k, i, c] - tp[last, i, c]
-                            f[c] += fp[k, i, c] - fp[last, i, c]
-                    if not passes[a]:
-                        continue
-                    counts[length - 2] = left
-                    counts[length - 1] = reached - left
-                    _chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs)
-                    if not _within(costs, bounds):
-                        tally[chunk, 1] += 1
-                        continue
-                    tally[chunk, 0] += 1
-                    miou = _miou(t, f, labelled)
-                    if miou < needed - ROUNDING:
-                        continue
-                    value = costs[target] if target >= 0 else -miou
-                    tie = -miou if target >= 0 else costs[second]
-                    if value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1]):
-                        best[chunk, 0] = value
-                        best[chunk, 1] = tie
-                        found[chunk, 0], found[chunk, 1], found[chunk, 2] = outer[0][o], outer[1][o], outer[2][o]
-                        found[chunk, 3], found[chunk, 4], found[chunk, 5], found[chunk, 6] = k, inner[1][n], a + 1, last
-                        if target >= 0:
-                            bounds[target] = min(bounds[target], value)
-                        else:
-                            needed = max(needed, miou)
-
-
-@njit(cache=True, nogil=True)
-def _improve(
-    problem,
-    resources,
-    order,
-    wish,
-    second,
-    who,
-    after,
-    chain,
-    position,
-    candidate,
-    theta,
-    allowed,
-    counts_of,
-    best,
-    found,
-    chunk,
-):
-    """The best decision at one position of a chain, the others staying as they are; exact.
-
-    Args:
-      wish: see `_Wish`.
-      who: int64 [I], candidate of each image that has left before, else -1.
-      after: int64 [I], position in the chain where an image leaves that stays here.
-      chain: int64 [m], candidates; the one at `position` is replaced.
-      counts_of: int64 [m], images that have left at the positions before.
-      others: see `_scan`.
-    """
-    tp, fp, labelled, exit_of = problem
-    kind, prefix, head, decision = resources
-    floor, limits, weight, prices = wish
-    images, classes = who.size, labelled.size
-    start_t, start_f = np.zeros(classes), np.zeros(classes)
-    start_counts = counts_of.copy()
-    for i in range(images):
-        k = who[i]
-        if k < 0:
-            k = chain[after[i]]
-            start_counts[after[i]] += 1
-        start_t += tp[k, i]
-        start_f += fp[k, i]
-    chain_here, counts, costs = chain.copy(), start_counts.copy(), np.empty(kind.size)
-    t, f = np.empty(classes), np.empty(classes)
-    for n in range(chunk, candidate.size, CHUNKS):
-        k = candidate[n]
-        chain_here[position] = k
-        counts[:] = start_counts
-        t[:] = start_t
-        f[:] = start_f
-        ranked = order[k, theta[n]]
-        for a in range(images):
-            i = ranked[a]
-            if who[i] < 0:
-                other = chain[after[i]]
-                counts[after[i]] -= 1
-                counts[position] += 1
-                for c in range(classes):
-                    t[c] += tp[k, i, c] - tp[other, i, c]
-                    f[c] += fp[k, i, c] - fp[other, i, c]
-            if not allowed[n, a]:
-                continue
-            miou = _miou(t, f, labelled)
-            if miou < floor - ROUNDING or -weight * miou > best[chunk, 0]:
-                continue
-            _chain_costs(kind, prefix, head, decision, exit_of, chain_here, counts, costs)
-            value = -weight * miou
-            for r in range(costs.size):
-                value += prices[r] * costs[r]
-            tie = costs[second] if weight else -miou
-            if _within(costs, limits) and (value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1])):
-                best[chunk, 0], best[chunk, 1] = value, tie
-                found[chunk, 0], found[chunk, 1], found[chunk, 2] = k, theta[n], a + 1
-
-
 # === Nodes ===
 
 
 @dataclasses.dataclass
-class _Node:
+class Node:
     """Configurations with the same m early exits, and what is known about them.
 
     Attributes:
@@ -593,13 +180,35 @@ class _Node:
         self.position, self.candidate, self.theta = self.position[orders], self.candidate[orders], self.theta[orders]
         self.allowed, self.lasts = self.allowed[orders], self.lasts[lasts]
 
-    def copy(self) -> "_Node":
+    def copy(self) -> "Node":
         """A node of its own with the same content."""
         return dataclasses.replace(self, allowed=self.allowed.copy(), box=self.box.copy())
 
 
+class Relaxation(NamedTuple):
+    """The linear problem that bounds a node: an image is worth w[k, i] at candidate k, and every finite limit is a constraint scaled to 1.
+
+    Attributes:
+      w, constant: float64 [K, I], see `Optimiser._planes`.
+      leave, leave_last, stay: float64 [R, K], what an image adds to a constraint that leaves at a candidate, ends there, or passes it.
+      fixed, fixed_last: float64 [R, K], what choosing the candidate adds.
+      limit: float64 [R].
+      to_go: float64 [R], what an image adds that goes on to the last exit.
+    """
+
+    w: np.ndarray
+    constant: float
+    leave: np.ndarray
+    leave_last: np.ndarray
+    stay: np.ndarray
+    fixed: np.ndarray
+    fixed_last: np.ndarray
+    limit: np.ndarray
+    to_go: np.ndarray
+
+
 @dataclasses.dataclass
-class _Values:
+class Values:
     """What prices and potentials give.
 
     Attributes:
@@ -615,8 +224,8 @@ class _Values:
     lasts: np.ndarray
 
 
-class _Wish(NamedTuple):
-    """What a configuration is judged by: the least of prices · costs - weight · mIoU, with at least `floor` mIoU and within the limits [R]."""
+class Wish(NamedTuple):
+    """What is wanted: the least of prices · costs - weight · mIoU, with at least `floor` mIoU and within the limits [R]."""
 
     floor: float
     limits: np.ndarray
@@ -624,7 +233,7 @@ class _Wish(NamedTuple):
     prices: np.ndarray
 
 
-class _Pruned(Exception):
+class PrunedError(Exception):
     """The bound of a node fell below what is needed."""
 
 
@@ -647,7 +256,7 @@ class Optimiser:
         self.prices = np.zeros(problem.limits.size)
         priced = np.zeros(problem.limits.size)
         priced[max(problem.target, 0)] = problem.target >= 0
-        self.wish = _Wish(problem.min_miou, problem.limits, float(problem.target < 0), priced)
+        self.wish = Wish(problem.min_miou, problem.limits, float(problem.target < 0), priced)
         self.value = (math.inf, math.inf)
 
     def _spread(self, kernel, orders: int, *arguments) -> None:
@@ -667,14 +276,17 @@ class Optimiser:
 
     @property
     def limits(self) -> np.ndarray:
-        """Costs [R] that something better has at most. An equal mean cost counts, for the sake of a better mIoU; costs that come in steps must fall."""
+        """Costs [R] that something better has at most.
+
+        An equal mean cost counts, for the sake of a better mIoU; costs that come in steps must fall.
+        """
         limits, target = self.problem.limits.copy(), self.problem.target
         if self.best and target >= 0:
             equal = self.problem.roots[0].resources.kind[target] == MEAN
             limits[target] = min(limits[target], self.best.costs[target] * (1 if equal else 1 - 1e-9))
         return limits
 
-    def _judge(self, found: Found, wish: _Wish) -> tuple[float, float]:
+    def _judge(self, found: Found, wish: Wish) -> tuple[float, float]:
         """Value and tie-breaker, smaller is better; infinite if a constraint is broken."""
         costs = np.array(found.costs)
         if found.miou < wish.floor - ROUNDING or (costs > wish.limits * (1 + ROUNDING)).any():
@@ -689,9 +301,9 @@ class Optimiser:
         who[who < 0] = last
         costs = np.empty(problem.limits.size)
         chain = np.array([*(k for k, _, _ in early), last])
-        _chain_costs(*self._resources(root), problem.exit_of, chain, counts, costs)
+        kernels.chain_costs(*self._resources(root), problem.exit_of, chain, counts, costs)
         images = np.arange(self.images)
-        miou = _miou(problem.tp[who, images].sum(axis=0), problem.fp[who, images].sum(axis=0), problem.labelled)
+        miou = kernels.mean_iou(problem.tp[who, images].sum(axis=0), problem.fp[who, images].sum(axis=0), problem.labelled)
         return Found(root, tuple((int(k), int(t), int(cut)) for k, t, cut in early), int(last), miou, tuple(costs.tolist()))
 
     def _leave(self, root: int, early: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -714,31 +326,33 @@ class Optimiser:
         resources = self.problem.roots[root].resources
         return resources.kind, resources.prefix, resources.head, resources.decision
 
-    # --- The linear problem of a node ---
+    # --- The relaxation of a node ---
 
-    def _linear(self, root: int, limits: np.ndarray) -> dict[str, np.ndarray]:
-        """Finite limits as linear constraints, each scaled to 1: [R, K] of what an image adds that leaves or stays, and of what a choice adds."""
-        kind, prefix, head, decision = self._resources(root)
+    def _relax(self, node: Node, limits: np.ndarray) -> Relaxation:
+        """The linear problem that bounds a node, from its box and its last candidates."""
+        kind, prefix, head, decision = self._resources(node.root)
         rows, candidates = kind.size, self.problem.exit_of.size
-        names = ("leave", "leave_last", "stay", "fixed", "fixed_last")
-        linear = {name: np.zeros((rows, candidates)) for name in names} | {"limit": np.zeros(rows)}
+        leave, leave_last, stay, fixed, fixed_last = (np.zeros((rows, candidates)) for _ in range(5))
+        limit = np.zeros(rows)
         for r in np.flatnonzero(np.isfinite(limits)):
             until = prefix[r, self.problem.exit_of]
             here, passing, alone = until + head[r] + decision[r], head[r] + decision[r], until + head[r]
+            scale = max(limits[r], 1e-300)
+            limit[r] = min(limits[r] / scale, 1)
             if kind[r] == MEAN:
-                scale = self.images * max(limits[r], 1e-300)
-                linear["leave"][r], linear["leave_last"][r], linear["stay"][r] = here / scale, alone / scale, passing / scale
-                linear["limit"][r] = min(limits[r] / max(limits[r], 1e-300), 1)
+                each = scale * self.images
+                leave[r], leave_last[r], stay[r] = here / each, alone / each, passing / each
             elif kind[r] == P90:
                 slow = self.images - math.ceil(P90_SHARE * self.images - 1e-9)
                 most = limits[r] * (1 + ROUNDING)
-                linear["leave"][r], linear["leave_last"][r] = (here > most) / max(slow, 1), (alone > most) / max(slow, 1)
-                linear["limit"][r] = min(slow, 1)
+                leave[r], leave_last[r] = (here > most) / max(slow, 1), (alone > most) / max(slow, 1)
+                limit[r] = min(slow, 1)
             elif kind[r] == TOTAL:
-                scale = max(limits[r], 1e-300)
-                linear["fixed"][r], linear["fixed_last"][r] = passing / scale, alone / scale
-                linear["limit"][r] = min(limits[r] / scale, 1)
-        return linear
+                fixed[r], fixed_last[r] = passing / scale, alone / scale
+            else:
+                limit[r] = 0  # `_fitting` has seen to it
+        to_go = leave_last[:, node.lasts].min(axis=1)
+        return Relaxation(*self._planes(node.box), leave, leave_last, stay, fixed, fixed_last, limit, to_go)
 
     def _fitting(self, root: int, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Candidates that may decide, and that may be last, as far as one alone can exceed a limit: bool [K] each."""
@@ -753,9 +367,9 @@ class Optimiser:
     def _planes(self, box: np.ndarray) -> tuple[np.ndarray, float]:
         """Linear upper bound of mIoU in a box.
 
-        With the union U = labelled + FP and what the class lacks to a reference IoU r, G = r U - TP, IoU is r - G / U. In a box, one of the two
-        McCormick planes of G times 1/U bounds it: that which errs less at the reference. 1/U is convex, so it lies below its chord and above
-        its tangent.
+        With the union U = labelled + FP and what the class lacks to a reference IoU r, G = r U - TP, IoU is r - G / U. In a box, one of
+        the two McCormick planes of G times 1/U bounds it: that which errs less at the reference. 1/U is convex, so it lies below its chord
+        and above its tangent.
 
         Args:
           box: [4, C], smallest and largest G and FP.
@@ -776,63 +390,39 @@ class Optimiser:
         classes = problem.labelled.size
         return (self.lack @ per_lack + problem.fp @ per_fp) / classes, float(constant.mean())
 
-    def _evaluate(self, node: _Node, w, constant, prices, potentials, linear, spare=math.inf) -> _Values:
-        """The bound that prices and potentials give.
-
-        Args:
-          node: what is open.
-          w, constant: see `_planes`.
-          prices: [R].
-          potentials: [m + 1, I], what an image is worth, costs included, that reaches a position; 0 at the first.
-          linear: see `_linear`.
-          spare: if finite, what lacks more to the best of its position is dropped from the node.
-        """
-        order, m = self.problem.roots[node.root].order, len(node.potentials)
-        leave, leave_last, stay, fixed, fixed_last = (
-            prices @ linear[name] for name in ("leave", "leave_last", "stay", "fixed", "fixed_last")
-        )
-        orders = np.empty(node.candidate.size)
-        by_order = (w, (leave, stay, fixed), order, node.position, node.candidate, node.theta, node.allowed, potentials)
-        tops = np.full(m + 1, -np.inf)
+    def _evaluate(self, node: Node, relaxation: Relaxation, prices: np.ndarray, potentials: np.ndarray) -> Values:
+        """The bound that prices [R] and potentials [m, I] of the early exits give."""
+        m = len(potentials)
+        orders, tops = np.empty(node.candidate.size), np.full(m + 1, -np.inf)
         if m:
-            self._spread(_best_cuts, orders.size, *by_order, np.full(m, -np.inf), orders)
+            self._spread(kernels.best_cuts, orders.size, *self._passes(node, relaxation, prices, potentials), orders)
             np.maximum.at(tops, node.position, orders)
-        ends = w[node.lasts] - leave_last[node.lasts, None] - potentials[m]
-        lasts = (np.maximum(ends, 0) if m else ends).sum(axis=1) - fixed_last[node.lasts]
+        ends = relaxation.w[node.lasts] - (prices @ relaxation.leave_last)[node.lasts, None]
+        ends = np.maximum(ends - (potentials[-1] - prices @ relaxation.to_go), 0) if m else ends
+        lasts = ends.sum(axis=1) - (prices @ relaxation.fixed_last)[node.lasts]
         tops[m] = lasts.max(initial=-np.inf)
-        if spare < math.inf:
-            if m:
-                self._spread(_best_cuts, orders.size, *by_order, tops[:m] - spare, orders)
-            kept_lasts = lasts >= tops[m] - spare
-            kept = node.allowed.any(axis=1)
-            node.keep(kept, kept_lasts)
-            orders, lasts = orders[kept], lasts[kept_lasts]
-        return _Values(constant + float(prices @ linear["limit"] + tops.sum()), tops, orders, lasts)
+        return Values(relaxation.constant + float(prices @ relaxation.limit + tops.sum()), tops, orders, lasts)
 
-    def _gradient(self, node: _Node, w, prices, potentials, linear, values: _Values, temperature: float):
-        """Softened bound and its derivatives by the potentials [m, I] behind the early exits and by the prices [R]."""
-        order, m = self.problem.roots[node.root].order, len(node.potentials)
-        leave, leave_last, stay, fixed = (prices @ linear[name] for name in ("leave", "leave_last", "stay", "fixed"))
-        by_potential, by_price, softened = np.zeros((m + 1, self.images)), linear["limit"].copy(), values.bound
+    def _passes(self, node: Node, relaxation: Relaxation, prices: np.ndarray, potentials: np.ndarray) -> tuple:
+        """What the kernels need to pass over the orders of a node."""
+        priced = prices @ relaxation.leave, prices @ relaxation.stay, prices @ relaxation.fixed
+        whole = np.concatenate([np.zeros((1, self.images)), potentials - prices @ relaxation.to_go])
+        order = self.problem.roots[node.root].order
+        return relaxation.w, priced, order, node.position, node.candidate, node.theta, node.allowed, whole
+
+    def _gradient(self, node: Node, relaxation: Relaxation, prices, potentials, values: Values, temperature: float):
+        """Softened bound and its derivatives by the potentials [m, I] and by the prices [R]."""
+        m, candidates = len(potentials), self.problem.exit_of.size
+        by_potential, by_price, softened = np.zeros((m + 1, self.images)), relaxation.limit.copy(), values.bound
         if m:
-            of_candidate, of_image = np.zeros((CHUNKS, w.shape[0], 3)), np.zeros((CHUNKS, m, 2, self.images))
+            of_candidate, of_image = np.zeros((CHUNKS, candidates, 3)), np.zeros((CHUNKS, m, 2, self.images))
+            passes = self._passes(node, relaxation, prices, potentials)
             self._spread(
-                *(
-                    _soften,
-                    node.candidate.size,
-                    w,
-                    (leave, stay, fixed),
-                    order,
-                    node.position,
-                    node.candidate,
-                    node.theta,
-                    node.allowed,
-                    potentials,
-                ),
+                *(kernels.soften, node.candidate.size, *passes),
                 *(values.orders, values.tops, temperature, of_candidate, of_image),
             )
             of_candidate, of_image = of_candidate.sum(axis=0), of_image.sum(axis=0)
-            position_of = np.zeros(w.shape[0], np.int64)
+            position_of = np.zeros(candidates, np.int64)
             position_of[node.candidate] = node.position
             totals = np.bincount(position_of, of_candidate[:, 0], m)
             softened += temperature * np.log(totals).sum()
@@ -840,40 +430,30 @@ class Optimiser:
             of_image /= totals[:, None, None]
             by_potential[:m] -= of_image.sum(axis=1)
             by_potential[1:] += of_image[:, 1]
-            by_price -= linear["leave"] @ leaves + linear["stay"] @ stays + linear["fixed"] @ use
+            by_price -= relaxation.leave @ leaves + relaxation.stay @ stays + relaxation.fixed @ use
         weight = np.exp((values.lasts - values.tops[m]) / temperature)
         softened += temperature * math.log(weight.sum())
         weight /= weight.sum()
-        ends = w[node.lasts] - leave_last[node.lasts, None] > (potentials[m] if m else -np.inf)
+        ends = relaxation.w[node.lasts] - (prices @ relaxation.leave_last)[node.lasts, None]
+        ends = ends > (potentials[-1] - prices @ relaxation.to_go if m else -np.inf)
         by_potential[m] -= weight @ ends
-        by_price -= linear["leave_last"][:, node.lasts] @ (weight * ends.sum(axis=1)) + linear["fixed_last"][:, node.lasts] @ weight
-        return softened, by_potential[1:], by_price
+        by_price -= relaxation.leave_last[:, node.lasts] @ (weight * ends.sum(axis=1)) + relaxation.fixed_last[:, node.lasts] @ weight
+        return softened, by_potential[1:], by_price - relaxation.to_go * by_potential[1:].sum()
 
-    @staticmethod
-    def _priced(potentials: np.ndarray, prices: np.ndarray, to_go: np.ndarray) -> np.ndarray:
-        """Potentials [m + 1, I] as `_evaluate` takes them, from those of a node, which leave out the costs of going to the last exit."""
-        return np.concatenate([np.zeros((1, potentials.shape[1])), potentials - prices @ to_go])
-
-    def _to_go(self, node: _Node, linear) -> np.ndarray:
-        return linear["leave_last"][:, node.lasts].min(axis=1)
-
-    def _descend(self, node: _Node, w, constant, linear) -> _Values:
-        """Improves a node's potentials and prices; raises _Pruned once they show that the node holds nothing better."""
+    def _descend(self, node: Node, relaxation: Relaxation) -> Values:
+        """Improves a node's potentials and prices; raises PrunedError once they show that the node holds nothing better."""
         images, shape, size = self.images, node.potentials.shape, node.potentials.size
-        to_go = self._to_go(node, linear)
         best: list = [math.inf, None, None]
         scale = 100.0  # of the objective, so that the tolerances of the minimiser mean something
 
         def value(x: np.ndarray, temperature: float):
-            prices = x[size:]
-            potentials = self._priced(x[:size].reshape(shape) / images, prices, to_go)
-            values = self._evaluate(node, w, constant, prices, potentials, linear)
+            prices, potentials = x[size:], x[:size].reshape(shape) / images
+            values = self._evaluate(node, relaxation, prices, potentials)
             if values.bound < best[0]:
                 best[:] = values.bound, x.copy(), values
                 if values.bound < self.floor - SLACK or time.perf_counter() > self.deadline:
                     raise StopIteration
-            softened, by_potential, by_price = self._gradient(node, w, prices, potentials, linear, values, temperature)
-            by_price = by_price - to_go * by_potential.sum()
+            softened, by_potential, by_price = self._gradient(node, relaxation, prices, potentials, values, temperature)
             return scale * softened, scale * np.concatenate([by_potential.ravel() / images, by_price])
 
         x = np.concatenate([node.potentials.ravel() * images, node.prices])
@@ -888,17 +468,36 @@ class Optimiser:
         node.upper = min(node.upper, best[0])
         node.potentials, node.prices = best[1][:size].reshape(shape) / images, best[1][size:]
         target = self.problem.target
-        if target >= 0 and node.prices[target] > 0 and linear["limit"][target] == 1:
+        if target >= 0 and node.prices[target] > 0 and relaxation.limit[target] == 1:
             node.lower = max(node.lower, self.limits[target] * (1 - (best[0] - self.floor) / node.prices[target]))
         if node.upper < self.floor - SLACK:
-            raise _Pruned
+            raise PrunedError
         return best[2]
 
-    def _tighten(self, node: _Node, w, constant, linear, values: _Values) -> None:
+    def _reduce(self, node: Node, relaxation: Relaxation, values: Values) -> np.ndarray:
+        """Drops what lacks more to the best of its position than the node has to spare.
+
+        Returns:
+          float64 [n, I], what each cut of the orders that are left lacks, infinite for those that are not open.
+        """
+        spare, count = values.bound - self.floor + SLACK, node.count()
+        lacking = np.full(node.allowed.shape, np.inf)
+        if len(node.potentials):
+            passes = self._passes(node, relaxation, node.prices, node.potentials)
+            self._spread(kernels.worths, len(lacking), *passes[:6], passes[7], lacking)
+            lacking = values.tops[node.position][:, None] - lacking
+            node.allowed &= lacking <= spare
+            lacking[~node.allowed] = np.inf
+        orders, lasts = node.allowed.any(axis=1), values.tops[-1] - values.lasts <= spare
+        node.keep(orders, lasts)
+        values.orders, values.lasts = values.orders[orders], values.lasts[lasts]
+        self.proof.cut["reduced_cost"] += count - node.count()
+        return lacking[orders]
+
+    def _tighten(self, node: Node, relaxation: Relaxation, values: Values) -> None:
         """Shrinks the box of a node: how far can a class go while the bound on mIoU still reaches what is needed?"""
         problem, order, m = self.problem, self.problem.roots[node.root].order, len(node.potentials)
-        prices, potentials = node.prices, self._priced(node.potentials, node.prices, self._to_go(node, linear))
-        surplus = constant + float(prices @ linear["limit"]) - self.floor
+        surplus = relaxation.constant + float(node.prices @ relaxation.limit) - self.floor
         spare = max(values.bound - self.floor, 1e-5)
         # Where each image goes from each position on in the relaxed optimum.
         goes = np.empty((m + 1, self.images), np.int64)
@@ -907,29 +506,27 @@ class Optimiser:
             goes[p] = goes[p + 1]
             goes[p, order[k, t, :cut]] = k
         images = np.arange(self.images)
-        nothing = linear | {"limit": linear["limit"] * 0}
         # How much the bound on mIoU weighs against one class: the more is to spare, the less it helps.
         pulls = np.array([0.01, 0.04, 0.16]) / spare
         for axis, (counts, offset) in enumerate(((self.lack, self.reference * problem.labelled), (problem.fp, 0 * problem.labelled))):
             for c in range(problem.labelled.size):
                 for sign in (-1, 1):
                     measure = sign * counts[:, :, c] / self.reference_union[c]
-                    to_come = measure[goes, images]
-                    to_come[0] = 0
+                    to_come = measure[goes[1:], images]
                     reached = math.inf
                     for pull in pulls:
-                        relaxed = self._evaluate(node, measure + pull * w, 0.0, pull * prices, to_come + pull * potentials, nothing)
-                        reached = min(reached, relaxed.bound + pull * surplus)
+                        pulled = relaxation._replace(w=measure + pull * relaxation.w, constant=pull * surplus, limit=0 * relaxation.limit)
+                        reached = min(reached, self._evaluate(node, pulled, pull * node.prices, to_come + pull * node.potentials).bound)
                     row = 2 * axis + (sign > 0)
                     limit = sign * self.reference_union[c] * (reached + SLACK) + offset[c]
                     node.box[row, c] = min(node.box[row, c], limit) if sign > 0 else max(node.box[row, c], limit)
         # Bounds that cross mean that nothing better is there.
         if (node.box[0::2] > node.box[1::2]).any():
-            raise _Pruned
+            raise PrunedError
 
     # --- Branch and bound ---
 
-    def _nodes(self) -> list[_Node]:
+    def _nodes(self) -> list[Node]:
         """The whole space, by early exits and last exit."""
         problem, nodes = self.problem, []
         candidates = [np.flatnonzero(problem.exit_of == e) for e in range(self.exits)]
@@ -940,7 +537,7 @@ class Optimiser:
                 for early in itertools.combinations(range(last), m):
                     k = np.concatenate([np.repeat(candidates[e], thetas) for e in early] or [candidates[0][:0]])
                     t = np.concatenate([np.tile(np.arange(thetas), candidates[e].size) for e in early] or [candidates[0][:0]])
-                    node = _Node(
+                    node = Node(
                         *(root, np.searchsorted(early, problem.exit_of[k]), k, t, part.allowed[k, t], candidates[last]),
                         box=np.stack([np.full_like(problem.labelled, sign * np.inf) for sign in (-1, 1, -1, 1)]),
                         potentials=np.zeros((m, self.images)),
@@ -952,7 +549,7 @@ class Optimiser:
                     nodes.append(node)
         return nodes
 
-    def _relaxed(self, node: _Node, values: _Values) -> list[tuple[int, int, int]]:
+    def _relaxed(self, node: Node, values: Values) -> list[tuple[int, int, int]]:
         """The best order of each early exit in the relaxed optimum, with its middle open cut."""
         decisions = []
         for p in range(len(node.potentials)):
@@ -962,38 +559,36 @@ class Optimiser:
             decisions.append((int(node.candidate[n]), int(node.theta[n]), int(cuts[cuts.size // 2]) + 1))
         return decisions
 
-    def _solve(self, node: _Node) -> list[_Node]:
+    def _solve(self, node: Node) -> list[Node]:
         """Bounds a node more tightly; returns what is left of it: nothing, itself or its parts."""
         order = self.problem.roots[node.root].order
         possible = np.zeros(self.lack.shape[:2], bool)
-        _possible(order, node.position, node.candidate, node.theta, node.allowed, node.lasts, possible)
+        kernels.possible(order, node.position, node.candidate, node.theta, node.allowed, node.lasts, possible)
         parts = np.zeros((CHUNKS, 4, self.problem.labelled.size))
-        self._spread(_ranges, possible.sum(), self.lack, self.problem.fp, possible, parts)
+        self._spread(kernels.ranges, possible.sum(), self.lack, self.problem.fp, possible, parts)
         ranges = parts.sum(axis=0)
         ranges[:2] += self.reference * self.problem.labelled
         node.box[0::2], node.box[1::2] = np.maximum(node.box[0::2], ranges[0::2]), np.minimum(node.box[1::2], ranges[1::2])
-        w, constant = self._planes(node.box)
-        linear = self._linear(node.root, self.limits)
+        relaxation = self._relax(node, self.limits)
         if not node.potentials.any():
             node.prices = self.prices.copy()
-            worths = w[node.lasts].sum(axis=1) - node.prices @ linear["leave_last"][:, node.lasts] * self.images
-            node.potentials[:] = w[node.lasts[worths.argmax()]]
-        values = self._descend(node, w, constant, linear)
+            worths = relaxation.w[node.lasts].sum(axis=1) - node.prices @ relaxation.leave_last[:, node.lasts] * self.images
+            node.potentials[:] = relaxation.w[node.lasts[worths.argmax()]]
+            if self._scan(node, relaxation, self._evaluate(node, relaxation, node.prices, node.potentials), CHEAP_STEPS):
+                return []
+        values = self._descend(node, relaxation)
         self.prices = node.prices
         finite = np.where(np.isfinite(self.limits), np.maximum(self.limits, 1e-300), np.inf)
         self._polish(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]), node.prices / finite)
-        potentials = self._priced(node.potentials, node.prices, self._to_go(node, linear))
-        count, spare = node.count(), values.bound - self.floor
-        values = self._evaluate(node, w, constant, node.prices, potentials, linear, spare + SLACK)
-        self.proof.cut["reduced_cost"] += count - node.count()
-        stalls, node.spare = spare > 0.7 * node.spare, spare
-        if self._scan_node(node, w, constant, linear, potentials, values, SCAN_STEPS if stalls else CHEAP_STEPS):
+        spare = values.bound - self.floor
+        stalls, node.spare = spare > 0.7 * node.spare - SLACK, spare
+        if self._scan(node, relaxation, values, SCAN_STEPS if stalls else CHEAP_STEPS):
             return []
         if time.perf_counter() > self.deadline:
             return [node]
         if stalls:
             return self._branch(node, values)
-        self._tighten(node, w, constant, linear, values)
+        self._tighten(node, relaxation, values)
         return [node]
 
     def run(self) -> None:
@@ -1006,17 +601,17 @@ class Optimiser:
                 _, _, node = heapq.heappop(heap)
                 try:
                     if node.upper < self.floor - SLACK or not node.count():
-                        raise _Pruned
+                        raise PrunedError
                     for child in self._solve(node):
                         heapq.heappush(heap, (-child.upper, next(ticket), child))
-                except _Pruned:
+                except PrunedError:
                     self.proof.cut["bound"] += node.count()
         left = [node for _, _, node in heap if node.upper >= self.floor - SLACK]
         self.proof.cut["bound"] += sum(node.count() for _, _, node in heap) - sum(node.count() for node in left)
         self.proof.open = sum(node.count() for node in left)
         self._close(left)
 
-    def _close(self, left: list[_Node]) -> None:
+    def _close(self, left: list[Node]) -> None:
         """Fills in the bound that holds for the whole space."""
         if self.problem.target < 0:
             self.proof.bound = max([self.floor, *(min(node.upper, 1.0) for node in left)])
@@ -1024,7 +619,7 @@ class Optimiser:
             known = self.best.costs[self.problem.target] if self.best else math.inf
             self.proof.bound = min([known, *(node.lower for node in left)])
 
-    def _branch(self, node: _Node, values: _Values) -> list[_Node]:
+    def _branch(self, node: Node, values: Values) -> list[Node]:
         """Splits a node at the first exit that leaves something open: by head, then by threshold, then by cut."""
         for p in range(len(node.potentials)):
             here = np.flatnonzero(node.position == p)
@@ -1045,7 +640,7 @@ class Optimiser:
         return self._parts(node, [(None, better), (None, ~better)])
 
     @staticmethod
-    def _parts(node: _Node, kept) -> list[_Node]:
+    def _parts(node: Node, kept) -> list[Node]:
         parts = []
         for orders, lasts in kept:
             parts.append(node.copy())
@@ -1054,19 +649,15 @@ class Optimiser:
 
     # --- Scoring what is left of a node ---
 
-    def _scan_node(self, node: _Node, w, constant, linear, potentials, values: _Values, most_steps: float) -> bool:
-        """Scores all of a node that its reduced costs leave; returns False, having done nothing, if that takes more steps."""
+    def _scan(self, node: Node, relaxation: Relaxation, values: Values, most_steps: float) -> bool:
+        """Drops what its reduced cost rules out and scores the rest; returns False, having scored nothing, if that takes more steps."""
         m, spare = len(node.potentials), values.bound - self.floor + SLACK
-        prices = tuple(node.prices @ linear[name] for name in ("leave", "stay", "fixed"))
-        lacking = np.empty(node.allowed.shape)
-        if m:
-            order = self.problem.roots[node.root].order
-            worths = np.empty(node.allowed.shape)
-            self._spread(_worths, len(worths), w, prices, order, node.position, node.candidate, node.theta, potentials, worths)
-            lacking = np.where(node.allowed, values.tops[node.position][:, None] - worths, np.inf)
+        lacking = self._reduce(node, relaxation, values)
+        if not node.count():
+            return True
         decisions = []
         for p in range(m - 1):
-            n, a = np.nonzero((lacking <= spare) & (node.position == p)[:, None])
+            n, a = np.nonzero(np.isfinite(lacking) & (node.position == p)[:, None])
             ranked = np.argsort(lacking[n, a], kind="stable")
             n, a = n[ranked], a[ranked]
             decisions.append((node.candidate[n], node.theta[n], a + 1, lacking[n, a]))
@@ -1082,11 +673,11 @@ class Optimiser:
             none = np.array([-1]), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
             outer = decisions[-1] if m > 1 else none
             for early, less in self._fixed(decisions[:-1], spare):
-                self._scan_pattern(node.root, early, outer, lasts, inner, node.allowed[here], spare - less, (w, constant))
+                self._scan_pattern(node, early, outer, lasts, inner, node.allowed[here], spare - less, relaxation)
         else:
-            for k in node.lasts[lasts[1] <= spare]:
+            for k in node.lasts:
                 self._offer(self._score(node.root, (), k))
-                self.proof.scored += 1
+            self.proof.scored += node.lasts.size
         done = self.proof.scored + self.proof.cut["limit"] + self.proof.cut["linear_bound"] - before
         self.proof.cut["reduced_cost"] += node.count() - done
         return True
@@ -1115,13 +706,14 @@ class Optimiser:
                     break
                 yield (*rest, (int(k), int(t), int(cut))), less + lacking
 
-    def _scan_pattern(self, root: int, early, outer, lasts, inner, allowed, budget: float, planes) -> None:
-        problem, order = self.problem, self.problem.roots[root].order
+    def _scan_pattern(self, node: Node, early, outer, lasts, inner, allowed, budget: float, relaxation: Relaxation) -> None:
+        problem, root = self.problem, node.root
         fixed = *self._leave(root, early), np.array([k for k, _, _ in early], np.int64)
         best, found, tally = np.tile(self.value, (CHUNKS, 1)), np.zeros((CHUNKS, 7), np.int64), np.zeros((CHUNKS, 3), np.int64)
         self._spread(
-            *(_scan, outer[0].size * lasts[0].size * inner[0].size),
-            *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root), order, planes, self.limits),
+            *(kernels.scan, outer[0].size * lasts[0].size * inner[0].size),
+            *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root)),
+            *(problem.roots[root].order, relaxation[:2], self.limits),
             *(problem.target, problem.second, self.floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally),
         )
         self.proof.scored += int(tally[:, 0].sum())
@@ -1169,7 +761,7 @@ class Optimiser:
 
     def _polish(self, root: int, early: Sequence[tuple[int, int, int]], last: int, prices: np.ndarray) -> None:
         """Improves a configuration step by step, first with priced costs in place of all constraints, and offers the result."""
-        free = _Wish(0.0, np.full_like(prices, np.inf), 1.0, prices)
+        free = Wish(0.0, np.full_like(prices, np.inf), 1.0, prices)
         configuration = list(early), last
         for wish in (free, self.wish):
             pattern = root, wish.weight, tuple(k for k, _, _ in configuration[0]), configuration[1]
@@ -1180,7 +772,7 @@ class Optimiser:
         if len(configuration[0]) >= self.problem.roots[root].least:
             self._offer(self._score(root, *configuration))
 
-    def _climb(self, root: int, early, last: int, wish: _Wish) -> tuple[list[tuple[int, int, int]], int]:
+    def _climb(self, root: int, early, last: int, wish: Wish) -> tuple[list[tuple[int, int, int]], int]:
         """Changes one exit at a time, adds and drops exits, for as long as the configuration gets better."""
         part, exit_of = self.problem.roots[root], self.problem.exit_of
         current, value, improved = (early, last), self._judge(self._score(root, early, last), wish), True
@@ -1209,7 +801,7 @@ class Optimiser:
                     current, value, improved = (chosen, k), new, True
         return current
 
-    def _best_decision(self, root: int, others, last: int, position: int, e: int, wish: _Wish, value) -> tuple[int, int, int] | None:
+    def _best_decision(self, root: int, others, last: int, position: int, e: int, wish: Wish, value) -> tuple[int, int, int] | None:
         """The best decision at exit `e`, in front of `others[position:]`, if it beats `value`."""
         problem, part = self.problem, self.problem.roots[root]
         who, before = self._leave(root, others[:position])
@@ -1224,90 +816,15 @@ class Optimiser:
         k, t = np.repeat(candidates, thetas), np.tile(np.arange(thetas), candidates.size)
         best, found = np.tile(value, (CHUNKS, 1)), np.full((CHUNKS, 3), -1)
         self._spread(
-            *(_improve, k.size),
+            *(kernels.improve, k.size),
             *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root), part.order),
-            *(wish, problem.second, who, after, chain, position, k, t, part.allowed[k, t], counts, best, found),
+            *(tuple(wish), problem.second, who, after, chain, position, k, t, part.allowed[k, t], counts, best, found),
         )
         chunk = min(range(CHUNKS), key=lambda c: tuple(best[c]))
         return tuple(found[chunk].tolist()) if found[chunk, 0] >= 0 else None
 
 
 # === Anytime ===
-
-
-@njit(cache=True, nogil=True)
-def _anytime(first, exit_of, mious, resources, limits, floor, target, most, horizon, span, extensions, best, best_chain):
-    """Depth-first search over the chains of candidates, without decisions, that begin with one candidate.
-
-    Args:
-      first: the candidate.
-      mious: float64 [K], of each candidate alone.
-      resources: (kind, prefix, head, decision).
-      floor: mean mIoU needed.
-      most: early exits.
-      span: int64 [E, 2], first candidate of each exit, and the one after its last.
-      extensions: int64 [E, most + 1], number of chains of so many candidates or less, at least one, behind each exit.
-      best: float64 [2], value and tie-breaker to beat, smaller is better; best_chain: int64 [most + 1], with -1 behind its end.
-
-    Returns:
-      Chains scored, and cut by the bound.
-    """
-    kind, prefix, head, decision = resources
-    exits = span.shape[0]
-    chain = np.full(most + 1, -1)
-    scored, cut = 0, 0
-    # Until the latest exit of a chain is reached: the area below mIoU over time, the time, the cost of the heads.
-    area, time_of, heads = np.zeros(most + 2), np.zeros(most + 2), np.zeros(most + 2)
-    cheapest = np.empty(exits)
-    for e in range(exits):
-        cheapest[e] = head[0, span[e, 0] : span[e, 1]].min()
-    no_decision, costs, counts = np.zeros_like(decision), np.empty(kind.size), np.zeros(most + 1, np.int64)
-    bounds = limits.copy()
-    depth, k = 0, first
-    while depth >= 0:
-        if k == exit_of.size or (depth == 0 and k > first):
-            depth -= 1
-            if depth >= 0:
-                k = chain[depth] + 1
-            continue
-        e = exit_of[k]
-        heads[depth + 1] = heads[depth] + head[0, k]
-        arrives = min(max(prefix[0, e] + heads[depth + 1], time_of[depth]), horizon)
-        stood = mious[chain[depth - 1]] if depth else 0.0
-        area[depth + 1] = area[depth] + stood * (arrives - time_of[depth])
-        time_of[depth + 1] = arrives
-        chain[depth] = k
-        counts[:depth] = 0
-        counts[depth] = 1
-        _chain_costs(kind, prefix, head, no_decision, exit_of, chain[: depth + 1], counts[: depth + 1], costs)
-        mean = (area[depth + 1] + mious[k] * (horizon - arrives)) / horizon
-        scored += 1
-        fits = mean >= floor - ROUNDING and _within(costs, bounds)
-        value = costs[target] if target >= 0 else -mean
-        tie = -mean if target >= 0 else costs[0]
-        if fits and (value < best[0] or (value == best[0] and tie < best[1])):
-            best[0], best[1] = value, tie
-            best_chain[:] = -1
-            best_chain[: depth + 1] = chain[: depth + 1]
-            if target >= 0:
-                bounds[target] = min(bounds[target], value)
-            else:
-                floor = max(floor, mean)
-        # Whatever goes on from here has at most the best mIoU that can stand at each time.
-        upper, stands, time_ = area[depth + 1], mious[k], arrives
-        for later in range(e + 1, exits):
-            soonest = min(max(prefix[0, later] + heads[depth + 1] + cheapest[later], time_), horizon)
-            upper += stands * (soonest - time_)
-            time_ = soonest
-            stands = max(stands, mious[span[later, 0] : span[later, 1]].max())
-        upper += stands * (horizon - time_)
-        if depth < most and upper / horizon >= floor - ROUNDING:
-            depth += 1
-            k = span[e, 1]
-        else:
-            cut += extensions[e, most - depth]
-            k += 1
-    return scored, cut
 
 
 def best_anytime(problem: Problem, max_early_exits: int, horizon: float, deadline: float) -> tuple[list[int] | None, Proof]:
@@ -1340,7 +857,7 @@ def best_anytime(problem: Problem, max_early_exits: int, horizon: float, deadlin
         if time.perf_counter() > deadline:
             proof.open += whole
             continue
-        scored, cut = _anytime(
+        scored, cut = kernels.anytime(
             *(first, problem.exit_of, mious, (resources.kind, resources.prefix, resources.head, resources.decision), limits, floor),
             *(problem.target, most, horizon, span, extensions, best, best_chain),
         )

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, SETTINGS, check, file_sha256, read_json, write_json
-from mess_tf import guarantee, optimum
+from mess_tf import guarantee, kernels, optimum
 from mess_tf.files import (
     RISKS,
     Certificate,
@@ -57,7 +57,7 @@ class Resource:
 
     Attributes:
       name: with its unit.
-      kind: `optimum.MEAN` or `P90` over the images, `TOTAL` of all that is deployed, or `PEAK`, the largest of its parts.
+      kind: `kernels.MEAN` or `P90` over the images, `TOTAL` of all that is deployed, or `PEAK`, the largest of its parts.
       prefix: float64 [E], from the image to the tap of each exit.
       head: float64 [K], of each candidate, up to its mask.
       decision: float64 [K, 2], of computing a candidate's confidence beside its mask, plain and edge-aware.
@@ -121,10 +121,10 @@ def macs_costs(stats: Stats) -> Costs:
     """Costs that need no device; the first are multiply-accumulate operations."""
     free = np.zeros((len(stats.candidates), 2))
     parts = (
-        ("macs", optimum.MEAN, stats.prefix_macs, stats.head_macs),
-        ("macs_p90", optimum.P90, stats.prefix_macs, stats.head_macs),
-        ("parameters", optimum.TOTAL, stats.prefix_parameters, stats.head_parameters),
-        ("memory_bytes", optimum.PEAK, stats.prefix_memory_bytes, stats.head_memory_bytes),
+        ("macs", kernels.MEAN, stats.prefix_macs, stats.head_macs),
+        ("macs_p90", kernels.P90, stats.prefix_macs, stats.head_macs),
+        ("parameters", kernels.TOTAL, stats.prefix_parameters, stats.head_parameters),
+        ("memory_bytes", kernels.PEAK, stats.prefix_memory_bytes, stats.head_memory_bytes),
     )
     return Costs(tuple(Resource(name, kind, prefix.astype(float), head.astype(float), free) for name, kind, prefix, head in parts))
 
@@ -173,9 +173,9 @@ def latency_costs(stats: Stats, rows: Sequence[Mapping[str, Any]], device: str |
         return Resource(name, kind, prefix, head, np.maximum(np.stack([plain - mask, edge - mask], axis=1), 0.0))
 
     measured = (
-        resource("latency_ms", optimum.MEAN, "p50_ms"),
-        resource("latency_p90_ms", optimum.P90, "p50_ms"),
-        resource("size_bytes", optimum.TOTAL, "size_bytes"),
+        resource("latency_ms", kernels.MEAN, "p50_ms"),
+        resource("latency_p90_ms", kernels.P90, "p50_ms"),
+        resource("size_bytes", kernels.TOTAL, "size_bytes"),
     )
     return Costs((*measured, *macs_costs(stats).resources))
 
@@ -259,11 +259,11 @@ def configuration_costs(stats: Stats, costs: Costs, configuration: Configuration
     values = {}
     for resource in costs.resources:
         arrivals = arrival_costs(stats, resource, chain, _decides(configuration))
-        if resource.kind == optimum.MEAN:
+        if resource.kind == kernels.MEAN:
             value = arrivals[leaves_at].mean()
-        elif resource.kind == optimum.P90:
-            value = np.quantile(arrivals[leaves_at], optimum.P90_SHARE, method="inverted_cdf")
-        elif resource.kind == optimum.TOTAL:
+        elif resource.kind == kernels.P90:
+            value = np.quantile(arrivals[leaves_at], kernels.P90_SHARE, method="inverted_cdf")
+        elif resource.kind == kernels.TOTAL:
             value = arrivals[-1]
         else:
             value = max(resource.prefix[stats.exit_of_candidate[chain[-1]]], resource.head[chain].max())
@@ -281,10 +281,11 @@ def original(stats: Stats, costs: Costs) -> Original:
 # === Search ===
 
 
-def _order(stats: Stats, edge_aware: bool, quantiles: int | None) -> tuple[np.ndarray, np.ndarray]:
+def exit_orders(stats: Stats, edge_aware: bool, quantiles: int | None) -> tuple[np.ndarray, np.ndarray]:
     """How the early candidates can split the images.
 
-    theta_img takes the image confidences themselves (or, of these, `quantiles` evenly picked by rank), so that the exit rule meets them exactly.
+    theta_img takes the image confidences themselves (or, of these, `quantiles` evenly picked by rank), so that the exit rule meets them
+    exactly.
 
     Returns:
       int32 [K - 1, T, I], the images by decreasing confidence; bool [K - 1, T, I], where in that order those that leave can end.
@@ -321,7 +322,7 @@ def _roots(stats: Stats, costs: Costs, max_early_exits: int, quantiles: int | No
             least = max(least, int(edge_aware))  # one exit alone decides nothing
             if least <= most:
                 kinds.append(edge_aware)
-                roots.append(optimum.Root(*_order(stats, edge_aware, grid), resources, least, most))
+                roots.append(optimum.Root(*exit_orders(stats, edge_aware, grid), resources, least, most))
     return kinds, tuple(roots)
 
 
@@ -357,7 +358,7 @@ def _optimise(
     search_of = optimum.Optimiser(problem, deadline)
     search_of.run()
     found, proof = search_of.best, search_of.proof
-    if found and problem.target >= 0 and costs.resources[problem.target].kind != optimum.MEAN and not proof.open:
+    if found and problem.target >= 0 and costs.resources[problem.target].kind != kernels.MEAN and not proof.open:
         # Such costs come in steps, so many configurations are equally cheap: the one with the best mIoU is sought among them.
         limits = problem.limits.copy()
         limits[problem.target] = found.costs[problem.target]
@@ -401,8 +402,8 @@ def search(
         has none.
       setting: `budgeted`, `input-dependent` or `anytime`.
       max_early_exits: largest number of exits in front of the last one; unused by `budgeted`.
-      quantiles: values of theta_img per exit and theta_pix where several early exits decide, at least 2; None for every value that changes a
-        decision.
+      quantiles: values of theta_img per exit and theta_pix where several early exits decide, at least 2; None for every value that changes
+        a decision.
       time_limit: in seconds, after which the best found is returned with what is proven of it.
 
     Raises:
@@ -463,7 +464,7 @@ def predict(stats: Stats, costs: Costs, configuration: Configuration) -> Predict
         miou=accuracy,
         cost_name=costs.name,
         cost_mean=cost,
-        cost_p90=float(np.quantile(arrivals[leaves_at], optimum.P90_SHARE, method="inverted_cdf")),
+        cost_p90=float(np.quantile(arrivals[leaves_at], kernels.P90_SHARE, method="inverted_cdf")),
         exit_rates=tuple(rates.tolist()),
         costs=configuration_costs(stats, costs, configuration),
         miou_interval=guarantee.interval(mious),
@@ -514,7 +515,7 @@ def front(stats: Stats, costs: Costs, points: int | None = None, **space) -> lis
     found = [search(stats, costs, Objective(costs.name, 0.0), **space)]
     highest = search(stats, costs, Objective(), **space).predicted.miou
     targets = iter(np.linspace(found[0].predicted.miou, highest, points)[1:]) if points else None
-    while found[-1].predicted.miou < highest - optimum.ROUNDING:
+    while found[-1].predicted.miou < highest - kernels.ROUNDING:
         # A step that is far below one pixel of one class.
         target = next(targets) if targets else found[-1].predicted.miou + 1e-11
         if target > found[-1].predicted.miou:
@@ -568,8 +569,8 @@ def search_guaranteed(
         )
     if accepted is None:
         raise InfeasibleError(
-            f"max_risk={max_risk:g} cannot be shown with confidence {confidence:g} on {len(checking.images)} checking images of anything but "
-            f"the original network; even no loss on any of them shows no less than {guarantee.least_risk(len(checking.images), confidence):.4f}"
+            f"max_risk={max_risk:g} cannot be shown with confidence {confidence:g} on {len(checking.images)} checking images of anything "
+            f"but the original network; even no loss on any shows no less than {guarantee.least_risk(len(checking.images), confidence):.4f}"
         )
     return accepted
 
@@ -819,7 +820,7 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "min_miou",
         None,
-        "Least cost with at least this mIoU, 0..1. Of this and the next three one is given; several values, separated by commas, make a table.",
+        "Least cost with at least this mIoU, 0..1. Of this and the next three one is given; several values, with commas, make a table.",
     )
     flags.DEFINE_list("max_drop_pp", None, "Least cost with an mIoU at most so many percentage points below the original's.")
     flags.DEFINE_list("max_cost", None, "Best mIoU with at most this mean cost, in MACs or ms.")

@@ -428,7 +428,7 @@ def cheapest(workdir, device):
 
     stats = Stats.load(workdir / "stats.npz")
     costs = latency_costs(stats, [dataclasses.asdict(row) for row in rows_of(workdir)], device)
-    return search(stats, costs, Objective(min_miou=0.0))
+    return search(stats, costs, Objective(costs.name, 0.0))
 
 
 def test_from_phones_to_deployments(bench, plug_in, trained, tool):
@@ -485,10 +485,11 @@ def test_measured_latency_is_that_of_the_segments(tmp_path):
         False,
         (ExitChoice("exit1", "h", 0.5, 0.5), ExitChoice("final", "original")),
         None,
-        Objective(min_miou=0.5),
-        Predicted(0.6, "latency_ms", 4.0, 5.0, (0.75, 0.25)),
+        Objective("latency_ms", 0.5),
+        Predicted(0.6, "latency_ms", 4.0, 5.0, (0.75, 0.25), {}, (0.6, 0.6), (4.0, 4.0), 1),
         Original(0.7, 10.0),
-        Certificate(1, 1, {}, 0.0, 0.1, 2),
+        Certificate(1, 1, {}, 0, 4.0, 0.0, 0.1, None),
+        None,
         "",
         {},
     )

@@ -22,7 +22,18 @@ def test_a_network_counted_by_hand():
     cost = model_cost(keras.Model(image, x), (8, 8))
     assert cost.macs == 16 * 8 * 27 + 16 * 8 * 9 + 16 * (8 * 9 + 8 * 6) + 16 * 4 * 3 + 16 * 4 * 4 * 5 + 64 * 5 * 7
     assert cost.parameters == (8 * 27 + 8) + 8 * 9 + 4 * 8 + (8 * 9 + 8 * 6) + 4 * 3 + 4 * 4 * 5 + (5 * 7 + 7)
-    assert cost.activation_bytes == 4 * (64 * 3 + 3 * 16 * 8 + 16 * 6 + 16 * 4 + 2 * 64 * 5 + 64 * 7)
+    # The addition reads the same 8x8x5 twice; the dense layer runs with its result and its own output.
+    assert cost.memory_bytes == 4 * (64 * 5 + 64 * 7)
+
+
+def test_memory_holds_what_is_read_later_and_writes_in_place():
+    image = keras.Input((None, None, 3), name="image")
+    a = LAYERS.Conv2D(8, 1)(image)
+    b = LAYERS.ReLU()(LAYERS.BatchNormalization()(LAYERS.Conv2D(8, 1)(a)))
+    model = keras.Model(image, LAYERS.Add()([a, b]))
+    assert model_cost(model, (2, 2)).memory_bytes == 4 * 4 * (8 + 8 + 8)  # both branches and their sum
+    kept = keras.Model(image, [a, LAYERS.ReLU()(a)])
+    assert model_cost(kept, (2, 2)).memory_bytes == 4 * 4 * (8 + 8)  # an output is not written over
 
 
 def test_mobilenet_v2_has_its_published_macs():

@@ -1,6 +1,7 @@
 """The search against brute force, and the two files around it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -14,19 +15,23 @@ import pytest
 
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
+from mess_tf import optimum
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
-
 from mess_tf.search import (
     Costs,
     InfeasibleError,
     configuration_costs,
     evaluate_configuration,
+    exit_orders,
+    front,
     latency_costs,
     macs_costs,
     mean_over_deadlines,
     original,
+    overview,
     resolve_objective,
     search,
+    search_table,
     table,
 )
 
@@ -120,20 +125,18 @@ def best_by_brute_force(scores: list[tuple[float, dict[str, float]]], objective:
     return feasible[0] if feasible else None
 
 
-def check_against_brute_force(stats: Stats, setting: str, max_early_exits: int, quantiles: int | None) -> int:
-    """Compares at feasible, tight and unreachable constraints; returns how many searches found something."""
+def check_against_brute_force(stats: Stats, setting: str, max_early_exits: int, quantiles: int | None, asked: int = 4) -> int:
+    """Compares at so many feasible, tight and unreachable objectives; returns how many searches found something."""
     rng = np.random.default_rng(0)
     costs = some_costs(stats)
     found = 0
-    scores_at: dict[float | None, list[tuple[float, dict[str, float]]]] = {}
 
+    @functools.cache
     def scores(horizon: float | None) -> list[tuple[float, dict[str, float]]]:
-        if horizon not in scores_at:
-            scores_at[horizon] = [
-                (evaluate_configuration(stats, costs, configuration)[0], configuration_costs(stats, costs, configuration))
-                for configuration in enumerate_space(stats, setting, max_early_exits, quantiles, horizon)
-            ]
-        return scores_at[horizon]
+        return [
+            (evaluate_configuration(stats, costs, configuration)[0], configuration_costs(stats, costs, configuration))
+            for configuration in enumerate_space(stats, setting, max_early_exits, quantiles, horizon)
+        ]
 
     anytime = setting == "anytime"
     reference = scores(original(stats, costs).cost if anytime else None)
@@ -147,7 +150,8 @@ def check_against_brute_force(stats: Stats, setting: str, max_early_exits: int, 
         Objective(None, min(some, other), {name: values[name], second: max(values[second], others[second])}),
         Objective(),
     ]
-    for objective in objectives:
+    for index in rng.choice(len(objectives), asked, replace=False):
+        objective = objectives[index]
         horizon = objective.limits.get("macs", original(stats, costs).cost) if anytime else None
         expected = best_by_brute_force(scores(horizon), objective)
         if expected is None:
@@ -165,35 +169,39 @@ def check_against_brute_force(stats: Stats, setting: str, max_early_exits: int, 
     return found
 
 
-@pytest.mark.parametrize("first", range(0, 60, 10))
-def test_one_early_exit_equals_brute_force(first):
-    shapes = [
-        {"heads": (2, 1)},
-        {"heads": (1, 1, 1)},
-        {"heads": (3,), "images": 6, "thetas": 3, "largest": 40},
-        {"heads": (), "classes": 1},
-    ]
-    for seed in range(first, first + 10):
-        assert check_against_brute_force(make_stats(seed, **shapes[seed % 4]), "input-dependent", 1, None) >= 7
+SHAPES = (
+    ({"heads": (2, 1)}, 2),
+    ({"heads": (3,), "images": 6, "thetas": 3, "largest": 40}, 1),
+    ({"heads": (1, 1, 1), "images": 3}, 1),
+    ({"heads": (1, 1), "images": 6, "largest": 40}, 2),
+    ({"heads": (), "classes": 1}, 0),
+    ({"heads": (1, 1, 1), "images": 3}, 2),
+    ({"heads": (1, 1, 1), "images": 3, "thetas": 1}, 3),
+)
 
 
-@pytest.mark.parametrize("first", range(0, 80, 10))
-def test_several_early_exits_equal_brute_force(first):
-    shapes = [
-        ({"heads": (2, 1)}, 2),
-        ({"heads": (1, 1, 1), "images": 3}, 2),
-        ({"heads": (1, 1), "images": 6, "largest": 40}, 2),
-        ({"heads": (1, 1, 1), "images": 3, "thetas": 1}, 3),
-    ]
-    for seed in range(first, first + 10):
-        shape, early_exits = shapes[seed % 4]
-        assert check_against_brute_force(make_stats(seed, **shape), "input-dependent", early_exits, (2, None, 3)[seed % 3]) >= 7
+@pytest.mark.parametrize("first", range(0, 140, 35))
+def test_input_dependent_equals_brute_force(first):
+    found = 0
+    for seed in range(first, first + 35):
+        shape, early_exits = SHAPES[seed % len(SHAPES)]
+        found += check_against_brute_force(make_stats(seed, **shape), "input-dependent", early_exits, (2, None, 3)[seed % 3])
+    assert found > 80
+
+
+def test_bounds_and_branches_equal_brute_force(monkeypatch):
+    """As above, but small spaces are bounded, cut and split as large ones are, rather than scored at once."""
+    monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
+    monkeypatch.setattr(optimum, "SCAN_STEPS", 100)
+    for seed in range(20):
+        shape, early_exits = SHAPES[seed % 4]
+        check_against_brute_force(make_stats(seed, **shape), "input-dependent", early_exits, None, asked=2)
 
 
 @pytest.mark.parametrize("setting", ["budgeted", "anytime"])
 def test_other_settings_equal_brute_force(setting):
     for seed in range(40):
-        assert check_against_brute_force(make_stats(seed, heads=(2, 2, 1)), setting, seed % 4, None) >= 6
+        assert check_against_brute_force(make_stats(seed, heads=(2, 2, 1)), setting, seed % 4, None)
 
 
 def test_rounding_does_not_change_a_decision():
@@ -204,49 +212,13 @@ def test_rounding_does_not_change_a_decision():
     confident = (pixels[:, None, None] * rng.random((2, 300, 1, 2))).astype(np.int64)
     confident[:, :2] = np.array([2500001, 2500001 * pixels[1] // 2**22])[:, None, None]
     stats = dataclasses.replace(make_stats(0, heads=(1,), images=300, thetas=1), pixels=pixels, confident=confident)
-    found = decisions(stats, 0, edge_aware=False, limit=300)
-    assert found.leaves.sum(axis=1).tolist() == [*range(300, 0, -1)]
-    for theta_img, leaves in zip(found.theta_img.tolist(), found.leaves, strict=True):
+    order, ends = (array[0, 0] for array in exit_orders(stats, edge_aware=False, quantiles=None))
+    assert ends.all()
+    for leaving, image in enumerate(order, start=1):
+        theta_img = float(confident[0, image, 0, 0] / pixels[image])
         exits = (ExitChoice("exit1", "fcn-b0", 0.5, theta_img), ExitChoice("final", "fcn"))
         _, _, leaves_at = evaluate_configuration(stats, macs_costs(stats), Configuration("input-dependent", False, exits, None))
-        assert (leaves_at == 1 - leaves).all()
-
-
-@pytest.mark.parametrize("limited", [True, False])
-def test_no_decision_of_a_promising_combination_is_cut(limited):
-    rng = np.random.default_rng(0)
-    cut = 0
-    for _ in range(200):
-        leaves = [rng.integers(0, 2, (4, 5)).astype(float) for _ in range(2)]
-        weights, arrivals = rng.random((3, 5)) / 5, np.cumsum(rng.random(3))
-        cost = mixture_sums(leaves, [np.full(5, arrival) for arrival in arrivals]) / 5
-        bound = 0.1 + mixture_sums(leaves, list(weights))
-        one = rng.integers(16)  # limit and floor leave room for this combination and little more
-        best = Best(Objective(max_cost=cost[one] if limited else math.inf))
-        best.miou_floor = bound[one]
-        rows = best.promising(arrivals, 0.1, weights, leaves)
-        good = np.argwhere(((cost <= best.cost_limit) & (bound >= best.miou_floor)).reshape(4, 4))
-        assert all(first in rows[0] and second in rows[1] for first, second in good)
-        assert best.cut["relaxation"] == 16 - rows[0].size * rows[1].size
-        cut += best.cut["relaxation"]
-    assert cut > 0
-
-
-def test_bound_holds_for_every_mixture_and_is_reached_by_a_chain_of_equal_candidates():
-    rng = np.random.default_rng(0)
-    for seed in range(50):
-        stats = make_stats(seed, heads=(1, 1), classes=2, largest=50)
-        labelled = (stats.tp + stats.fn)[0].sum(0) + 1
-        leaves = [rng.integers(0, 2, (5, 4)).astype(float) for _ in range(2)]
-        constant, weights = miou_bound(stats.tp, stats.fp, labelled)
-        summed = [[mixture_sums(leaves, list(counts[:, :, c])) for c in range(2)] for counts in (stats.tp, stats.fp)]
-        tp, fp = np.moveaxis(np.array(summed), 1, -1)
-        accuracy = miou(tp, fp, labelled - tp)
-        assert accuracy.shape == (25,)
-        assert (constant + mixture_sums(leaves, list(weights)) >= accuracy - 1e-12).all()
-        constant, weights = miou_bound(stats.tp[:1], stats.fp[:1], labelled)
-        one = miou(stats.tp[0].sum(0), stats.fp[0].sum(0), labelled - stats.tp[0].sum(0))
-        assert constant + weights.sum() == pytest.approx(float(one))
+        assert sorted(np.flatnonzero(leaves_at == 0)) == sorted(order[:leaving])
 
 
 def two_images() -> Stats:
@@ -280,13 +252,14 @@ def two_images() -> Stats:
 
 def test_hand_computed_mixture():
     stats = two_images()
-    deployment = search(stats, macs_costs(stats), Objective(min_miou=1.0))
+    deployment = search(stats, macs_costs(stats), Objective("macs", 1.0))
     assert deployment.exits == (ExitChoice("exit1", "a", 0.5, 0.75), ExitChoice("final", "b"))
     assert not deployment.edge_aware  # with edges, exit1 is as sure of the hard image
     assert deployment.predicted.miou == 1.0
     assert deployment.predicted.cost_mean == (12 + 37) / 2
     assert deployment.predicted.cost_p90 == 37
     assert deployment.predicted.exit_rates == (0.5, 0.5)
+    assert deployment.predicted.costs == {"macs": 24.5, "macs_p90": 37, "parameters": 370, "memory_bytes": 80}
     assert deployment.original == Original(1.0, 35.0)
     alone = Configuration("budgeted", False, (ExitChoice("exit1", "a"),), None)
     accuracy, cost, leaves_at = evaluate_configuration(stats, macs_costs(stats), alone)
@@ -299,7 +272,7 @@ def test_anytime_mean_over_deadlines():
     assert mean_over_deadlines([0.5, 0.8], np.array([2.0, 6.0]), 4.0) == pytest.approx(0.5 * 2 / 4)
     assert mean_over_deadlines([0.5], np.array([2.0]), 1.0) == 0.0
     stats = two_images()
-    deployment = search(stats, macs_costs(stats), Objective(max_cost=100.0), "anytime")
+    deployment = search(stats, macs_costs(stats), Objective(limits={"macs": 100.0}), "anytime")
     assert [choice.exit for choice in deployment.exits] == ["exit1", "final"]
     assert deployment.horizon == 100.0
     assert deployment.predicted.cost_mean == 37
@@ -310,42 +283,102 @@ def test_drop_of_zero_keeps_the_original_feasible():
     for seed in range(20):
         stats = make_stats(seed, heads=(2, 1), classes=11)
         costs = macs_costs(stats)
-        objective = resolve_objective(original(stats, costs), "budgeted", max_drop_pp=0.0)
+        objective = resolve_objective(original(stats, costs), costs, "budgeted", max_drop_pp=0.0)
         assert search(stats, costs, objective, "budgeted").predicted.miou >= original(stats, costs).miou - 1e-12
 
 
 def test_resolve_objective():
-    reference = Original(0.6, 50.0)
-    assert resolve_objective(reference, "budgeted", max_drop_pp=1.0).min_miou == pytest.approx(0.59)
-    assert resolve_objective(reference, "anytime", cost_share=0.4) == Objective(max_cost=20.0)
-    assert resolve_objective(reference, "budgeted", min_miou=0.3) == Objective(min_miou=0.3)
-    assert resolve_objective(reference, "budgeted", max_cost=7.0) == Objective(max_cost=7.0)
+    reference, costs = Original(0.6, 50.0), macs_costs(two_images())
+    resolve = functools.partial(resolve_objective, reference, costs)
+    assert resolve("budgeted", max_drop_pp=1.0).min_miou == pytest.approx(0.59)
+    assert resolve("anytime", cost_share=0.4) == Objective(limits={"macs": 20.0})
+    assert resolve("budgeted", min_miou=0.3) == Objective("macs", 0.3)
+    assert resolve("budgeted", max_cost=7.0, limits={"parameters": 9.0}) == Objective(limits={"macs": 7.0, "parameters": 9.0})
+    assert resolve("budgeted", min_miou=0.3, minimise="parameters", limits={"macs": 9.0}) == Objective("parameters", 0.3, {"macs": 9.0})
     with pytest.raises(ValueError, match="one of --min_miou"):
-        resolve_objective(reference, "budgeted")
+        resolve("budgeted")
     with pytest.raises(ValueError, match="one of --min_miou"):
-        resolve_objective(reference, "budgeted", min_miou=0.3, cost_share=0.4)
+        resolve("budgeted", min_miou=0.3, cost_share=0.4)
     with pytest.raises(ValueError, match="max_drop_pp"):
-        resolve_objective(reference, "anytime", max_drop_pp=1.0)
+        resolve("anytime", max_drop_pp=1.0)
+    with pytest.raises(ValueError, match="minimise"):
+        resolve("budgeted", max_cost=7.0, minimise="parameters")
 
 
-def test_infeasible_names_the_nearest():
+def test_infeasible_names_the_nearest_on_each_axis():
     stats = dataclasses.replace(two_images(), fp=two_images().fp + 1)
-    with pytest.raises(InfeasibleError, match=r"min_miou=1 is out .* highest mIoU is at exit1.a \+ final.b: mIoU 0.666667, macs 24.5"):
-        search(stats, macs_costs(stats), Objective(min_miou=1.0))
-    with pytest.raises(InfeasibleError, match=r"max_cost=11.9 is out of reach; the least cost is at exit1.a: mIoU 0\.\d+, macs 12"):
-        search(stats, macs_costs(stats), Objective(max_cost=11.9))
+    costs = macs_costs(stats)
+    with pytest.raises(InfeasibleError, match=r"min_miou=1 is out .* highest mIoU is at exit1.a \+ final.b: mIoU 0.666667, macs 24.5$"):
+        search(stats, costs, Objective("macs", 1.0))
+    with pytest.raises(InfeasibleError, match=r"macs<=11.9 is out of reach; the least macs is at exit1.a: mIoU 0\.\d+, macs 12$"):
+        search(stats, costs, Objective(limits={"macs": 11.9}))
+    asked = Objective("macs", 0.6, {"parameters": 130.0})
+    with pytest.raises(InfeasibleError, match=r"highest mIoU is at exit1.a: .* the least parameters is at final.b: .* parameters 350$"):
+        search(stats, costs, asked)
 
 
-@pytest.mark.parametrize("argument", [{"setting": "fast"}, {"max_early_exits": 3}, {"quantiles": 1}])
+def test_time_limit_gives_a_bound_that_holds():
+    stats = make_stats(5, heads=(2, 2), images=12, thetas=3, largest=40)
+    costs = macs_costs(stats)
+    exact = search(stats, costs, Objective()).predicted.miou
+    stopped = search(stats, costs, Objective(), time_limit=1e-6)
+    assert stopped.certificate.open > 0 and stopped.certificate.bound >= exact - 1e-12
+    assert stopped.predicted.miou + stopped.certificate.gap == pytest.approx(stopped.certificate.bound)
+    assert "left open" in table(stopped)
+    within = Objective("macs", original(stats, costs).miou)
+    stopped = search(stats, costs, within, time_limit=1e-6)
+    assert stopped.certificate.bound <= search(stats, costs, within).predicted.cost_mean <= stopped.predicted.cost_mean
+
+
+def test_front_has_every_step_once():
+    stats = make_stats(1, heads=(2,), images=5)
+    costs = macs_costs(stats)
+    scored = [evaluate_configuration(stats, costs, each)[:2] for each in enumerate_space(stats, "input-dependent", 1, None, None)]
+    best, expected = -1.0, []
+    for accuracy, cost in sorted(scored, key=lambda each: (each[1], -each[0])):
+        if accuracy > best + 1e-12:
+            best = accuracy
+            expected.append((accuracy, cost))
+    points = front(stats, costs, max_early_exits=1)
+    assert np.array([(point.predicted.miou, point.predicted.cost_mean) for point in points]) == pytest.approx(np.array(expected))
+
+
+def test_table_of_devices_and_constraints():
+    stats = two_images()
+    devices = {"slow": macs_costs(stats), "other": some_costs(stats)}
+    rows = search_table(stats, devices, [{"min_miou": 0.9}, {"max_cost": 1.0}])
+    assert [(device, constraint, deployment is None) for device, constraint, deployment in rows] == [
+        (device, constraint, "max_cost" in constraint) for device in devices for constraint in ({"min_miou": 0.9}, {"max_cost": 1.0})
+    ]
+    assert rows[0][2].predicted == search(stats, devices["slow"], Objective("macs", 0.9)).predicted
+    assert [line.split()[:2] for line in overview(rows).splitlines()[1:]][:2] == [["slow", "min_miou=0.9"], ["slow", "max_cost=1"]]
+
+
+def test_predictions_have_intervals_around_them():
+    stats = make_stats(0, heads=(2,), images=40, largest=60)
+    predicted = search(stats, macs_costs(stats), Objective()).predicted
+    low, high = predicted.miou_interval
+    assert low < predicted.miou < high and high - low < 0.5
+    assert predicted.cost_interval[0] <= predicted.cost_mean <= predicted.cost_interval[1]
+    assert predicted.images == 40
+
+
+@pytest.mark.parametrize("argument", [{"setting": "fast"}, {"max_early_exits": -1}, {"quantiles": 1}, {"time_limit": 0}])
 def test_search_refuses(argument):
     stats = two_images()
     with pytest.raises(ValueError, match=f"^{next(iter(argument))}: must be"):
-        search(stats, macs_costs(stats), Objective(min_miou=0.5), **argument)
+        search(stats, macs_costs(stats), Objective("macs", 0.5), **argument)
 
 
-def test_costs_refuse_a_free_prefix():
-    with pytest.raises(ValueError, match="prefix"):
-        Costs("macs", np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.zeros((2, 2)))
+def test_costs_name_the_entry_that_is_wrong():
+    first, *others = macs_costs(two_images()).resources
+    with pytest.raises(ValueError, match=r"macs\.prefix"):
+        Costs((dataclasses.replace(first, prefix=np.array([0.0, 1.0])), *others))
+    for value in (math.nan, -1.0):
+        with pytest.raises(ValueError, match=r"macs\.head\[\[1\]\]: must be finite"):
+            dataclasses.replace(first, head=np.array([1.0, value]))
+    with pytest.raises(ValueError, match=r"^objective: must be of costs macs"):
+        search(two_images(), Costs((first, *others)), Objective(limits={"joules": 1.0}))
 
 
 # === latency ===
@@ -356,7 +389,7 @@ def latency_rows(stats: Stats, device="board", threads=1, factor=1.0) -> list[di
     names += [f"{mode}.{size}" for mode in ("mask", "plain", "edge") for size in ("45x60", "23x30")]
     hashes = (*stats.prefix_sha256, *stats.head_sha256, *stats.mask_sha256[:2], *stats.plain_sha256[:2], *stats.edge_sha256[:2])
     return [
-        {"submodel": name, "sha256": sha256, "device": device, "threads": threads, "p50_ms": factor * (index + 1)}
+        {"submodel": name, "sha256": sha256, "device": device, "threads": threads, "p50_ms": factor * (index + 1), "size_bytes": 9}
         for index, (name, sha256) in enumerate(zip(names, hashes, strict=True))
     ]
 
@@ -496,12 +529,12 @@ def test_stats_unknown_missing_and_broken_off(tmp_path):
 @pytest.fixture
 def deployment() -> Deployment:
     stats = two_images()
-    return search(stats, macs_costs(stats), Objective(min_miou=0.9))
+    return search(stats, macs_costs(stats), Objective("macs", 0.9))
 
 
 def test_deployment_round_trip(tmp_path, deployment):
     stats = two_images()
-    others = [search(stats, macs_costs(stats), Objective(max_cost=90.0), setting) for setting in ("budgeted", "anytime")]
+    others = [search(stats, macs_costs(stats), Objective(limits={"macs": 90.0}), setting) for setting in ("budgeted", "anytime")]
     for each in (deployment, *others):
         each.save(tmp_path / "deployment.json")
         loaded = Deployment.load(tmp_path / "deployment.json")
@@ -524,9 +557,10 @@ def test_deployment_round_trip(tmp_path, deployment):
         ({"exits": [{"exit": "exit1", "head": "a", "theta_pix": 0.5, "theta_img": None}]}, "thresholds or none"),
         ({"exits": [{"exit": "exit1", "head": "a", "theta_pix": 0.5, "theta_img": 1.5}]}, "theta_img: must be in"),
         ({"original": {"miou": math.nan, "cost": 1.0}}, "original.miou"),
-        ({"constraint": {"min_miou": None, "max_cost": None}}, "either min_miou or max_cost"),
-        ({"constraint": {"min_miou": 2.0, "max_cost": None}}, "min_miou: must be in"),
-        ({"constraint": {"min_miou": None, "max_cost": -1.0}}, "max_cost: must be above 0"),
+        ({"constraint": {"minimise": "macs", "min_miou": None, "limits": {}}}, "min_miou: must be given where a cost is minimised"),
+        ({"constraint": {"minimise": "macs", "min_miou": 2.0, "limits": {}}}, "min_miou: must be in"),
+        ({"constraint": {"minimise": None, "min_miou": None, "limits": {"macs": -1.0}}}, r"limits.macs: must be above 0"),
+        ({"guarantee": {"risk": "loss", "max_risk": 0.1, "confidence": 0.9, "estimate": 0.0, "images": 1}}, "risk: must be one of"),
         ({"stats_sha256": None}, "stats_sha256"),
     ],
 )
@@ -565,7 +599,7 @@ def test_nothing_half_written_is_left(tmp_path, deployment, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         make_stats(1).save(stats_path)
     with pytest.raises(ValueError, match="JSON"):
-        dataclasses.replace(deployment, certificate=Certificate(1, 1, {}, math.nan, 0.0, 26)).save(deployment_path)
+        dataclasses.replace(deployment, certificate=Certificate(1, 1, {}, 0, math.nan, 0.0, 0.1, None)).save(deployment_path)
 
     def broken_replace(source, target):
         raise OSError("no such device")
@@ -596,7 +630,7 @@ def test_table(deployment):
 def test_command(tmp_path):
     stats = make_stats(3)
     stats.save(tmp_path / "stats.npz")
-    about = {"size_bytes": 9, "soc": "s", "os": "o", "runtime": "r", "runtime_version": "1", "p90_ms": 99.0, "mean_ms": 9.0, "runs": 5}
+    about = {"soc": "s", "os": "o", "runtime": "r", "runtime_version": "1", "p90_ms": 99.0, "mean_ms": 9.0, "runs": 5}
     about |= {"backend_requested": "xnnpack", "backend_obtained": "unknown", "temperature_c": None}
     rows = tuple(LatencyRow(**row, **about) for row in latency_rows(stats))
     write_json(tmp_path / "latency.json", LatencyTable({}, rows).to_json())
@@ -606,7 +640,7 @@ def test_command(tmp_path):
     assert result.stdout.splitlines()[-1] == str(path)
     deployment = Deployment.load(path)
     costs = latency_costs(stats, latency_rows(stats))
-    objective = resolve_objective(original(stats, costs), "input-dependent", max_drop_pp=1.0)
+    objective = resolve_objective(original(stats, costs), costs, "input-dependent", max_drop_pp=1.0)
     expected = search(stats, costs, objective, max_early_exits=2)
     assert (deployment.exits, deployment.predicted) == (expected.exits, expected.predicted)
     assert deployment.stats_sha256 == file_sha256(tmp_path / "stats.npz")
@@ -614,7 +648,7 @@ def test_command(tmp_path):
 
 @pytest.mark.parametrize(
     ("constraint", "message"),
-    [([], "--min_miou, --max_drop_pp"), (["--max_cost=0.5"], "max_cost=0.5 is out of reach; the least cost is at")],
+    [([], "--min_miou, --max_drop_pp"), (["--max_cost=0.5"], "macs<=0.5 is out of reach; the least macs is at")],
 )
 def test_command_that_fails_writes_nothing(tmp_path, constraint, message):
     make_stats(3).save(tmp_path / "stats.npz")

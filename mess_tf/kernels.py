@@ -1,0 +1,498 @@
+"""The compiled loops of the search: Numba kernels over images sorted by confidence. What they compute together is told in `optimum`.
+
+A kernel with a `chunk` does its share of the work, so that several threads can run it side by side.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+# A constraint counts as met, and a bound as reached, within the rounding of sums of float64.
+ROUNDING = 1e-12
+# The sums of a bound have as many terms as there are images and exits, so its rounding is larger.
+SLACK = 1e-10
+# Parts of a loop that run side by side. Their results are put together in a fixed order, so the number of cores does not change them.
+CHUNKS = 4
+MEAN, P90, TOTAL, PEAK = range(4)
+P90_SHARE = 0.9
+
+
+@njit(cache=True, nogil=True)
+def chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs):
+    """Costs [R] of a chain of candidates, of which counts[j] images leave at chain[j]."""
+    length, images = chain.size, counts.sum()
+    arrival = np.empty(length)
+    for r in range(kind.size):
+        heads = 0.0
+        peak = 0.0
+        for j in range(length):
+            heads += head[r, chain[j]]
+            peak = max(peak, head[r, chain[j]])
+            if j < length - 1:
+                heads += decision[r, chain[j]]
+            arrival[j] = prefix[r, exit_of[chain[j]]] + heads
+        if kind[r] == MEAN:
+            total = 0.0
+            for j in range(length):
+                total += counts[j] * arrival[j]
+            costs[r] = total / images
+        elif kind[r] == P90:
+            needed = math.ceil(P90_SHARE * images - 1e-9)
+            best = np.inf
+            for j in range(length):
+                within = 0
+                for other in range(length):
+                    if arrival[other] <= arrival[j]:
+                        within += counts[other]
+                if within >= needed:
+                    best = min(best, arrival[j])
+            costs[r] = best
+        elif kind[r] == TOTAL:
+            costs[r] = arrival[length - 1]
+        else:
+            costs[r] = max(peak, prefix[r, exit_of[chain[length - 1]]])
+
+
+@njit(cache=True, nogil=True)
+def within(costs, limits):
+    """Whether all costs are within their limits."""
+    met = True
+    for r in range(costs.size):
+        met &= costs[r] <= limits[r] * (1 + ROUNDING)
+    return met
+
+
+@njit(cache=True, nogil=True)
+def mean_iou(tp, fp, labelled):
+    """mIoU of sums over the images, [C] each."""
+    total = 0.0
+    for c in range(labelled.size):
+        total += tp[c] / (labelled[c] + fp[c])
+    return total / labelled.size
+
+
+@njit(cache=True, nogil=True)
+def stay_and_gain(first, worth, leave, stay, inside, outside, gain):
+    """Worth of a decision at which nobody leaves, and in `gain` what changes when an image leaves; all given the potentials."""
+    total = 0.0
+    for i in range(gain.size):
+        if first:
+            stays, leaves = outside[i] - stay, worth[i] - leave
+        else:
+            stays, leaves = max(0.0, outside[i] - stay - inside[i]), max(0.0, worth[i] - leave - inside[i])
+        total += stays
+        gain[i] = leaves - stays
+    return total
+
+
+@njit(cache=True, nogil=True)
+def share(chunk, size):
+    """The part of a range that a chunk works on."""
+    return size * chunk // CHUNKS, size * (chunk + 1) // CHUNKS
+
+
+@njit(cache=True, nogil=True)
+def best_cuts(w, prices, order, position, candidate, theta, allowed, potentials, best, chunk):
+    """Largest worth of each order's allowed cuts, into `best` [n].
+
+    Args:
+      w: float64 [K, I]; prices: (leave, stay, fixed), float64 [K] each.
+      order: see `optimum.Root`.
+      position, candidate, theta, allowed: of the n orders, see `optimum.Node`.
+      potentials: float64 [m + 1, I] of the chain's positions, 0 at the first.
+    """
+    leave, stay, fixed = prices
+    images = w.shape[1]
+    gain, start, done = np.empty(images), 0.0, -1
+    low, high = share(chunk, candidate.size)
+    for n in range(low, high):
+        k, p = candidate[n], position[n]
+        if k != done:
+            start = stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
+            done = k
+        value, most = start, -np.inf
+        ranked = order[k, theta[n]]
+        for a in range(images):
+            value += gain[ranked[a]]
+            if allowed[n, a]:
+                most = max(most, value)
+        best[n] = most
+
+
+@njit(cache=True, nogil=True)
+def soften(w, prices, order, position, candidate, theta, allowed, potentials, best, tops, temperature, of_candidate, of_image, chunk):
+    """Softmax over the cuts of each position, the largest worth having the weight 1; see `best_cuts`.
+
+    Args:
+      best: float64 [n], of `best_cuts`; tops: float64 [m], largest worth of each position.
+      of_candidate: float64 [CHUNKS, K, 3], to which are added the weight of a candidate, the images that leave and that stay times weight.
+      of_image: float64 [CHUNKS, m, 2, I], the weight with which each image leaves and stays. Only images that take part count: all at the
+        first position, else those worth more than their potential.
+    """
+    leave, stay, fixed = prices
+    images = w.shape[1]
+    gain, weight, start, done = np.empty(images), np.empty(images), 0.0, -1
+    low, high = share(chunk, candidate.size)
+    for n in range(low, high):
+        k, p = candidate[n], position[n]
+        least = tops[p] - 15 * temperature
+        if best[n] < least:
+            continue
+        inside, outside = potentials[p], potentials[p + 1]
+        if k != done:
+            start = stay_and_gain(p == 0, w[k], leave[k], stay[k], inside, outside, gain) - fixed[k]
+            done = k
+        value, total = start, 0.0
+        ranked = order[k, theta[n]]
+        for a in range(images):
+            value += gain[ranked[a]]
+            weight[a] = 0.0
+            if allowed[n, a] and value > least:
+                weight[a] = math.exp((value - tops[p]) / temperature)
+                total += weight[a]
+        of_candidate[chunk, k, 0] += total
+        left = 0.0
+        for a in range(images - 1, -1, -1):
+            left += weight[a]
+            i = ranked[a]
+            if p == 0 or w[k, i] - leave[k] - inside[i] > 0:
+                of_candidate[chunk, k, 1] += left
+                of_image[chunk, p, 0, i] += left
+            if p == 0 or outside[i] - stay[k] - inside[i] > 0:
+                of_candidate[chunk, k, 2] += total - left
+                of_image[chunk, p, 1, i] += total - left
+
+
+@njit(cache=True, nogil=True)
+def worths(w, prices, order, position, candidate, theta, potentials, worths, chunk):
+    """Worth of every cut of every order, into float64 [n, I]; see `best_cuts`."""
+    leave, stay, fixed = prices
+    images = w.shape[1]
+    gain = np.empty(images)
+    low, high = share(chunk, candidate.size)
+    for n in range(low, high):
+        k, p = candidate[n], position[n]
+        value = stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
+        ranked = order[k, theta[n]]
+        for a in range(images):
+            value += gain[ranked[a]]
+            worths[n, a] = value
+
+
+@njit(cache=True, nogil=True)
+def possible(order, position, candidate, theta, allowed, lasts, possible):
+    """At which candidates an image can be, into bool [K, I]; the orders are sorted by position."""
+    images = possible.shape[1]
+    reach, stays = np.ones(images, np.bool_), np.zeros(images, np.bool_)
+    for n in range(candidate.size):
+        if n and position[n] != position[n - 1]:
+            reach[:] = stays
+            stays[:] = False
+        ranked = order[candidate[n], theta[n]]
+        lowest, highest = images, -1
+        for a in range(images):
+            if allowed[n, a]:
+                lowest = min(lowest, a)
+                highest = a
+        for a in range(images):
+            i = ranked[a]
+            if reach[i] and a <= highest:
+                possible[candidate[n], i] = True
+            if reach[i] and a > lowest:
+                stays[i] = True
+    for k in lasts:
+        possible[k] |= stays if candidate.size else reach
+
+
+@njit(cache=True, nogil=True)
+def ranges(lack, fp, possible, parts, chunk):
+    """Smallest and largest lack and FP per class of all mixtures in which image i is at one of the candidates with possible[k, i].
+
+    Added to float64 [CHUNKS, 4, C].
+    """
+    images, classes = fp.shape[1:]
+    of_image = np.empty((4, classes))
+    for i in range(chunk, images, CHUNKS):
+        of_image[0::2] = np.inf
+        of_image[1::2] = -np.inf
+        for k in range(fp.shape[0]):
+            if possible[k, i]:
+                for c in range(classes):
+                    of_image[0, c] = min(of_image[0, c], lack[k, i, c])
+                    of_image[1, c] = max(of_image[1, c], lack[k, i, c])
+                    of_image[2, c] = min(of_image[2, c], fp[k, i, c])
+                    of_image[3, c] = max(of_image[3, c], fp[k, i, c])
+        parts[chunk] += of_image
+
+
+@njit(cache=True, nogil=True)
+def scan(
+    problem, resources, order, planes, limits, target, second, floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally, chunk
+):
+    """Scores the configurations of one pattern of exits whose reduced costs fit the budget.
+
+    For every outer decision and every last candidate, one pass over each inner order follows the exact linear worth and the costs; what
+    passes is scored exactly.
+
+    Args:
+      problem: (tp, fp, labelled, exit_of).
+      resources: (kind, prefix, head, decision).
+      planes: (w, constant).
+      limits, target, second: see `optimum.Problem`; floor: mIoU that is needed.
+      fixed: (who, counts, chain) of the decisions before: candidate of each image that has left (-1: none yet), images per decision,
+        candidates.
+      outer: (candidate, theta, cut, reduced cost) of the last but one decision; a candidate of -1 stands for none.
+      lasts: (candidate, reduced cost) of the last exit.
+      inner: (candidate, theta, smallest reduced cost) of the orders of the last decision; allowed: bool [n, I], their cuts.
+      best: float64 [CHUNKS, 2], value and tie-breaker to beat, smaller is better; found: int64 [CHUNKS, 7].
+      tally: int64 [CHUNKS, 3], scored and failed by limit and by linear bound.
+    """
+    tp, fp, labelled, exit_of = problem
+    kind, prefix, head, decision = resources
+    w, constant = planes
+    who_fixed, counts_fixed, chain_fixed = fixed
+    images, classes = who_fixed.size, labelled.size
+    before = chain_fixed.size
+    who, passes = np.empty(images, np.int64), np.empty(images, np.bool_)
+    t, t_last, t_gone = np.empty(classes), np.empty(classes), np.empty(classes)
+    f, f_last, f_gone = np.empty(classes), np.empty(classes), np.empty(classes)
+    costs, bounds = np.empty(kind.size), limits.copy()
+    needed = floor
+    for o in range(chunk, outer[0].size, CHUNKS):
+        with_outer = 1 if outer[0][o] >= 0 else 0
+        length = before + with_outer + 2
+        chain, counts = np.empty(length, np.int64), np.zeros(length, np.int64)
+        chain[:before] = chain_fixed
+        counts[:before] = counts_fixed
+        who[:] = who_fixed
+        if with_outer:
+            chain[before] = outer[0][o]
+            ranked = order[outer[0][o], outer[1][o]]
+            for a in range(outer[2][o]):
+                if who[ranked[a]] < 0:
+                    who[ranked[a]] = outer[0][o]
+                    counts[before] += 1
+        reached, gone = 0, constant
+        t_gone[:] = 0
+        f_gone[:] = 0
+        for i in range(images):
+            if who[i] < 0:
+                reached += 1
+            else:
+                gone += w[who[i], i]
+                t_gone += tp[who[i], i]
+                f_gone += fp[who[i], i]
+        for q in range(lasts[0].size):
+            spent = outer[3][o] + lasts[1][q]
+            if spent > budget:
+                continue
+            last = lasts[0][q]
+            chain[length - 1] = last
+            stay = gone
+            t_last[:] = t_gone
+            f_last[:] = f_gone
+            for i in range(images):
+                if who[i] < 0:
+                    stay += w[last, i]
+                    t_last += tp[last, i]
+                    f_last += fp[last, i]
+            for n in range(inner[0].size):
+                if spent + inner[2][n] > budget:
+                    continue
+                k = inner[0][n]
+                chain[length - 2] = k
+                ranked = order[k, inner[1][n]]
+                worth, passing = stay, 0
+                for a in range(images):
+                    i = ranked[a]
+                    if who[i] < 0:
+                        worth += w[k, i] - w[last, i]
+                    passes[a] = allowed[n, a] and worth >= needed - SLACK
+                    passing += passes[a]
+                    tally[chunk, 2] += allowed[n, a] and not passes[a]
+                if not passing:
+                    continue
+                t[:] = t_last
+                f[:] = f_last
+                left = 0
+                for a in range(images):
+                    i = ranked[a]
+                    if who[i] < 0:
+                        left += 1
+                        for c in range(classes):
+                            t[c] += tp[k, i, c] - tp[last, i, c]
+                            f[c] += fp[k, i, c] - fp[last, i, c]
+                    if not passes[a]:
+                        continue
+                    counts[length - 2] = left
+                    counts[length - 1] = reached - left
+                    chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs)
+                    if not within(costs, bounds):
+                        tally[chunk, 1] += 1
+                        continue
+                    tally[chunk, 0] += 1
+                    miou = mean_iou(t, f, labelled)
+                    if miou < needed - ROUNDING:
+                        continue
+                    value = costs[target] if target >= 0 else -miou
+                    tie = -miou if target >= 0 else costs[second]
+                    if value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1]):
+                        best[chunk, 0] = value
+                        best[chunk, 1] = tie
+                        found[chunk, 0], found[chunk, 1], found[chunk, 2] = outer[0][o], outer[1][o], outer[2][o]
+                        found[chunk, 3], found[chunk, 4], found[chunk, 5], found[chunk, 6] = k, inner[1][n], a + 1, last
+                        if target >= 0:
+                            bounds[target] = min(bounds[target], value)
+                        else:
+                            needed = max(needed, miou)
+
+
+@njit(cache=True, nogil=True)
+def improve(
+    problem,
+    resources,
+    order,
+    wish,
+    second,
+    who,
+    after,
+    chain,
+    position,
+    candidate,
+    theta,
+    allowed,
+    counts_of,
+    best,
+    found,
+    chunk,
+):
+    """The best decision at one position of a chain, the others staying as they are; exact.
+
+    Args:
+      wish: see `optimum.Wish`.
+      who: int64 [I], candidate of each image that has left before, else -1.
+      after: int64 [I], position in the chain where an image leaves that stays here.
+      chain: int64 [m], candidates; the one at `position` is replaced.
+      counts_of: int64 [m], images that have left at the positions before.
+      others: see `scan`.
+    """
+    tp, fp, labelled, exit_of = problem
+    kind, prefix, head, decision = resources
+    floor, limits, weight, prices = wish
+    images, classes = who.size, labelled.size
+    start_t, start_f = np.zeros(classes), np.zeros(classes)
+    start_counts = counts_of.copy()
+    for i in range(images):
+        k = who[i]
+        if k < 0:
+            k = chain[after[i]]
+            start_counts[after[i]] += 1
+        start_t += tp[k, i]
+        start_f += fp[k, i]
+    chain_here, counts, costs = chain.copy(), start_counts.copy(), np.empty(kind.size)
+    t, f = np.empty(classes), np.empty(classes)
+    for n in range(chunk, candidate.size, CHUNKS):
+        k = candidate[n]
+        chain_here[position] = k
+        counts[:] = start_counts
+        t[:] = start_t
+        f[:] = start_f
+        ranked = order[k, theta[n]]
+        for a in range(images):
+            i = ranked[a]
+            if who[i] < 0:
+                other = chain[after[i]]
+                counts[after[i]] -= 1
+                counts[position] += 1
+                for c in range(classes):
+                    t[c] += tp[k, i, c] - tp[other, i, c]
+                    f[c] += fp[k, i, c] - fp[other, i, c]
+            if not allowed[n, a]:
+                continue
+            miou = mean_iou(t, f, labelled)
+            if miou < floor - ROUNDING or -weight * miou > best[chunk, 0]:
+                continue
+            chain_costs(kind, prefix, head, decision, exit_of, chain_here, counts, costs)
+            value = -weight * miou
+            for r in range(costs.size):
+                value += prices[r] * costs[r]
+            tie = costs[second] if weight else -miou
+            if within(costs, limits) and (value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1])):
+                best[chunk, 0], best[chunk, 1] = value, tie
+                found[chunk, 0], found[chunk, 1], found[chunk, 2] = k, theta[n], a + 1
+
+
+@njit(cache=True, nogil=True)
+def anytime(first, exit_of, mious, resources, limits, floor, target, most, horizon, span, extensions, best, best_chain):
+    """Depth-first search over the chains of candidates, without decisions, that begin with one candidate.
+
+    Args:
+      first: the candidate.
+      mious: float64 [K], of each candidate alone.
+      resources: (kind, prefix, head, decision).
+      floor: mean mIoU needed.
+      most: early exits.
+      span: int64 [E, 2], first candidate of each exit, and the one after its last.
+      extensions: int64 [E, most + 1], number of chains of so many candidates or less, at least one, behind each exit.
+      best: float64 [2], value and tie-breaker to beat, smaller is better; best_chain: int64 [most + 1], with -1 behind its end.
+
+    Returns:
+      Chains scored, and cut by the bound.
+    """
+    kind, prefix, head, decision = resources
+    exits = span.shape[0]
+    chain = np.full(most + 1, -1)
+    scored, cut = 0, 0
+    # Until the latest exit of a chain is reached: the area below mIoU over time, the time, the cost of the heads.
+    area, time_of, heads = np.zeros(most + 2), np.zeros(most + 2), np.zeros(most + 2)
+    cheapest = np.empty(exits)
+    for e in range(exits):
+        cheapest[e] = head[0, span[e, 0] : span[e, 1]].min()
+    no_decision, costs, counts = np.zeros_like(decision), np.empty(kind.size), np.zeros(most + 1, np.int64)
+    bounds = limits.copy()
+    depth, k = 0, first
+    while depth >= 0:
+        if k == exit_of.size or (depth == 0 and k > first):
+            depth -= 1
+            if depth >= 0:
+                k = chain[depth] + 1
+            continue
+        e = exit_of[k]
+        heads[depth + 1] = heads[depth] + head[0, k]
+        arrives = min(max(prefix[0, e] + heads[depth + 1], time_of[depth]), horizon)
+        stood = mious[chain[depth - 1]] if depth else 0.0
+        area[depth + 1] = area[depth] + stood * (arrives - time_of[depth])
+        time_of[depth + 1] = arrives
+        chain[depth] = k
+        counts[:depth] = 0
+        counts[depth] = 1
+        chain_costs(kind, prefix, head, no_decision, exit_of, chain[: depth + 1], counts[: depth + 1], costs)
+        mean = (area[depth + 1] + mious[k] * (horizon - arrives)) / horizon
+        scored += 1
+        fits = mean >= floor - ROUNDING and within(costs, bounds)
+        value = costs[target] if target >= 0 else -mean
+        tie = -mean if target >= 0 else costs[0]
+        if fits and (value < best[0] or (value == best[0] and tie < best[1])):
+            best[0], best[1] = value, tie
+            best_chain[:] = -1
+            best_chain[: depth + 1] = chain[: depth + 1]
+            if target >= 0:
+                bounds[target] = min(bounds[target], value)
+            else:
+                floor = max(floor, mean)
+        # Whatever goes on from here has at most the best mIoU that can stand at each time.
+        upper, stands, time_ = area[depth + 1], mious[k], arrives
+        for later in range(e + 1, exits):
+            soonest = min(max(prefix[0, later] + heads[depth + 1] + cheapest[later], time_), horizon)
+            upper += stands * (soonest - time_)
+            time_ = soonest
+            stands = max(stands, mious[span[later, 0] : span[later, 1]].max())
+        upper += stands * (horizon - time_)
+        if depth < most and upper / horizon >= floor - ROUNDING:
+            depth += 1
+            k = span[e, 1]
+        else:
+            cut += extensions[e, most - depth]
+            k += 1
+    return scored, cut
