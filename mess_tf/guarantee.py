@@ -9,6 +9,8 @@ yet Safe: Early-Exiting with Risk Control", NeurIPS 2024, arXiv 2405.20915 (risk
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 from scipy.stats import binom
@@ -18,6 +20,8 @@ from mess_tf.files import RISKS, Stats
 
 RESAMPLES = 2000
 INTERVAL = 0.95
+
+Choice = TypeVar("Choice")
 
 
 def resamples(images: int) -> np.ndarray:
@@ -79,6 +83,20 @@ def p_value(losses: np.ndarray, max_risk: float) -> float:
     divergence = (low * math.log(low / max_risk) if low else 0.0) + (1 - low) * math.log((1 - low) / (1 - max_risk))
     bentkus = math.e * binom.cdf(math.ceil(n * mean - 1e-9), n, max_risk)
     return float(min(math.exp(-n * divergence), bentkus, 1.0))
+
+
+def last_shown(path: Iterable[Choice], losses_of: Callable[[Choice], np.ndarray], max_risk: float, confidence: float) -> Choice | None:
+    """The last of a path whose risk is shown to be at most `max_risk`, up to the first that fails; None if the first one fails.
+
+    Each is tested at the full level, since all before it have passed (fixed sequence testing). So the path must not depend on the images
+    that the losses are of. With at least the probability `confidence`, nothing that passes exceeds the risk.
+    """
+    shown = None
+    for each in path:
+        if p_value(losses_of(each), max_risk) > 1 - confidence:
+            break
+        shown = each
+    return shown
 
 
 def least_risk(images: int, confidence: float) -> float:

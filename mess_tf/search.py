@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -554,25 +554,33 @@ def search_guaranteed(
     choosing, checking = guarantee.split(stats, check_share)
     reference = original(choosing, costs)
     limits = limits or {}
-    cheapest = search(choosing, costs, Objective(costs.name, 0.0, limits), **space).predicted.cost_mean
-    accepted = None
-    for limit in np.geomspace(reference.cost, cheapest * (1 + 1e-9), PATH_POINTS):
-        if accepted is not None and accepted.predicted.cost_mean <= limit:
-            continue
-        candidate = search(choosing, costs, Objective(limits=limits | {costs.name: min(limit, limits.get(costs.name, math.inf))}), **space)
-        losses = guarantee.image_losses(checking, mixture(checking, costs, candidate), risk)
-        if guarantee.p_value(losses, max_risk) > 1 - confidence:
-            break
-        promise = Guarantee(risk, max_risk, confidence, float(losses.mean()), losses.size)
-        accepted = dataclasses.replace(
-            candidate, predicted=predict(checking, costs, candidate), original=original(checking, costs), guarantee=promise
-        )
+
+    def path() -> Iterator[Deployment]:
+        cheapest = search(choosing, costs, Objective(costs.name, 0.0, limits), **space).predicted.cost_mean
+        last = math.inf
+        for limit in np.geomspace(reference.cost, cheapest * (1 + 1e-9), PATH_POINTS):
+            if limit < last:
+                within = limits | {costs.name: min(limit, limits.get(costs.name, math.inf))}
+                candidate = search(choosing, costs, Objective(limits=within), **space)
+                last = candidate.predicted.cost_mean
+                yield candidate
+
+    def losses(candidate: Deployment) -> np.ndarray:
+        return guarantee.image_losses(checking, mixture(checking, costs, candidate), risk)
+
+    accepted = guarantee.last_shown(path(), losses, max_risk, confidence)
     if accepted is None:
         raise InfeasibleError(
             f"max_risk={max_risk:g} cannot be shown with confidence {confidence:g} on {len(checking.images)} checking images of anything "
             f"but the original network; even no loss on any shows no less than {guarantee.least_risk(len(checking.images), confidence):.4f}"
         )
-    return accepted
+    estimate = losses(accepted)
+    return dataclasses.replace(
+        accepted,
+        predicted=predict(checking, costs, accepted),
+        original=original(checking, costs),
+        guarantee=Guarantee(risk, max_risk, confidence, float(estimate.mean()), estimate.size),
+    )
 
 
 # === Command ===

@@ -15,7 +15,7 @@ import pytest
 
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
-from mess_tf import optimum
+from mess_tf import guarantee, optimum
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
 from mess_tf.search import (
     Costs,
@@ -27,10 +27,12 @@ from mess_tf.search import (
     latency_costs,
     macs_costs,
     mean_over_deadlines,
+    mixture,
     original,
     overview,
     resolve_objective,
     search,
+    search_guaranteed,
     search_table,
     table,
 )
@@ -379,6 +381,53 @@ def test_costs_name_the_entry_that_is_wrong():
             dataclasses.replace(first, head=np.array([1.0, value]))
     with pytest.raises(ValueError, match=r"^objective: must be of costs macs"):
         search(two_images(), Costs((first, *others)), Objective(limits={"joules": 1.0}))
+
+
+# === Guarantee ===
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_promised_risk_is_exceeded_as_rarely_as_promised(confidence):
+    """1,000 checking sets, on a path whose risks lie closely around the promise, so that each step is a chance to be wrong."""
+    rng = np.random.default_rng(0)
+    max_risk, risks = 0.1, np.linspace(0.06, 0.14, 17)
+    broken = 0
+    for _ in range(1000):
+        # Most images lose nothing, some lose much: the losses of 100 images at every point of the path.
+        losses = (rng.random(100) < 2 * risks[:, None]) * rng.random(100)
+        shown = guarantee.last_shown(range(risks.size), lambda step, of=losses: of[step], max_risk, confidence)
+        broken += shown is not None and risks[shown] > max_risk
+    assert 0 < broken <= 1000 * (1 - confidence)
+
+
+def test_p_value_is_small_only_where_the_risk_is_shown():
+    assert guarantee.p_value(np.zeros(100), 0.05) == pytest.approx(0.95**100)  # only chance explains no loss in any image
+    assert guarantee.p_value(np.full(100, 0.2), 0.1) == 1.0
+    n = 100
+    least = guarantee.least_risk(n, 0.95)
+    assert guarantee.p_value(np.zeros(n), least * 1.001) < 0.05 < guarantee.p_value(np.zeros(n), least * 0.999)
+
+
+def test_image_losses_by_hand():
+    stats = two_images()
+    assert guarantee.image_losses(stats, np.array([0, 0]), "final").tolist() == [0.0, 0.5]
+    assert guarantee.image_losses(stats, np.array([0, 0]), "labels").tolist() == [0.0, 0.5]
+    assert guarantee.image_losses(stats, np.array([0, 1]), "labels").tolist() == [0.0, 0.0]
+
+
+def test_guaranteed_search_keeps_choosing_and_checking_images_apart():
+    stats = make_stats(0, heads=(2,), images=60, thetas=3, largest=40)
+    costs = macs_costs(stats)
+    deployment = search_guaranteed(stats, costs, 0.4, 0.9, "final", 0.5, max_early_exits=1)
+    promise = deployment.guarantee
+    assert (promise.images, deployment.predicted.images) == (30, 30) and promise.estimate < 0.4
+    choosing, checking = guarantee.split(stats, 0.5)
+    assert sorted(name.partition("#")[0] for name in (*choosing.images, *checking.images)) == sorted(stats.images)
+    losses = guarantee.image_losses(checking, mixture(checking, costs, deployment), "final")
+    assert promise.estimate == pytest.approx(losses.mean()) and guarantee.p_value(losses, 0.4) <= 0.1
+    assert deployment.predicted.cost_mean < original(stats, costs).cost
+    with pytest.raises(InfeasibleError, match=r"max_risk=0.001 cannot be shown .* shows no less than 0\.0739"):
+        search_guaranteed(stats, costs, 0.001, 0.9, "final", 0.5, max_early_exits=1)
 
 
 # === latency ===

@@ -1,0 +1,52 @@
+"""Is the risk that `search --max_risk` promises exceeded as rarely as promised? A simulation with the whole search.
+
+`python benchmarks/guarantee.py [--sets=1000]`. From a population of 4,000 drawn images, every set of 200 calibration images is drawn anew,
+with replacement; the search chooses a configuration on one half of the set and tests it on the other; then its risk is that of the whole
+population. The last line is one JSON object, for each risk:
+  final_exceeded, labels_exceeded: share of the sets whose configuration exceeds the promised risk; at most 1 - confidence is promised.
+  final_cost, labels_cost: mean cost of the chosen configurations, relative to the original network; 1 where nothing could be shown.
+"""
+
+import json
+
+import numpy as np
+from absl import app, flags
+from paper_space import drawn_stats
+
+from mess_tf import guarantee
+from mess_tf.search import InfeasibleError, macs_costs, mixture, original, search_guaranteed
+
+
+def main(argv) -> None:
+    del argv
+    population = drawn_stats(exits=2, heads=2, images=4000, classes=5, thetas=3)
+    costs = macs_costs(population)
+    rng = np.random.default_rng(0)
+    figures = {}
+    for risk, max_risk in (("final", FLAGS.max_final_risk), ("labels", FLAGS.max_labels_risk)):
+        exceeded, share = [], []
+        for number in range(1, FLAGS.sets + 1):
+            drawn = guarantee.select(population, rng.integers(0, len(population.images), FLAGS.images))
+            try:
+                chosen = search_guaranteed(drawn, costs, max_risk, FLAGS.confidence, risk, 0.5, max_early_exits=1)
+            except InfeasibleError:
+                exceeded.append(False)
+                share.append(1.0)
+            else:
+                losses = guarantee.image_losses(population, mixture(population, costs, chosen), risk)
+                exceeded.append(losses.mean() > max_risk)
+                share.append(chosen.predicted.cost_mean / original(population, costs).cost)
+            if number % 50 == 0:
+                print(f"{risk}: {number} sets, {sum(exceeded)} exceed {max_risk:g}; cost {np.mean(share):.3f}x", flush=True)
+        figures |= {f"{risk}_exceeded": float(np.mean(exceeded)), f"{risk}_cost": float(np.mean(share))}
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_integer("sets", 1000, "calibration sets", lower_bound=1)
+    flags.DEFINE_integer("images", 200, "images of a calibration set", lower_bound=2)
+    flags.DEFINE_float("confidence", 0.95, "of the promise")
+    flags.DEFINE_float("max_final_risk", 0.12, "largest share of pixels that may differ from the original's")
+    flags.DEFINE_float("max_labels_risk", 0.08, "largest pixel accuracy that may be lost")
+    app.run(main)
