@@ -40,8 +40,10 @@ PARALLEL_STEPS = 1e5
 TEMPERATURES = (1e-3, 3e-4, 1e-4)
 # What the costs of the original network are worth in mIoU, where a search for good configurations starts.
 START_PRICES = (0.01, 0.02, 0.04, 0.08, 0.16)
-# What is scored at once, in steps over sorted images: what takes less time than to bound it again, and what is not branched.
+# What is scored at once rather than bounded again, in steps over sorted images: so many, and so many passes over all that is open.
 CHEAP_STEPS = 1e6
+CHEAP_PASSES = 200
+# What is scored at once rather than branched.
 SCAN_STEPS = 3e9
 
 
@@ -570,11 +572,12 @@ class Optimiser:
         ranges[:2] += self.reference * self.problem.labelled
         node.box[0::2], node.box[1::2] = np.maximum(node.box[0::2], ranges[0::2]), np.minimum(node.box[1::2], ranges[1::2])
         relaxation = self._relax(node, self.limits)
+        cheap = CHEAP_STEPS + CHEAP_PASSES * node.candidate.size * self.images
         if not node.potentials.any():
             node.prices = self.prices.copy()
             worths = relaxation.w[node.lasts].sum(axis=1) - node.prices @ relaxation.leave_last[:, node.lasts] * self.images
             node.potentials[:] = relaxation.w[node.lasts[worths.argmax()]]
-            if self._scan(node, relaxation, self._evaluate(node, relaxation, node.prices, node.potentials), CHEAP_STEPS):
+            if self._scan(node, relaxation, self._evaluate(node, relaxation, node.prices, node.potentials), cheap):
                 return []
         values = self._descend(node, relaxation)
         self.prices = node.prices
@@ -582,7 +585,7 @@ class Optimiser:
         self._polish(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]), node.prices / finite)
         spare = values.bound - self.floor
         stalls, node.spare = spare > 0.7 * node.spare - SLACK, spare
-        if self._scan(node, relaxation, values, SCAN_STEPS if stalls else CHEAP_STEPS):
+        if self._scan(node, relaxation, values, SCAN_STEPS if stalls else cheap):
             return []
         if time.perf_counter() > self.deadline:
             return [node]

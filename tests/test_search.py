@@ -194,6 +194,7 @@ def test_input_dependent_equals_brute_force(first):
 def test_bounds_and_branches_equal_brute_force(monkeypatch):
     """As above, but small spaces are bounded, cut and split as large ones are, rather than scored at once."""
     monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
+    monkeypatch.setattr(optimum, "CHEAP_PASSES", 0)
     monkeypatch.setattr(optimum, "SCAN_STEPS", 100)
     for seed in range(20):
         shape, early_exits = SHAPES[seed % 4]
