@@ -227,6 +227,28 @@ def ranges(lack, fp, possible, parts, chunk):
 
 
 @njit(cache=True, nogil=True)
+def leaving_range(kind, none, everyone, reached, limits):
+    """Least and most of the images that reached a decision which can leave there within the limits, as far as costs are linear in that.
+
+    Args:
+      none, everyone: float64 [R], costs if none or all of them leave.
+    """
+    least, most = 0, reached
+    for r in range(kind.size):
+        bound = limits[r] * (1 + ROUNDING)
+        if kind[r] == P90 or (none[r] <= bound and everyone[r] <= bound):
+            continue
+        if none[r] > bound and everyone[r] > bound:
+            return 0, -1
+        crossing = reached * (none[r] - bound) / (none[r] - everyone[r])
+        if none[r] > bound:
+            least = max(least, math.ceil(crossing - 1e-6))
+        else:
+            most = min(most, math.floor(crossing + 1e-6))
+    return least, most
+
+
+@njit(cache=True, nogil=True)
 def scan(
     problem, resources, order, planes, limits, target, second, floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally, chunk
 ):
@@ -257,9 +279,11 @@ def scan(
     who, passes = np.empty(images, np.int64), np.empty(images, np.bool_)
     t, t_last, t_gone = np.empty(classes), np.empty(classes), np.empty(classes)
     f, f_last, f_gone = np.empty(classes), np.empty(classes), np.empty(classes)
-    costs, bounds = np.empty(kind.size), limits.copy()
+    costs, costs_of_none, bounds = np.empty(kind.size), np.empty(kind.size), limits.copy()
     needed = floor
-    for o in range(chunk, outer[0].size, CHUNKS):
+    # The chunks share the outer decisions or, if there is only one, the inner orders.
+    by_order = outer[0].size == 1
+    for o in range(0 if by_order else chunk, outer[0].size, 1 if by_order else CHUNKS):
         with_outer = 1 if outer[0][o] >= 0 else 0
         length = before + with_outer + 2
         chain, counts = np.empty(length, np.int64), np.zeros(length, np.int64)
@@ -297,20 +321,32 @@ def scan(
                     stay += w[last, i]
                     t_last += tp[last, i]
                     f_last += fp[last, i]
-            for n in range(inner[0].size):
+            for n in range(chunk if by_order else 0, inner[0].size, CHUNKS if by_order else 1):
                 if spent + inner[2][n] > budget:
                     continue
                 k = inner[0][n]
                 chain[length - 2] = k
+                counts[length - 2], counts[length - 1] = 0, reached
+                chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs_of_none)
+                counts[length - 2], counts[length - 1] = reached, 0
+                chain_costs(kind, prefix, head, decision, exit_of, chain, counts, costs)
+                least, most = leaving_range(kind, costs_of_none, costs, reached, bounds)
                 ranked = order[k, inner[1][n]]
-                worth, passing = stay, 0
+                worth, passing, left = stay, 0, 0
                 for a in range(images):
                     i = ranked[a]
                     if who[i] < 0:
                         worth += w[k, i] - w[last, i]
-                    passes[a] = allowed[n, a] and worth >= needed - SLACK
-                    passing += passes[a]
-                    tally[chunk, 2] += allowed[n, a] and not passes[a]
+                        left += 1
+                    passes[a] = False
+                    if allowed[n, a]:
+                        if worth < needed - SLACK:
+                            tally[chunk, 2] += 1
+                        elif left < least or left > most:
+                            tally[chunk, 1] += 1
+                        else:
+                            passes[a] = True
+                            passing += 1
                 if not passing:
                     continue
                 t[:] = t_last

@@ -20,6 +20,7 @@ Source: Lagrangian decomposition with potentials as in Held and Karp (1970) and 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -36,7 +37,7 @@ from mess_tf.kernels import CHUNKS, MEAN, P90, P90_SHARE, PEAK, ROUNDING, SLACK,
 
 # Shorter loops, in steps over sorted images, run on one core.
 PARALLEL_STEPS = 1e5
-# Of the softened maximum, in mIoU; coarse first, so that the search for potentials neither stalls nor stops too early.
+# Of the softened maximum, in mIoU, at each visit of a node; coarse first, so that the search for potentials neither stalls nor stops early.
 TEMPERATURES = (1e-3, 3e-4, 1e-4)
 # What the costs of the original network are worth in mIoU, where a search for good configurations starts.
 START_PRICES = (0.01, 0.02, 0.04, 0.08, 0.16)
@@ -157,6 +158,7 @@ class Node:
       upper: bound on the mIoU of all that keeps the limits.
       lower: bound on the target's cost of all that has the mIoU needed.
       spare: by how much its bound was above what was needed when it was last improved.
+      visits: how often that was.
     """
 
     root: int
@@ -171,6 +173,7 @@ class Node:
     upper: float = math.inf
     lower: float = 0.0
     spare: float = math.inf
+    visits: int = 0
 
     def count(self) -> int:
         """Number of its configurations."""
@@ -461,12 +464,10 @@ class Optimiser:
         x = np.concatenate([node.potentials.ravel() * images, node.prices])
         bounds = [(None, None)] * size + [(0, None)] * node.prices.size
         options = {"maxiter": 60, "maxcor": 20, "ftol": 1e-5}
-        try:
-            for temperature in TEMPERATURES:
-                minimize(value, x, (temperature,), "L-BFGS-B", True, bounds=bounds, options=options)
-                x = best[1]
-        except StopIteration:
-            pass
+        temperature = TEMPERATURES[min(node.visits, len(TEMPERATURES) - 1)]
+        with contextlib.suppress(StopIteration):
+            minimize(value, x, (temperature,), "L-BFGS-B", True, bounds=bounds, options=options)
+        node.visits += 1
         node.upper = min(node.upper, best[0])
         node.potentials, node.prices = best[1][:size].reshape(shape) / images, best[1][size:]
         target = self.problem.target
@@ -584,7 +585,7 @@ class Optimiser:
         finite = np.where(np.isfinite(self.limits), np.maximum(self.limits, 1e-300), np.inf)
         self._polish(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]), node.prices / finite)
         spare = values.bound - self.floor
-        stalls, node.spare = spare > 0.7 * node.spare - SLACK, spare
+        stalls, node.spare = node.visits > len(TEMPERATURES) and spare > 0.7 * node.spare - SLACK, spare
         if self._scan(node, relaxation, values, SCAN_STEPS if stalls else cheap):
             return []
         if time.perf_counter() > self.deadline:

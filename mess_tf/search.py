@@ -780,6 +780,9 @@ def main(_: Sequence[str]) -> None:
     output = values.output or os.path.join(values.workdir, "deployment.json")
     try:
         if values.max_risk is not None:
+            check(
+                not constraints and len(devices) == 1, "max_risk", "given for one device, without another constraint", given or [*devices]
+            )
             (costs,) = devices.values()
             deployment = search_guaranteed(
                 stats, costs, values.max_risk, values.confidence, values.risk, values.check_share or 0.5, limits, **space

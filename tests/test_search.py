@@ -698,7 +698,11 @@ def test_command(tmp_path):
 
 @pytest.mark.parametrize(
     ("constraint", "message"),
-    [([], "--min_miou, --max_drop_pp"), (["--max_cost=0.5"], "macs<=0.5 is out of reach; the least macs is at")],
+    [
+        ([], "--min_miou, --max_drop_pp"),
+        (["--max_cost=0.5"], "macs<=0.5 is out of reach; the least macs is at"),
+        (["--max_risk=0.1", "--max_cost=9"], "max_risk: must be given for one device, without another constraint"),
+    ],
 )
 def test_command_that_fails_writes_nothing(tmp_path, constraint, message):
     make_stats(3).save(tmp_path / "stats.npz")
