@@ -574,12 +574,14 @@ class Optimiser:
         node.box[0::2], node.box[1::2] = np.maximum(node.box[0::2], ranges[0::2]), np.minimum(node.box[1::2], ranges[1::2])
         relaxation = self._relax(node, self.limits)
         cheap = CHEAP_STEPS + CHEAP_PASSES * node.candidate.size * self.images
-        if not node.potentials.any():
+        if not node.visits:
             node.prices = self.prices.copy()
             worths = relaxation.w[node.lasts].sum(axis=1) - node.prices @ relaxation.leave_last[:, node.lasts] * self.images
             node.potentials[:] = relaxation.w[node.lasts[worths.argmax()]]
-            if self._scan(node, relaxation, self._evaluate(node, relaxation, node.prices, node.potentials), cheap):
-                return []
+        if node.upper == math.inf:  # nothing is known yet: all nodes get a first bound before any gets a better one
+            values = self._evaluate(node, relaxation, node.prices, node.potentials)
+            node.upper = values.bound
+            return [] if self._scan(node, relaxation, values, cheap) else [node]
         values = self._descend(node, relaxation)
         self.prices = node.prices
         finite = np.where(np.isfinite(self.limits), np.maximum(self.limits, 1e-300), np.inf)
