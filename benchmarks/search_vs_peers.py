@@ -80,15 +80,14 @@ class Space:
 def tpe(space: Space, seconds: float, seed: int) -> None:
     """Optuna's tree-structured Parzen estimator, with the limit as a constraint."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    over = {}
 
     def objective(trial: optuna.Trial) -> float:
         numbers = [trial.suggest_int(name, 0, int(upper)) for name, upper in zip(space.names, space.upper, strict=True)]
         miou, cost = space.score(np.array(numbers))
-        over[trial.number] = cost / space.limit - 1
+        trial.set_constraint("cost", cost / space.limit - 1)
         return miou
 
-    sampler = optuna.samplers.TPESampler(seed=seed, constraints_func=lambda trial: (over[trial.number],))
+    sampler = optuna.samplers.TPESampler(seed=seed)
     optuna.create_study(direction="maximize", sampler=sampler).optimize(objective, timeout=seconds)
 
 
