@@ -419,13 +419,13 @@ def test_image_losses_by_hand():
 def test_guaranteed_search_keeps_choosing_and_checking_images_apart():
     stats = make_stats(0, heads=(2,), images=60, thetas=3, largest=40)
     costs = macs_costs(stats)
-    deployment = search_guaranteed(stats, costs, 0.4, 0.9, "final", 0.5, max_early_exits=1)
+    deployment = search_guaranteed(stats, costs, 0.8, 0.9, "final", 0.5, max_early_exits=1)
     promise = deployment.guarantee
-    assert (promise.images, deployment.predicted.images) == (30, 30) and promise.estimate < 0.4
+    assert (promise.images, deployment.predicted.images) == (30, 30) and promise.estimate < 0.8
     choosing, checking = guarantee.split(stats, 0.5)
     assert sorted(name.partition("#")[0] for name in (*choosing.images, *checking.images)) == sorted(stats.images)
     losses = guarantee.image_losses(checking, mixture(checking, costs, deployment), "final")
-    assert promise.estimate == pytest.approx(losses.mean()) and guarantee.p_value(losses, 0.4) <= 0.1
+    assert promise.estimate == pytest.approx(losses.mean()) and guarantee.p_value(losses, 0.8) <= 0.1
     assert deployment.predicted.cost_mean < original(stats, costs).cost
     with pytest.raises(InfeasibleError, match=r"max_risk=0.001 cannot be shown .* shows no less than 0\.0739"):
         search_guaranteed(stats, costs, 0.001, 0.9, "final", 0.5, max_early_exits=1)
