@@ -70,7 +70,7 @@ def main(argv) -> None:
     print(table(deployment))
 
     network = load_network(FLAGS.workdir, config, examples.info.num_classes)
-    export_deployment(Exporter(network, config.data.input_size), deployment, examples.info.classes, workdir)
+    export_deployment(Exporter(network, config.data.input_size, deployment.fidelity), deployment, examples.info.classes, workdir)
     latency, confusion, exits = run_both(workdir, examples, FLAGS.threads, FLAGS.rounds)
 
     means = latency.mean(axis=1)

@@ -105,17 +105,18 @@ def convert(
     Args:
       function: takes float32 tensors by name, returns a dict of tensors.
       inputs: name to shape.
-      precision: `fp32`; `fp16`: weights of half the size, float32 arithmetic; `int8`: weights and activations, float32 in and out.
+      precision: `fp32`; `fp16`: weights of half the size, float32 arithmetic; `int8`: weights and activations, but for the first
+        convolution of the image and the last before logits.
       samples: for int8: gives the inputs that the ranges of activations are taken from.
-      float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32.
+      float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32 too.
 
     Raises:
       ExportError: if it cannot be expressed so.
     """
     converter, outputs = _converter(function, inputs, precision, samples)
     try:
-        if float_operations:
-            names = _matching(convert(function, inputs), float_operations)
+        if precision == INT8:
+            names = _kept_in_float(convert(function, inputs), float_operations)
             options = tf.lite.experimental.QuantizationDebugOptions(denylisted_nodes=names)
             debugger = tf.lite.experimental.QuantizationDebugger(converter=converter, debug_options=options)
             content = debugger.get_nondebug_quantized_model()
@@ -129,13 +130,30 @@ def convert(
     return graph
 
 
-def _matching(graph: graphs.Graph, patterns: Sequence[str]) -> list[str]:
-    """Names of the tensors made in a graph that match a pattern."""
-    names = [tensor.description.name.decode() for operation in graph.operations for tensor in operation.outputs]
+def _kept_in_float(graph: graphs.Graph, patterns: Sequence[str]) -> list[str]:
+    """Names of the tensors of a float32 graph whose operations int8 leaves alone: those of both ends, and those that match a pattern.
+
+    Rounded logits move the confidence of every pixel, and a convolution of three channels is slower in int8 than in float32 on x86.
+    """
+    names = {id(each): [tensor.description.name.decode() for tensor in each.outputs] for each in graph.operations}
+    first = {id(tensor) for name, tensor in graph.inputs.items() if name == bundles.IMAGE}
+    last = {id(tensor) for name, tensor in graph.outputs.items() if name.rpartition(".")[2] == "logits"}
+    kept = []
+    for operation in graph.operations:
+        if any(id(tensor) in first for tensor in operation.inputs):
+            kept += names[id(operation)]
+            first |= set() if graphs.macs_of(operation) else {id(tensor) for tensor in operation.outputs}
+    for operation in reversed(graph.operations):
+        if any(id(tensor) in last for tensor in operation.outputs):
+            kept += names[id(operation)]
+            last |= set() if graphs.macs_of(operation) else {id(tensor) for tensor in operation.inputs}
+    everything = list(itertools.chain.from_iterable(names.values()))
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ExportError(f"float_operations: must match tensors of the graph, {pattern!r} matches none; they are like {names[-1]!r}")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        matching = fnmatch.filter(everything, pattern)
+        if not matching:
+            raise ExportError(f"float_operations: must match tensors of the graph, {pattern!r} matches none; they are like {everything[-1]!r}")
+        kept += matching
+    return list(dict.fromkeys(kept))
 
 
 def _converter(
@@ -526,7 +544,13 @@ def export_deployment(
     input_spec: bundles.InputSpec | None = None,
     examples: Examples | None = None,
 ) -> None:
-    """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`."""
+    """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`.
+
+    Raises:
+      ValueError: the thresholds were chosen for a policy of another fidelity than the exporter's.
+    """
+    required = f"{deployment.fidelity}, the fidelity of the statistics that the thresholds were chosen on"
+    bundles.check(exporter.fidelity == deployment.fidelity, "fidelity", required, exporter.fidelity)
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
     predicted = bundles.Predicted(deployment.original.miou, cost)
@@ -555,13 +579,15 @@ def main(argv: Sequence[str]) -> None:
     classes = examples.info.classes
     network = load_network(FLAGS.workdir, config, len(classes))
     samples = calibration_images(config) if FLAGS.precision == INT8 else ()
-    exporter = Exporter(network, config.data.input_size, FLAGS.fidelity, FLAGS.precision, samples, FLAGS.float_operations)
-    if FLAGS.candidates:
+    deployment = Deployment.load(FLAGS.deployment) if FLAGS.deployment else None
+    fidelity = FLAGS.fidelity or (deployment.fidelity if deployment else policy.EXACT)
+    exporter = Exporter(network, config.data.input_size, fidelity, FLAGS.precision, samples, FLAGS.float_operations)
+    if deployment is None:
         export_candidates(exporter, workdir / CANDIDATES)
         print(workdir / CANDIDATES)
         return
     input_spec = bundles.InputSpec(*config.data.input_size, FLAGS.input, FLAGS.resize)
-    export_deployment(exporter, Deployment.load(FLAGS.deployment), classes, workdir, input_spec, examples if FLAGS.measure else None)
+    export_deployment(exporter, deployment, classes, workdir, input_spec, examples if FLAGS.measure else None)
     (workdir / "examples").mkdir(exist_ok=True)
     for i in range(min(EXAMPLES, len(examples))):
         Image.fromarray(examples.load(i)[0]).save(workdir / "examples" / f"{Path(examples.names[i]).name}.png")
@@ -578,7 +604,12 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "float_operations", [], "with int8: patterns of the tensors whose operations stay in float32, see benchmarks/precision.py"
     )
-    flags.DEFINE_enum("fidelity", policy.EXACT, policy.FIDELITIES, "what the exit policy computes at full size, as in calibrate")
+    flags.DEFINE_enum(
+        "fidelity",
+        None,
+        policy.FIDELITIES,
+        "what the exit policy computes at full size; default: that of the deployment's statistics, for candidates exact",
+    )
     flags.DEFINE_enum("input", "float32", bundles.INPUT_TYPES, "type of the image that goes into a bundle")
     flags.DEFINE_enum("resize", "stretch", bundles.RESIZES, "how images of another size are fitted to the network's")
     flags.DEFINE_bool("measure", True, "measure the mIoU of each exit on the validation split, for the manifest")

@@ -15,14 +15,15 @@ window of the median is cut off at the border of the image; of an even number of
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import numpy as np
 import tensorflow as tf
 
-from mess_runtime.bundle import CONFIDENT_PIXELS, MASK
+from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, Fidelity
 
 # What is computed at the size of the image, the rest at that of the logits: everything; the mask only; nothing.
-EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = ("exact", "low_confidence", "low")
+EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = get_args(Fidelity)
 
 # Logits are shifted to -1 or below, where neighbouring float32 are at least 2**-24 apart: scaled so, different ones differ by 256 or more.
 SPREAD = 2.0**32

@@ -415,6 +415,7 @@ def search(
         original=reference,
         certificate=Certificate(best.covered, best.scored, best.cut, 0.0, time.perf_counter() - start, quantiles),
         stats_sha256="",
+        fidelity=stats.fidelity,
         made_by=made_by(),
     )
 

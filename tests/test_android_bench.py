@@ -490,6 +490,7 @@ def test_measured_latency_is_that_of_the_segments(tmp_path):
         Original(0.7, 10.0),
         Certificate(1, 1, {}, 0.0, 0.1, 2),
         "",
+        "exact",
         {},
     )
     deployed = verify.Deployed(deployment, (paths[0], paths[1]), paths[2], {"exit1.h": tuple(paths[3:])})

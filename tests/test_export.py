@@ -209,8 +209,11 @@ def test_deployment_writes_each_exit_as_a_file(made, tmp_path):
         original=Original(0.6, 2.0),
         certificate=Certificate(1, 1, {}, 0.0, 0.0, 26),
         stats_sha256="",
+        fidelity="exact",
         made_by={},
     )
+    with pytest.raises(ValueError, match="fidelity: must be exact, the fidelity of the statistics .*, got 'low'"):
+        export_deployment(Exporter(network, SIZE, "low"), deployment, examples.info.classes, tmp_path)
     export_deployment(Exporter(network, SIZE), deployment, examples.info.classes, tmp_path)
     exits = ("exit1", "exit2", "final")
     files = {path.name for path in (tmp_path / "submodels").iterdir()}

@@ -63,7 +63,7 @@ class InterpreterEngine:
         self._runners[signature] = runner
 
     def put(self, signature: str, name: str, value: np.ndarray) -> Any:
-        """Turns an array into what `run` takes for an input."""
+        """Turns an array into what `run` takes for such an input of this or another signature."""
         return value
 
     def run(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:

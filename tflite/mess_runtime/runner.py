@@ -48,7 +48,7 @@ class StepTrace:
     Attributes:
       exit: name of the exit at its end.
       confidence: share of confident pixels in 0..1, None where they are not counted.
-      latency_ms: from its inputs (the image at the network's size, features) to the mask at that size.
+      latency_ms: of the signature, from its inputs (the image at the network's size, features) to the mask at that size.
     """
 
     exit: str
@@ -98,7 +98,7 @@ class Runner:
         self._signatures = [segment_signature(name) for name in manifest.exits]
         self._needed = [None if s.theta_img is None else math.ceil(s.theta_img * self._pixels - 1e-9) for s in manifest.segments]
         self._fastest_ms: dict[str, float] = {}
-        self._tensors: dict[str, object] = {}  # the image and features by name
+        self._tensors: dict[str, object] = {}  # the image and features by name, as the engine holds them
         self._outputs: dict[str, dict[str, object]] = {}  # by signature
         self._turn = 0
         made = {IMAGE: Tensor(self._input.dtype, self._image.shape)}
@@ -207,7 +207,7 @@ class Runner:
 
     def _warm_up(self, signatures: Sequence[str]) -> None:
         for _ in range(WARMUP_RUNS):
-            self._tensors = {IMAGE: self._image}
+            self._tensors = {IMAGE: self._engine.put(self._signatures[0], IMAGE, self._image)}
             for signature in signatures:
                 self._step(signature)
 
@@ -219,17 +219,20 @@ class Runner:
         size = (columns.stop - columns.start, rows.stop - rows.start)
         if image.shape[1::-1] != size:
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-        if self._image.shape[1:3] != image.shape[:2]:
+        pixels = image[None]
+        if pixels.shape != self._image.shape:
             self._image[0] = GREY
-        self._image[0, rows, columns] = image
-        self._tensors = {IMAGE: self._image}
+        if pixels.shape != self._image.shape or pixels.dtype != self._image.dtype:
+            self._image[0, rows, columns] = image
+            pixels = self._image
+        self._tensors = {IMAGE: self._engine.put(self._signatures[0], IMAGE, pixels)}
         self._turn += 1
 
     def _step(self, signature: str) -> StepTrace:
         """Runs one signature; what it reads must have been made from the same image."""
         engine, tensors = self._engine, self._tensors
+        inputs = {name: tensors[name] for name in engine.inputs[signature]}
         start = time.perf_counter_ns()
-        inputs = {name: engine.put(signature, name, self._image) if name == IMAGE else tensors[name] for name in engine.inputs[signature]}
         outputs = engine.run(signature, inputs)
         latency_ms = (time.perf_counter_ns() - start) / 1e6
         tensors |= outputs
