@@ -151,7 +151,8 @@ def _kept_in_float(graph: graphs.Graph, patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matching = fnmatch.filter(everything, pattern)
         if not matching:
-            raise ExportError(f"float_operations: must match tensors of the graph, {pattern!r} matches none; they are like {everything[-1]!r}")
+            like = f"{pattern!r} matches none; they are like {everything[-1]!r}"
+            raise ExportError(f"float_operations: must match tensors of the graph, {like}")
         kept += matching
     return list(dict.fromkeys(kept))
 
