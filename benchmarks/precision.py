@@ -65,10 +65,9 @@ def compare_runtimes(bundle: Bundle, images: Sequence[np.ndarray], python: str) 
         (Path(folder) / "images").mkdir()
         for number, image in enumerate(images):
             Image.fromarray(image).save(Path(folder) / "images" / f"{number:03d}.png")
-        results = [
-            run_in(each, bundle, Path(folder) / "images", Path(folder) / str(number))
-            for number, each in enumerate((sys.executable, python))
-        ]
+        results = []
+        for each in (sys.executable, python):
+            results.append(run_in(each, bundle, Path(folder) / "images", Path(folder) / f"masks{len(results)}"))
     (masks, confidences), (other_masks, other_confidences) = results
     return float((masks != other_masks).mean()), float(np.abs(confidences - other_confidences).max())
 
