@@ -11,6 +11,7 @@ threads, on a bundle without decisions. The last line is one JSON object, of 1 t
   runner_copies_ms: of the runtime's time, what goes into and out of its buffers (the Interpreter does that while it runs).
 """
 
+import functools
 import itertools
 import json
 import tempfile
@@ -56,15 +57,15 @@ def overhead(bundle: Bundle, image: np.ndarray, engine_name: str, threads: int, 
     """Median milliseconds that `Runner.run` spends outside the runtime's functions, and in those that copy."""
     runner = Runner(bundle, threads, engine_name)
     inside = {name: [] for name in ("put", "run", "get")}
+
+    def timed(function, samples, *arguments):
+        start = time.perf_counter_ns()
+        result = function(*arguments)
+        samples.append((time.perf_counter_ns() - start) / 1e6)
+        return result
+
     for name, samples in inside.items():
-
-        def timed(*arguments, function=getattr(runner._engine, name), samples=samples):
-            start = time.perf_counter_ns()
-            result = function(*arguments)
-            samples.append((time.perf_counter_ns() - start) / 1e6)
-            return result
-
-        setattr(runner._engine, name, timed)
+        setattr(runner._engine, name, functools.partial(timed, getattr(runner._engine, name), samples))
     total = interleaved({"runner": lambda: runner.run(image, BUDGETED)}, rounds)["runner"]
     put, run, get = (np.array(samples[-rounds:]) for samples in inside.values())
     return float(np.median(total - put - run - get)), float(np.median(put + get))
