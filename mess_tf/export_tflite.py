@@ -105,18 +105,17 @@ def convert(
     Args:
       function: takes float32 tensors by name, returns a dict of tensors.
       inputs: name to shape.
-      precision: `fp32`; `fp16`: weights of half the size, float32 arithmetic; `int8`: weights and activations, but for the first
-        convolution of the image and the last before logits.
+      precision: `fp32`; `fp16`: weights of half the size, float32 arithmetic; `int8`: weights and activations, float32 in and out.
       samples: for int8: gives the inputs that the ranges of activations are taken from.
-      float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32 too.
+      float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32.
 
     Raises:
       ExportError: if it cannot be expressed so.
     """
     converter, outputs = _converter(function, inputs, precision, samples)
     try:
-        if precision == INT8:
-            names = _kept_in_float(convert(function, inputs), float_operations)
+        if float_operations:
+            names = _matching(convert(function, inputs), float_operations)
             options = tf.lite.experimental.QuantizationDebugOptions(denylisted_nodes=names)
             debugger = tf.lite.experimental.QuantizationDebugger(converter=converter, debug_options=options)
             content = debugger.get_nondebug_quantized_model()
@@ -130,31 +129,13 @@ def convert(
     return graph
 
 
-def _kept_in_float(graph: graphs.Graph, patterns: Sequence[str]) -> list[str]:
-    """Names of the tensors of a float32 graph whose operations int8 leaves alone: those of both ends, and those that match a pattern.
-
-    Rounded logits move the confidence of every pixel, and a convolution of three channels is slower in int8 than in float32 on x86.
-    """
-    names = {id(each): [tensor.description.name.decode() for tensor in each.outputs] for each in graph.operations}
-    first = {id(tensor) for name, tensor in graph.inputs.items() if name == bundles.IMAGE}
-    last = {id(tensor) for name, tensor in graph.outputs.items() if name.rpartition(".")[2] == "logits"}
-    kept = []
-    for operation in graph.operations:
-        if any(id(tensor) in first for tensor in operation.inputs):
-            kept += names[id(operation)]
-            first |= set() if graphs.macs_of(operation) else {id(tensor) for tensor in operation.outputs}
-    for operation in reversed(graph.operations):
-        if any(id(tensor) in last for tensor in operation.outputs):
-            kept += names[id(operation)]
-            last |= set() if graphs.macs_of(operation) else {id(tensor) for tensor in operation.inputs}
-    everything = list(itertools.chain.from_iterable(names.values()))
+def _matching(graph: graphs.Graph, patterns: Sequence[str]) -> list[str]:
+    """Names of the tensors made in a graph that match a pattern."""
+    names = [tensor.description.name.decode() for operation in graph.operations for tensor in operation.outputs]
     for pattern in patterns:
-        matching = fnmatch.filter(everything, pattern)
-        if not matching:
-            like = f"{pattern!r} matches none; they are like {everything[-1]!r}"
-            raise ExportError(f"float_operations: must match tensors of the graph, {like}")
-        kept += matching
-    return list(dict.fromkeys(kept))
+        if not fnmatch.filter(names, pattern):
+            raise ExportError(f"float_operations: must match tensors of the graph, {pattern!r} matches none; they are like {names[-1]!r}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _converter(

@@ -152,21 +152,17 @@ def taken(graph: Graph, name: str) -> Tensor:
 
 def macs(graph: Graph) -> int:
     """Multiply-accumulates of the convolutions and matrix products of a graph."""
-    return sum(map(macs_of, graph.operations))
-
-
-def macs_of(operation: Operation) -> int:
-    """Multiply-accumulates of a convolution or matrix product, 0 of other operations."""
-    made = math.prod(operation.outputs[0].shape)
-    if operation.builtin in (OPERATORS.CONV_2D, OPERATORS.FULLY_CONNECTED):
-        return made * math.prod(operation.inputs[1].shape[1:])
-    if operation.builtin == OPERATORS.DEPTHWISE_CONV_2D:
-        return made * math.prod(operation.inputs[1].shape[1:3])
-    if operation.builtin == OPERATORS.TRANSPOSE_CONV:
-        return math.prod(operation.inputs[2].shape) * math.prod(operation.inputs[1].shape[:3])
-    if operation.builtin == OPERATORS.BATCH_MATMUL:
-        return made * operation.inputs[0].shape[-1]
-    return 0
+    total = 0
+    for operation in graph.operations:
+        if operation.builtin in (OPERATORS.CONV_2D, OPERATORS.FULLY_CONNECTED):
+            total += math.prod(operation.outputs[0].shape) * math.prod(operation.inputs[1].shape[1:])
+        elif operation.builtin == OPERATORS.DEPTHWISE_CONV_2D:
+            total += math.prod(operation.outputs[0].shape) * math.prod(operation.inputs[1].shape[1:3])
+        elif operation.builtin == OPERATORS.TRANSPOSE_CONV:
+            total += math.prod(operation.inputs[2].shape) * math.prod(operation.inputs[1].shape[:3])
+        elif operation.builtin == OPERATORS.BATCH_MATMUL:
+            total += math.prod(operation.outputs[0].shape) * operation.inputs[0].shape[-1]
+    return total
 
 
 def problems(graph: Graph) -> list[str]:
