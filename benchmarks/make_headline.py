@@ -3,8 +3,9 @@
 `python benchmarks/make_headline.py --workdir W --output B [--data_dir D] [--precisions fp32,int8]` runs the project's own commands on a
 trained WORKDIR, leaves out those whose files are there already, and writes B/PRECISION/:
   original/        the network without early exits
-  ROW.SETTING/     for each of `--rows` and `--settings`. Rows: `no_loss` and `minus_1pp`: least latency at the original's mIoU and one
-                   percentage point below; `equal_latency` and `share_X`: best mIoU at the original's latency and at X of it
+  ROW.SETTING/     what the search chooses for each of `--rows` and `--settings`, beside its ROW.SETTING.json. Rows: `no_loss` and
+                   `minus_1pp`: least latency at the original's mIoU and one percentage point below; `equal_latency` and `share_X`: best
+                   mIoU at the original's latency and at X of it
   anytime/         the best mean mIoU over the deadlines up to the original's latency
   exits/           the most accurate head of every exit, to be run alone
 Everything is chosen on the calibration split (val). The rows ask for `--margin_pp` and `--margin_latency` more than their names say, so
@@ -21,14 +22,16 @@ import sys
 from pathlib import Path
 
 from absl import app, flags, logging
+from common import searched
 
 from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Cost, Predicted
 from mess_tf import configs
 from mess_tf.data import open_split
 from mess_tf.export_tflite import CANDIDATES, FP32, INT8, PRECISIONS, Exporter, calibration_images
-from mess_tf.files import Configuration, Deployment, ExitChoice, Stats
+from mess_tf.files import Configuration, ExitChoice, Stats
 from mess_tf.metrics import miou
 from mess_tf.model import FINAL, load_network
+from mess_tf.search import table
 
 SETTINGS = (INPUT_DEPENDENT, BUDGETED)
 
@@ -70,21 +73,6 @@ def constraint(row: str) -> str:
     return f"--max_drop_pp={drops[row] - FLAGS.margin_pp}"
 
 
-def chosen(folder: Path, name: str, setting: str, flag: str) -> Deployment | None:
-    """What the search chooses under a constraint; None where it says that nothing meets it."""
-    output = folder / "headline" / f"{name}.json"
-    output.parent.mkdir(exist_ok=True)
-    words = ("mess_tf.search", f"--workdir={folder}", f"--latency={folder / 'latency.json'}", f"--setting={setting}", flag)
-    done = subprocess.run([sys.executable, "-m", *words, f"--output={output}"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        if "out of reach" not in done.stderr:
-            sys.exit(done.stderr)
-        print(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-        return None
-    print(f"{name}:\n{done.stdout}", flush=True)
-    return Deployment.load(output)
-
-
 def best_heads(stats: Stats) -> Configuration:
     """The head with the highest mIoU at every exit."""
     accuracy = miou(stats.tp.sum(1), stats.fp.sum(1), stats.fn.sum(1))
@@ -110,6 +98,7 @@ def main(argv) -> None:
         exporter = Exporter(network, config.data.input_size, precision=precision, samples=samples)
         output = Path(FLAGS.output) / precision
         shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
 
         def export(name: str, configuration: Configuration, predicted: Predicted | None, exporter=exporter, output=output) -> None:
             exporter.bundle(output / name, configuration, predicted, examples.info.classes, examples=examples)
@@ -117,7 +106,9 @@ def main(argv) -> None:
 
         export("original", Configuration(BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None), None)
         for name, (setting, flag) in wanted.items():
-            if deployment := chosen(folder, name, setting, flag):
+            words = (f"--latency={folder / 'latency.json'}", f"--setting={setting}", flag)
+            if deployment := searched(folder, output / f"{name}.json", *words):
+                print(f"{name}: {table(deployment)}")
                 cost = Cost(deployment.predicted.cost_name, deployment.predicted.cost_mean)
                 export(name, deployment, Predicted(deployment.predicted.miou, cost))
         if FLAGS.exits:
