@@ -58,22 +58,22 @@ def smaller(workdir: str, config: Config, name: str, num_classes: int) -> keras.
 
 def train(folder: Path, config: Config, name: str, num_classes: int) -> Config:
     """Fine-tunes one alternative in `folder` and returns its configuration."""
-    start = folder / "start.keras"
-    stage = dataclasses.replace(config.stage1, exits="none", epochs=FLAGS.epochs, learning_rate=FLAGS.learning_rate)
-    own = Config(
-        data=dataclasses.replace(config.data, crop_size=(0, 0)),
-        backbone=dataclasses.replace(config.backbone, name="keras_file", width=1.0, weights=str(start)),
-        exits=dataclasses.replace(config.exits, count=2, layers=(), plain_head="fcn-r8-b0"),
-        stage1=dataclasses.replace(stage, eval_epochs=FLAGS.eval_epochs),
-        stage2=dataclasses.replace(config.stage2, epochs=0),
-    )
-    if not start.exists():
+    if not (folder / "config.json").exists():
+        start = folder / "start.keras"
+        stage = dataclasses.replace(config.stage1, exits="none", epochs=FLAGS.epochs, learning_rate=FLAGS.learning_rate)
+        own = Config(
+            data=dataclasses.replace(config.data, crop_size=(0, 0)),
+            backbone=dataclasses.replace(config.backbone, name="keras_file", width=1.0, weights=str(start)),
+            exits=dataclasses.replace(config.exits, count=2, layers=(), plain_head="fcn-r8-b0"),
+            stage1=dataclasses.replace(stage, eval_epochs=FLAGS.eval_epochs),
+            stage2=dataclasses.replace(config.stage2, epochs=0),
+        )
         folder.mkdir(parents=True, exist_ok=True)
         network = smaller(FLAGS.workdir, config, name, num_classes)
         write_atomically(start, lambda temporary: network.save(temporary))
         write_atomically(folder / "config.json", lambda temporary: temporary.write_text(configs.to_json(own)))
     subprocess.run([sys.executable, "-m", "mess_tf.train", f"--workdir={folder}"], check=True)
-    return own
+    return configs.load_config(str(folder))
 
 
 def main(argv) -> None:
