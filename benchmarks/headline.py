@@ -3,7 +3,7 @@
 `python benchmarks/headline.py --bundle_dir B --data_dir D --split S [--statics DIR] [--plot FOLDER]`, B as `make_headline.py` writes it:
 B/PRECISION/original, ROW.SETTING, anytime, exits. DIR/PRECISION/NAME, as `statics.py` writes it, holds alternatives without early exits.
 
-All bundles of a precision run in one process, in turn on every image, with the same threads. The latency of an image is the wall clock from
+All bundles of a precision run in one process, in random order on every image, with the same threads. The latency of an image is the wall clock from
 the uint8 image to the mask of the image's size: resizing, conversion and Python included. mIoU is that of the masks returned. Nothing is
 chosen here: of the bundles of a row, the one counts that promised most when it was chosen, on val (`predicted` in its manifest).
 
@@ -92,17 +92,17 @@ def ways_of(folder: Path, kind: str, threads: int) -> dict[str, Callable[[np.nda
 
 
 def measure(ways: Mapping[str, Callable[[np.ndarray], Masks]], examples: Examples, rounds: int) -> dict[str, list[Measured]]:
-    """Runs every way over a split, image by image in turn; a list of results per way, in the order of their arrival."""
+    """Runs every way over a split, image by image, in random order; a list of results per way, in the order of their arrival."""
     names, classes = list(ways), examples.info.num_classes
     latency: dict[str, list] = {name: [] for name in names}  # [images][rounds][results]
     counts: dict[str, list] = {name: [] for name in names}  # [images][results][3, C]
+    order = np.random.default_rng(0)
     for i in range(len(examples)):
         image, label = examples.load(i)
         for name in names:
             latency[name].append([])
         for turn in range(rounds):
-            first = (i * rounds + turn) % len(names)
-            for name in names[first:] + names[:first]:
+            for name in order.permutation(names).tolist():  # a fixed cycle would give each the same predecessor, hence the same cache
                 results = ways[name](image)
                 latency[name][i].append([ms for _, ms in results])
                 if turn == 0:
