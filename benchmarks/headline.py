@@ -3,9 +3,9 @@
 `python benchmarks/headline.py --bundle_dir B --data_dir D --split S [--statics DIR] [--plot FOLDER]`, B as `make_headline.py` writes it:
 B/PRECISION/original, ROW.SETTING, anytime, exits. DIR/PRECISION/NAME, as `statics.py` writes it, holds alternatives without early exits.
 
-All bundles of a precision run in one process, in random order on every image, with the same threads. The latency of an image is the wall clock from
-the uint8 image to the mask of the image's size: resizing, conversion and Python included. mIoU is that of the masks returned. Nothing is
-chosen here: of the bundles of a row, the one counts that promised most when it was chosen, on val (`predicted` in its manifest).
+All bundles of a precision run in one process, in random order on every image, with the same threads. The latency of an image is the wall
+clock from the uint8 image to the mask of the image's size: resizing, conversion and Python included. mIoU is that of the masks returned.
+Nothing is chosen here: of the bundles of a row, the one counts that promised most when it was chosen, on val (`predicted` in its manifest).
 
 `anytime` counts for a row with the first exit that met it on val (`miou` in its manifest), and the mean time until its mask is there; at
 equal latency, with the result that stands when the original's mean latency is over.
