@@ -67,7 +67,8 @@ def main(argv) -> None:
         sorted((workdir / CANDIDATES).glob("*.tflite")), threads=FLAGS.threads, runs=FLAGS.runs, min_seconds=0.0, rounds=5, progress=print
     )
     costs = latency_costs(stats, [dataclasses.asdict(row) for row in rows])
-    exporter = Exporter(load_network(FLAGS.workdir, config, examples.info.num_classes), config.data.input_size)
+    network = load_network(FLAGS.workdir, config, examples.info.num_classes)
+    exporter = Exporter(network, config.data.input_size, stats.fidelity)
     targets = [float(value) for value in FLAGS.max_drop_pp]
     deployments = []
     for target in targets:

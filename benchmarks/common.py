@@ -1,5 +1,7 @@
-"""What the benchmarks of export and runtime share: interleaved timing, and bundles of a trained network."""
+"""What the benchmarks share: interleaved timing, bundles of a trained network, and calls of the search."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, Bundle, Cost, InputSpe
 from mess_tf import configs
 from mess_tf.data import Examples, open_split
 from mess_tf.export_tflite import FP32, INT8, Exporter, calibration_images
-from mess_tf.files import Configuration, ExitChoice
+from mess_tf.files import Configuration, Deployment, ExitChoice
 from mess_tf.model import FINAL, load_network
 
 CHOSEN = ("exit1.decoder-r1-b0", "exit2.decoder-r1-b0", "exit4.decoder-r1-b0", FINAL)
@@ -91,6 +93,18 @@ def invocation(content: bytes, threads: int, inputs: Mapping[str, np.ndarray] | 
         value = generator.uniform(0, 127, each["shape"]).astype(each["dtype"]) if inputs is None else inputs[name]
         interpreter.set_tensor(each["index"], value)
     return interpreter.invoke
+
+
+def searched(workdir: Path, output: Path, *words: str) -> Deployment | None:
+    """What `mess_tf.search` chooses under a constraint, written to `output`; None where nothing meets it, which is printed."""
+    command = [sys.executable, "-m", "mess_tf.search", f"--workdir={workdir}", f"--output={output}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return Deployment.load(output)
+    if "out of reach" not in done.stderr:
+        raise RuntimeError(done.stderr)
+    print(done.stderr.strip().splitlines()[-1], flush=True)
+    return None
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:

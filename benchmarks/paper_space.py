@@ -66,6 +66,7 @@ def drawn_stats(exits: int = 5, heads: int = 80, images: int = 500, classes: int
     none = {f"{part}_sha256": ("",) * len(names) for part in ("head", "mask", "plain", "edge")}
     return Stats(
         split="drawn",
+        fidelity="exact",
         candidates=tuple(names),
         images=tuple(f"image{i}" for i in range(images)),
         classes=tuple(f"class{c}" for c in range(classes)),

@@ -8,16 +8,24 @@ line is one JSON object, int8 against fp32:
     confidences (the hardest place for it); the least over the exits. decision_agreement_mean: over theta_img at every decile.
   size_ratio: of the files.
 `--sensitivity N` also prints the N operations whose int8 error is largest, for `export_tflite --float_operations`.
+`--other_python PYTHON`, of an environment with tflite-runtime 2.14, Pillow and NumPy, adds of 20 images there against here:
+  other_mask_differs: share of the last exit's pixels, for fp32 and int8; other_confidence_differs: largest difference of a confidence.
 """
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 from common import Trained, define_flags, interleaved, ratio
+from PIL import Image
 
+import mess_runtime
 from mess_runtime.bundle import BUDGETED, FULL, IMAGE, Bundle
 from mess_runtime.engines import open_engine
 from mess_runtime.runner import Runner
@@ -38,6 +46,30 @@ def confidences(bundle: Bundle, trained: Trained) -> np.ndarray:
         names = [f"{name}.confident_pixels" for name in bundle.manifest.exits[:-1]]
         rows.append([engine.get(FULL, name, outputs[name])[0] / pixels[0, ..., 0].size for name in names])
     return np.array(rows).T
+
+
+def run_in(python: str, bundle: Bundle, images: Path, masks: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The last exit's masks uint8 [n, H, W] and the confidences [n, early exits] by `mess_runtime run` in an environment of its own."""
+    options = ["--setting=anytime", "--deadline_ms=1e9", "--engine=interpreter", f"--output={masks}"]
+    words = [python, "-m", "mess_runtime", "run", str(bundle.folder), str(images), *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(mess_runtime.__file__).parents[1])}
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
+    read = [np.asarray(Image.open(masks / line["mask"])) for line in lines]
+    return np.array(read), np.array([[step["confidence"] for step in line["segments"][:-1]] for line in lines])
+
+
+def compare_runtimes(bundle: Bundle, images: Sequence[np.ndarray], python: str) -> tuple[float, float]:
+    """Share of mask pixels that differ in another environment's runtime, and the largest difference of a confidence."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "images").mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(Path(folder) / "images" / f"{number:03d}.png")
+        results = []
+        for each in (sys.executable, python):
+            results.append(run_in(each, bundle, Path(folder) / "images", Path(folder) / f"masks{len(results)}"))
+    (masks, confidences), (other_masks, other_confidences) = results
+    return float((masks != other_masks).mean()), float(np.abs(confidences - other_confidences).max())
 
 
 def main(argv) -> None:
@@ -89,6 +121,11 @@ def main(argv) -> None:
             "decision_agreement_mean": float(agreement.mean(0).min()),
             "size_ratio": bundles[INT8].manifest.size_bytes / bundles[FP32].manifest.size_bytes,
         }
+        if FLAGS.other_python:
+            images = [trained.examples.load(i)[0] for i in range(min(20, len(trained.examples)))]
+            compared = {each: compare_runtimes(bundles[each], images, FLAGS.other_python) for each in (FP32, INT8)}
+            figures["other_mask_differs"] = {each: differs for each, (differs, _) in compared.items()}
+            figures["other_confidence_differs"] = {each: differs for each, (_, differs) in compared.items()}
         print(json.dumps(figures))
 
 
@@ -96,6 +133,7 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     define_flags()
     flags.DEFINE_list("float_operations", [], "see export_tflite")
+    flags.DEFINE_string("other_python", "", "interpreter of an environment with another runtime, to compare results with")
     flags.DEFINE_integer("sensitivity", 0, "how many operations to list")
     flags.DEFINE_integer("rounds", 30, "timed runs of each side")
     app.run(main)

@@ -6,10 +6,12 @@ threads, on a bundle without decisions. The last line is one JSON object, of 1 t
     stretch; through CompiledModel with shared buffers. chain_interval: the quartiles.
   chain_over_monolithic_interpreter: likewise through signature runners of the Interpreter, which copy.
   exit1_over_prefix: the first segment, which hands features on, over the first exit alone.
-  runner_overhead_ms: `Runner.run` of one exit (uint8 image in, mask out) less the time that the runtime spends in the same call, for a
-    bundle that takes uint8; runner_overhead_float32_ms: for one that takes float32, whose image is converted before.
+  runner_overhead_ms: `Runner.run` of the last exit (uint8 image in, mask out) less the time that the runtime's own functions take in it,
+    for a bundle that takes uint8; runner_overhead_float32_ms: for one that takes float32, whose image is converted before.
+  runner_copies_ms: of the runtime's time, what goes into and out of its buffers (the Interpreter does that while it runs).
 """
 
+import functools
 import itertools
 import json
 import tempfile
@@ -51,20 +53,22 @@ def measure(bundle: Bundle, image: np.ndarray, engine_name: str, threads: int, r
     )
 
 
-def overhead(bundle: Bundle, image: np.ndarray, engine_name: str, threads: int, rounds: int) -> float:
-    """Median milliseconds that `Runner.run` spends outside the runtime."""
+def overhead(bundle: Bundle, image: np.ndarray, engine_name: str, threads: int, rounds: int) -> tuple[float, float]:
+    """Median milliseconds that `Runner.run` spends outside the runtime's functions, and in those that copy."""
     runner = Runner(bundle, threads, engine_name)
-    inside, run = [], runner._engine.run
+    inside = {name: [] for name in ("put", "run", "get")}
 
-    def timed(signature, inputs):
+    def timed(function, samples, *arguments):
         start = time.perf_counter_ns()
-        outputs = run(signature, inputs)
-        inside.append((time.perf_counter_ns() - start) / 1e6)
-        return outputs
+        result = function(*arguments)
+        samples.append((time.perf_counter_ns() - start) / 1e6)
+        return result
 
-    runner._engine.run = timed
-    samples = interleaved({"runner": lambda: runner.run(image, BUDGETED)}, rounds)["runner"]
-    return float(np.median(samples - inside[-rounds:]))
+    for name, samples in inside.items():
+        setattr(runner._engine, name, functools.partial(timed, getattr(runner._engine, name), samples))
+    total = interleaved({"runner": lambda: runner.run(image, BUDGETED)}, rounds)["runner"]
+    put, run, get = (np.array(samples[-rounds:]) for samples in inside.values())
+    return float(np.median(total - put - run - get)), float(np.median(put + get))
 
 
 def main(argv) -> None:
@@ -81,12 +85,13 @@ def main(argv) -> None:
             print(
                 f"{threads} thread(s), {engine}: {medians} ms; chain {chain[0]:.3f} ({chain[1]:.3f} to {chain[2]:.3f}),"
                 f" exit1 {exit1[0]:.3f},"
-                f" runner +{spent['uint8']:.2f} ms (uint8), +{spent['float32']:.2f} ms (float32)",
+                f" runner +{spent['uint8'][0]:.2f} ms (uint8), +{spent['float32'][0]:.2f} ms (float32), copies {spent['uint8'][1]:.2f} ms",
                 flush=True,
             )
             if engine == COMPILED:
                 figures |= {"chain_over_monolithic": chain[0], "chain_interval": chain[1:], "exit1_over_prefix": exit1[0]}
-                figures |= {"runner_overhead_ms": spent["uint8"], "runner_overhead_float32_ms": spent["float32"]}
+                figures |= {"runner_overhead_ms": spent["uint8"][0], "runner_overhead_float32_ms": spent["float32"][0]}
+                figures |= {"runner_copies_ms": spent["uint8"][1]}
             else:
                 figures |= {"chain_over_monolithic_interpreter": chain[0]}
     print(json.dumps(figures))

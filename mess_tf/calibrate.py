@@ -96,6 +96,7 @@ def calibrate(
 
     return Stats(
         split=split,
+        fidelity=fidelity,
         candidates=tuple(candidates),
         images=examples.names,
         classes=examples.info.classes,
@@ -112,7 +113,7 @@ def calibrate(
         mask_sha256=policy_sha256("mask"),
         plain_sha256=policy_sha256("plain"),
         edge_sha256=policy_sha256("edge"),
-        made_by=json.dumps(made_by() | {"tensorflow": tf.__version__, "fidelity": fidelity}),
+        made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
     )
 
 

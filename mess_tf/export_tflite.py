@@ -526,7 +526,13 @@ def export_deployment(
     input_spec: bundles.InputSpec | None = None,
     examples: Examples | None = None,
 ) -> None:
-    """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`."""
+    """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`.
+
+    Raises:
+      ValueError: the thresholds were chosen for a policy of another fidelity than the exporter's.
+    """
+    required = f"{deployment.fidelity}, the fidelity of the statistics that the thresholds were chosen on"
+    bundles.check(exporter.fidelity == deployment.fidelity, "fidelity", required, exporter.fidelity)
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
     predicted = bundles.Predicted(deployment.original.miou, cost)
@@ -555,13 +561,15 @@ def main(argv: Sequence[str]) -> None:
     classes = examples.info.classes
     network = load_network(FLAGS.workdir, config, len(classes))
     samples = calibration_images(config) if FLAGS.precision == INT8 else ()
-    exporter = Exporter(network, config.data.input_size, FLAGS.fidelity, FLAGS.precision, samples, FLAGS.float_operations)
-    if FLAGS.candidates:
+    deployment = Deployment.load(FLAGS.deployment) if FLAGS.deployment else None
+    fidelity = FLAGS.fidelity or (deployment.fidelity if deployment else policy.EXACT)
+    exporter = Exporter(network, config.data.input_size, fidelity, FLAGS.precision, samples, FLAGS.float_operations)
+    if deployment is None:
         export_candidates(exporter, workdir / CANDIDATES)
         print(workdir / CANDIDATES)
         return
     input_spec = bundles.InputSpec(*config.data.input_size, FLAGS.input, FLAGS.resize)
-    export_deployment(exporter, Deployment.load(FLAGS.deployment), classes, workdir, input_spec, examples if FLAGS.measure else None)
+    export_deployment(exporter, deployment, classes, workdir, input_spec, examples if FLAGS.measure else None)
     (workdir / "examples").mkdir(exist_ok=True)
     for i in range(min(EXAMPLES, len(examples))):
         Image.fromarray(examples.load(i)[0]).save(workdir / "examples" / f"{Path(examples.names[i]).name}.png")
@@ -578,7 +586,12 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "float_operations", [], "with int8: patterns of the tensors whose operations stay in float32, see benchmarks/precision.py"
     )
-    flags.DEFINE_enum("fidelity", policy.EXACT, policy.FIDELITIES, "what the exit policy computes at full size, as in calibrate")
+    flags.DEFINE_enum(
+        "fidelity",
+        None,
+        policy.FIDELITIES,
+        "what the exit policy computes at full size; default: that of the deployment's statistics, for candidates exact",
+    )
     flags.DEFINE_enum("input", "float32", bundles.INPUT_TYPES, "type of the image that goes into a bundle")
     flags.DEFINE_enum("resize", "stretch", bundles.RESIZES, "how images of another size are fitted to the network's")
     flags.DEFINE_bool("measure", True, "measure the mIoU of each exit on the validation split, for the manifest")

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from mess_runtime.bundle import (
     FORMAT,
     INPUT_DEPENDENT,
     SETTINGS,
+    Fidelity,
     check,
     decode_versioned,
     read_json,
@@ -56,6 +57,7 @@ class Stats:
 
     Attributes:
       split: name of the calibration split.
+      fidelity: of the exit policy, see `policy.decide`.
       candidates: K names `exit1.fcn-r2-b1-d2`, grouped by exit, exit1 to exitN-1; the last one, alone of its exit, is `final.<head>`.
       images: I names.
       classes: C names.
@@ -78,6 +80,7 @@ class Stats:
     """
 
     split: str
+    fidelity: str
     candidates: tuple[str, ...]
     images: tuple[str, ...]
     classes: tuple[str, ...]
@@ -102,6 +105,7 @@ class Stats:
     made_by: str
 
     def __post_init__(self):
+        check(self.fidelity in get_args(Fidelity), "fidelity", f"one of {', '.join(get_args(Fidelity))}", self.fidelity)
         for key in ("candidates", "images", "classes"):
             names = getattr(self, key)
             check(len(names) > 0 and len(set(names)) == len(names), key, "distinct names, at least one", names)
@@ -365,6 +369,7 @@ class Deployment(Configuration):
       predicted, original, certificate: see there.
       guarantee: what is promised, where it was asked for.
       stats_sha256: of the `stats.npz` that was searched; empty where the statistics came from no file.
+      fidelity: of the exit policy that the thresholds were chosen for.
       made_by: versions and git commit.
     """
 
@@ -374,6 +379,7 @@ class Deployment(Configuration):
     certificate: Certificate
     guarantee: Guarantee | None
     stats_sha256: str
+    fidelity: Fidelity
     made_by: dict[str, str]
 
     def __post_init__(self):

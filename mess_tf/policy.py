@@ -15,14 +15,15 @@ window of the median is cut off at the border of the image; of an even number of
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import numpy as np
 import tensorflow as tf
 
-from mess_runtime.bundle import CONFIDENT_PIXELS, MASK
+from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, Fidelity
 
 # What is computed at the size of the image, the rest at that of the logits: everything; the mask only; nothing.
-EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = ("exact", "low_confidence", "low")
+EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = get_args(Fidelity)
 
 # Logits are shifted to -1 or below, where neighbouring float32 are at least 2**-24 apart: scaled so, different ones differ by 256 or more.
 SPREAD = 2.0**32
@@ -84,16 +85,16 @@ def _planes(logits: tf.Tensor, size: tuple[int, int], thresholds: Sequence[tuple
     index = np.arange(logits.shape[-1], dtype=np.float32)[:, None]
     classes, signs = [], [[] for _ in thresholds]
     for below in _strips(logits, size):
-        classes.append(tf.reduce_min(index - below, 1))
+        classes.append(tf.reduce_min(index - below, 2))
         if thresholds:
-            total = tf.reduce_sum(tf.exp(below * (1 / SPREAD)), 1)  # 1 / largest probability
+            total = tf.reduce_sum(tf.exp(below * (1 / SPREAD)), 2)  # 1 / largest probability
             for (theta, _), strips in zip(thresholds, signs, strict=True):
                 strips.append(tf.clip_by_value((np.float32(1 / theta) - total) * 2.0**40 + 2.0, -2.0, 2.0) + 0.5 / window**2)
     return _joined(classes), [_joined(strips) for strips in signs]
 
 
 def _strips(logits: tf.Tensor, size: tuple[int, int]) -> Iterator[tf.Tensor]:
-    """Upsampled logits less the largest of the pixel, times SPREAD: float32 [H, C, n] for strips of n columns, left to right.
+    """Upsampled logits less the largest of the pixel, times SPREAD: float32 [1, H, C, n] for strips of n columns, left to right.
 
     The shift before upsampling is the same for all classes of a pixel, so it changes neither the class nor the softmax.
     """
@@ -103,10 +104,8 @@ def _strips(logits: tf.Tensor, size: tuple[int, int]) -> Iterator[tf.Tensor]:
     strips = math.ceil(size[0] * size[1] * classes / STRIP_VALUES)
     step = 16 * math.ceil(size[1] / strips / 16)
     for left in range(0, size[1], step):
-        columns = min(step, size[1] - left)
-        strip = tf.reshape(wide[..., left : left + columns], (1, height, 1, classes * columns))
-        upsampled = tf.reshape(_resized(strip, (size[0], 1)), (size[0], classes, columns))
-        yield upsampled - tf.reduce_max(upsampled, 1, keepdims=True)
+        upsampled = _resized(wide[..., left : left + step], (size[0], classes))
+        yield upsampled - tf.reduce_max(upsampled, 2, keepdims=True)
 
 
 def _resized(values: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
@@ -114,10 +113,10 @@ def _resized(values: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
 
 
 def _joined(strips: list[tf.Tensor]) -> tf.Tensor:
-    """Puts strips [H, n] side by side, four at a time since XNNPACK joins no more than five."""
+    """Puts strips [1, H, n] side by side to [H, W], four at a time since XNNPACK joins no more than five."""
     while len(strips) > 1:
-        strips = [tf.concat(strips[i : i + 4], 1) for i in range(0, len(strips), 4)]
-    return strips[0]
+        strips = [tf.concat(strips[i : i + 4], 2) for i in range(0, len(strips), 4)]
+    return tf.reshape(strips[0], strips[0].shape[1:])
 
 
 def _edges(classes: tf.Tensor) -> tf.Tensor:

@@ -443,6 +443,7 @@ def search(
         certificate=certificate,
         guarantee=None,
         stats_sha256="",
+        fidelity=stats.fidelity,
         made_by=made_by(),
     )
 

@@ -491,6 +491,7 @@ def test_measured_latency_is_that_of_the_segments(tmp_path):
         Certificate(1, 1, {}, 0, 4.0, 0.0, 0.1, None),
         None,
         "",
+        "exact",
         {},
     )
     deployed = verify.Deployed(deployment, (paths[0], paths[1]), paths[2], {"exit1.h": tuple(paths[3:])})

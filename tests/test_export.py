@@ -1,6 +1,7 @@
 """Export, calibration, evaluation and the device runtime on one tiny network: what they say of it must agree."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -49,14 +50,6 @@ def made(tmp_path_factory):
     return network, examples, folder, stats
 
 
-def bundle_of(made, name: str, choices: list[ExitChoice], edge_aware: bool = False, input_spec=None, **options) -> Bundle:
-    network, examples, folder, _ = made
-    configuration = Configuration("input-dependent", edge_aware, tuple(choices), None)
-    exporter = Exporter(network, SIZE, **options)
-    exporter.bundle(folder / name, configuration, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes, input_spec, examples)
-    return Bundle.load(folder / name)
-
-
 def choices_of(stats, edge_aware: bool) -> list[ExitChoice]:
     """Two early exits, each at the median confidence of the split, and the original."""
     choices = []
@@ -64,6 +57,46 @@ def choices_of(stats, edge_aware: bool) -> list[ExitChoice]:
         shares = stats.confident[stats.candidates.index(candidate), :, 0, int(edge_aware)] / stats.pixels
         choices.append(ExitChoice(*candidate.split("."), float(stats.theta_pix[0]), float(np.sort(shares)[len(shares) // 2])))
     return [*choices, ExitChoice(*FINAL.split("."))]
+
+
+@pytest.fixture(scope="module")
+def exporter(made):
+    return Exporter(made[0], SIZE)
+
+
+@pytest.fixture(scope="module")
+def deployed(made, exporter, tmp_path_factory):
+    """Deployment of two early exits with plain confidence, and its folder with bundle, bundle_original and submodels."""
+    _, examples, _, stats = made
+    deployment = Deployment(
+        "input-dependent",
+        False,
+        tuple(choices_of(stats, False)),
+        None,
+        constraint=Objective("macs", 0.0),
+        predicted=Promise(0.5, "macs", 1.0, 1.0, (0.5, 0.3, 0.2), {}, (0.5, 0.5), (1.0, 1.0), 1),
+        original=Original(0.6, 2.0),
+        certificate=Certificate(1, 1, {}, 0, 1.0, 0.0, 0.1, None),
+        guarantee=None,
+        stats_sha256="",
+        fidelity="exact",
+        made_by={},
+    )
+    folder = tmp_path_factory.mktemp("deployed")
+    export_deployment(exporter, deployment, examples.info.classes, folder, examples=examples)
+    return deployment, folder
+
+
+@pytest.fixture(scope="module")
+def edge_aware_bundle(made, exporter):
+    return bundle_of(made, exporter, "edge-aware", True)
+
+
+def bundle_of(made, exporter: Exporter, name: str, edge_aware: bool, **options) -> Bundle:
+    _, examples, folder, stats = made
+    configuration = Configuration("input-dependent", edge_aware, tuple(choices_of(stats, edge_aware)), None)
+    exporter.bundle(folder / name, configuration, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes, **options)
+    return Bundle.load(folder / name)
 
 
 def test_every_submodel_is_there_and_hashed(made):
@@ -85,11 +118,10 @@ def test_statistics_equal_the_evaluation(made):
 
 
 @pytest.mark.parametrize("edge_aware", [False, True])
-def test_bundle_does_what_the_search_predicts(made, edge_aware):
+def test_bundle_does_what_the_search_predicts(made, deployed, edge_aware_bundle, edge_aware):
     _, examples, _, stats = made
     choices = choices_of(stats, edge_aware)
-    bundle = bundle_of(made, f"bundle{int(edge_aware)}", choices, edge_aware)
-    runner = Runner(bundle)
+    runner = Runner(edge_aware_bundle if edge_aware else Bundle.load(deployed[1] / "bundle"))
     exits, total = [], np.zeros((examples.info.num_classes,) * 2, np.int64)
     for i in range(len(examples)):
         image, label = examples.load(i)
@@ -103,39 +135,36 @@ def test_bundle_does_what_the_search_predicts(made, edge_aware):
     assert float(metrics.miou(*metrics.class_counts(total))) == pytest.approx(predicted, abs=2e-3)
 
 
-def test_bundle_macs_equal_the_costs_of_the_search(made):
+def test_bundle_macs_equal_the_costs_of_the_search(made, deployed):
     _, _, _, stats = made
-    bundle = bundle_of(made, "macs", choices_of(stats, False))
+    bundle = Bundle.load(deployed[1] / "bundle")
     chain = [stats.candidates.index(f"{segment.exit}.{segment.head}") for segment in bundle.manifest.segments]
     reached = np.cumsum([segment.macs for segment in bundle.manifest.segments])
     # A prefix counts what every head of its exit reads, the bundle what the chosen ones read: here the same.
     np.testing.assert_array_equal(reached, arrival_costs(stats, macs_costs(stats), chain, False))
 
 
-def test_tflite_evaluates_with_the_same_code_as_keras(made):
+def test_tflite_evaluates_with_the_same_code_as_keras(made, deployed):
     network, examples, _, _ = made
-    bundle = bundle_of(made, "evaluated", [ExitChoice(*FINAL.split("."))])
-    runner = Runner(bundle)
+    runner = Runner(Bundle.load(deployed[1] / "bundle_original"))
     on_device = accuracies(confusion_matrices(lambda image: {FINAL: runner.run(image[0].astype(np.uint8)).mask[None]}, examples))
     in_keras = accuracies(confusion_matrices(keras_predictor(network, [FINAL]), examples))
     assert on_device[FINAL].miou == pytest.approx(in_keras[FINAL].miou, abs=2e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_lower_precision(made, precision):
-    _, examples, _, stats = made
-    images = [examples.load(i)[0][None].astype(np.float32) for i in range(len(examples))]
-    choices = choices_of(stats, True)
-    full, less = (bundle_of(made, f"in-{name}", choices, True, precision=name, samples=images) for name in ("fp32", precision))
+def test_lower_precision(made, edge_aware_bundle, precision):
+    network, examples, _, _ = made
+    images = [examples.load(i)[0] for i in range(len(examples))]
+    samples = [image[None].astype(np.float32) for image in images]
+    less = bundle_of(made, Exporter(network, SIZE, precision=precision, samples=samples), precision, True, examples=examples)
     assert less.manifest.precision == precision
-    assert less.manifest.size_bytes < 0.9 * full.manifest.size_bytes
+    assert less.manifest.size_bytes < 0.9 * edge_aware_bundle.manifest.size_bytes
     tensors = Interpreter(str(less.path)).get_signature_runner("segment.exit2").get_input_details().values()
     assert {each["dtype"] for each in tensors} == {np.int8 if precision == "int8" else np.float32}
-    same = []
-    for i in range(len(examples)):
-        image, _ = examples.load(i)
-        results = [Runner(each).run(image, "budgeted") for each in (full, less)]
-        same.append((results[0].mask == results[1].mask).mean())
+    runners = Runner(edge_aware_bundle), Runner(less)
+    masks = [[runner.run(image, "budgeted").mask for image in images] for runner in runners]
+    same = [first == second for first, second in zip(*masks, strict=True)]
     assert np.mean(same) > 0.9
     for segment in less.manifest.segments:
         assert 0 <= segment.miou <= 1
@@ -177,53 +206,44 @@ def test_int8_candidates_hand_int8_on(made, tmp_path):
         interpreter.invoke()
 
 
-def test_uint8_input_gives_the_same_masks(made):
-    _, examples, _, stats = made
-    choices = choices_of(stats, False)
-    plain = bundle_of(made, "float32", choices)
-    whole = bundle_of(made, "uint8", choices, input_spec=InputSpec(*SIZE, "uint8"))
+def test_uint8_input_gives_the_same_masks(made, exporter, deployed):
+    _, examples, _, _ = made
+    whole = bundle_of(made, exporter, "uint8", False, input_spec=InputSpec(*SIZE, "uint8"))
+    runners = Runner(Bundle.load(deployed[1] / "bundle")), Runner(whole)
     for i in range(len(examples)):
         image, _ = examples.load(i)
-        results = [Runner(each).run(image) for each in (plain, whole)]
+        results = [runner.run(image) for runner in runners]
         assert results[0].exit == results[1].exit
         np.testing.assert_array_equal(results[0].mask, results[1].mask)
 
 
-def test_measured_miou_is_that_of_the_evaluation(made):
-    network, examples, _, stats = made
-    bundle = bundle_of(made, "measured", choices_of(stats, False))
+def test_measured_miou_is_that_of_the_evaluation(made, deployed):
+    network, examples, _, _ = made
+    bundle = Bundle.load(deployed[1] / "bundle")
     result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), examples))
     for segment in bundle.manifest.segments:
         assert segment.miou == pytest.approx(result[f"{segment.exit}.{segment.head}"].miou, abs=2e-3)
 
 
-def test_deployment_writes_each_exit_as_a_file(made, tmp_path):
-    network, examples, _, stats = made
-    deployment = Deployment(
-        "input-dependent",
-        False,
-        tuple(choices_of(stats, False)),
-        None,
-        constraint=Objective("macs", 0.0),
-        predicted=Promise(0.5, "macs", 1.0, 1.0, (0.5, 0.3, 0.2), {}, (0.5, 0.5), (1.0, 1.0), 1),
-        original=Original(0.6, 2.0),
-        certificate=Certificate(1, 1, {}, 0, 1.0, 0.0, 0.1, None),
-        guarantee=None,
-        stats_sha256="",
-        made_by={},
-    )
-    export_deployment(Exporter(network, SIZE), deployment, examples.info.classes, tmp_path)
+def test_deployment_writes_each_exit_as_a_file(deployed):
+    _, folder = deployed
     exits = ("exit1", "exit2", "final")
-    files = {path.name for path in (tmp_path / "submodels").iterdir()}
+    files = {path.name for path in (folder / "submodels").iterdir()}
     assert files == {f"{kind}.{name}.tflite" for kind in ("alone", "segment", "logits") for name in exits} | {"original.tflite"}
-    bundle = Bundle.load(tmp_path / "bundle")
+    bundle = Bundle.load(folder / "bundle")
     for segment in bundle.manifest.segments:
-        path = tmp_path / "submodels" / f"alone.{segment.exit}.tflite"
+        path = folder / "submodels" / f"alone.{segment.exit}.tflite"
         assert file_sha256(path) == segment.alone_sha256
-    assert bundle.manifest.size_bytes < 1.3 * sum((tmp_path / "submodels" / f"segment.{name}.tflite").stat().st_size for name in exits)
-    logits = Interpreter(str(tmp_path / "submodels" / "logits.exit1.tflite")).get_signature_runner("serve").get_output_details()
+    assert bundle.manifest.size_bytes < 1.3 * sum((folder / "submodels" / f"segment.{name}.tflite").stat().st_size for name in exits)
+    logits = Interpreter(str(folder / "submodels" / "logits.exit1.tflite")).get_signature_runner("serve").get_output_details()
     assert tuple(logits["logits"]["shape"][1:3]) == (2, 4)
-    assert json.loads((tmp_path / "bundle_original" / "manifest.json").read_text())["predicted"]["miou"] == 0.6
+    assert json.loads((folder / "bundle_original" / "manifest.json").read_text())["predicted"]["miou"] == 0.6
+
+
+def test_thresholds_hold_for_one_fidelity_only(made, deployed, tmp_path):
+    with pytest.raises(ValueError, match=r"fidelity: must be exact, the fidelity of the statistics .*, got 'low'"):
+        export_deployment(Exporter(made[0], SIZE, "low"), deployed[0], made[1].info.classes, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_head_too_heavy_for_its_place_is_warned_of(made, tmp_path, monkeypatch, caplog):
@@ -299,14 +319,12 @@ def test_a_mask_may_differ_where_classes_tie_only():
         check_parity(content, {"x": logits}, {"mask": np.array([[[1, 2], [2, 0]]], np.uint8)}, {"mask": logits})
 
 
-def test_a_failed_export_leaves_the_old_bundle(made, monkeypatch):
-    network, examples, folder, _ = made
+def test_a_failed_export_leaves_the_old_bundle(made, exporter, deployed, tmp_path, monkeypatch):
+    shutil.copytree(deployed[1] / "bundle_original", tmp_path / "kept")
+    before = (tmp_path / "kept" / "manifest.json").read_bytes()
     alone = Configuration("budgeted", False, (ExitChoice(*FINAL.split(".")),), None)
-    exporter = Exporter(network, SIZE)
-    exporter.bundle(folder / "kept", alone, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes)
-    before = (folder / "kept" / "manifest.json").read_bytes()
     monkeypatch.setattr("mess_tf.export_tflite.check_parity", lambda *_: (_ for _ in ()).throw(ExportError("broken")))
     with pytest.raises(ExportError, match=r"model\.tflite: broken"):
-        exporter.bundle(folder / "kept", alone, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes)
-    assert (folder / "kept" / "manifest.json").read_bytes() == before
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+        exporter.bundle(tmp_path / "kept", alone, Predicted(0.5, Cost("macs", 1.0)), made[1].info.classes)
+    assert (tmp_path / "kept" / "manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -19,6 +19,7 @@ import tensorflow as tf
 from PIL import Image
 
 from mess_runtime import benchmark, bundle, engines, runner
+from mess_runtime.__main__ import main
 from mess_runtime.bundle import (
     MODEL,
     Bundle,
@@ -644,7 +645,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 # ---------------------------------------------------------------- command line
 
 
-def command(*arguments, code=0):
+def program(*arguments, code=0):
     """Runs the program in its own process and returns its lines on stdout and stderr."""
     environment = os.environ | {"PYTHONPATH": str(Path(bundle.__file__).parents[1])}
     words = [sys.executable, "-m", "mess_runtime", *map(str, arguments)]
@@ -654,6 +655,24 @@ def command(*arguments, code=0):
     return done.stdout.splitlines(), [line for line in done.stderr.splitlines() if line.startswith("mess_runtime")]
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Likewise in this process, which has loaded everything."""
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["mess_runtime", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            returned = main()
+        except SystemExit as end:
+            returned = end.code
+        assert returned == code
+        out, err = capsys.readouterr()
+        return out.splitlines(), err.splitlines()
+
+    return run
+
+
 def test_run_writes_masks_and_goes_on_after_a_broken_image(folder, net, images, tmp_path):
     sources, output = tmp_path / "images", tmp_path / "masks"
     sources.mkdir()
@@ -661,7 +680,7 @@ def test_run_writes_masks_and_goes_on_after_a_broken_image(folder, net, images, 
         Image.fromarray(images[index]).save(sources / f"{index}.png")
     (sources / "1.jpg").write_bytes(b"not an image")
     (sources / "notes.txt").write_text("left alone")
-    lines, errors = command("run", folder, sources, f"--output={output}", "--setting=budgeted", "--exit=exit2", code=1)
+    lines, errors = program("run", folder, sources, f"--output={output}", "--setting=budgeted", "--exit=exit2", code=1)
     assert len(errors) == 1 and "1.jpg: not a readable image" in errors[0]
     assert lines[-1] == str(output)
     records = [json.loads(line) for line in lines[:-1]]
@@ -677,7 +696,7 @@ def test_run_writes_masks_and_goes_on_after_a_broken_image(folder, net, images, 
     assert sorted(path.name for path in output.iterdir()) == ["0.png", "5.png"]
 
 
-def test_run_never_loses_a_file(folder, images, tmp_path):
+def test_run_never_loses_a_file(command, folder, images, tmp_path):
     for name in ("a.png", "a.bmp"):
         Image.fromarray(images[0]).save(tmp_path / name)
     before = (tmp_path / "a.png").read_bytes()
@@ -688,7 +707,7 @@ def test_run_never_loses_a_file(folder, images, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == before
 
 
-def test_benchmark_measures_folders_and_merges(submodels, tmp_path):
+def test_benchmark_measures_folders_and_merges(command, submodels, tmp_path):
     output = tmp_path / "latency.json"
     options = [f"--output={output}", "--runs=2", "--min_seconds=0", "--rounds=1"]
     lines, _ = command("benchmark", submodels, *options)
@@ -699,7 +718,7 @@ def test_benchmark_measures_folders_and_merges(submodels, tmp_path):
     assert [(row.submodel, row.threads) for row in rows] == [*((name, 1) for name in names), ("segment.final", 2)]
 
 
-def test_run_chooses_the_exit_within_a_budget(folder, submodels, images, tmp_path):
+def test_run_chooses_the_exit_within_a_budget(command, folder, submodels, images, tmp_path):
     command("benchmark", submodels, f"--output={tmp_path / 'latency.json'}", "--runs=2", "--min_seconds=0", "--rounds=1")
     Image.fromarray(images[0]).save(tmp_path / "a.png")
     options = [f"--output={tmp_path / 'masks'}", "--setting=budgeted", f"--latency={tmp_path / 'latency.json'}"]
@@ -709,7 +728,7 @@ def test_run_chooses_the_exit_within_a_budget(folder, submodels, images, tmp_pat
     assert len(errors) == 1 and "latency_budget_ms: must be at least" in errors[0]
 
 
-def test_run_writes_overlays(folder, net, images, tmp_path):
+def test_run_writes_overlays(command, folder, net, images, tmp_path):
     Image.fromarray(images[0]).save(tmp_path / "a.png")
     command("run", folder, tmp_path / "a.png", f"--output={tmp_path / 'masks'}", "--overlay", "--setting=budgeted")
     colours = np.array(PALETTE, np.float64)[net.everything(images[0])[0][2]]
@@ -717,7 +736,7 @@ def test_run_writes_overlays(folder, net, images, tmp_path):
         np.testing.assert_allclose(np.asarray(overlay), (images[0] + colours) / 2, atol=1)
 
 
-def test_run_takes_videos(folder, tmp_path):
+def test_run_takes_videos(command, folder, tmp_path):
     cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless")
     path = str(tmp_path / "clip.avi")
     video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 10, (WIDTH, HEIGHT))
@@ -729,7 +748,7 @@ def test_run_takes_videos(folder, tmp_path):
     assert sorted(each.name for each in (tmp_path / "masks").iterdir()) == ["clip.000001.png", "clip.000002.png"]
 
 
-def test_inspect_prints_the_segments(folder, thetas):
+def test_inspect_prints_the_segments(command, folder, thetas):
     lines, _ = command("inspect", folder)
     rows = [line.split() for line in lines[-4:]]
     assert rows[0] == ["exit", "head", "MMACs", "alone", "mIoU", "theta_pix", "theta_img", "edge_aware"]
@@ -751,7 +770,7 @@ def test_inspect_prints_the_segments(folder, thetas):
         (["fly"], "invalid choice: 'fly'"),
     ],
 )
-def test_user_errors_are_one_line(monkeypatch, tmp_path, arguments, message):
+def test_user_errors_are_one_line(command, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     lines, errors = command(*arguments, code=1)
     assert lines == []

@@ -52,6 +52,7 @@ def make_stats(seed: int, heads=(2, 1), images=4, classes=3, thetas=2, largest=6
     confident = -np.sort(-rng.integers(0, pixels[:, None, None] + 1, (k, images, thetas, 2)), axis=2)
     return Stats(
         split="val",
+        fidelity="exact",
         candidates=tuple(candidates),
         images=tuple(f"image{i}" for i in range(images)),
         classes=tuple(f"class{c}" for c in range(classes)),
@@ -228,6 +229,7 @@ def two_images() -> Stats:
     """Two images of 4 pixels and two classes; exit1 is right about the first image only."""
     return Stats(
         split="val",
+        fidelity="exact",
         candidates=("exit1.a", "final.b"),
         images=("easy", "hard"),
         classes=("left", "right"),
@@ -536,6 +538,7 @@ BROKEN = {
     "prefix_hashes": ("prefix_sha256", lambda v: v[1:]),
     "head_hashes": ("head_sha256", lambda v: v[1:]),
     "edge_hashes": ("edge_sha256", lambda v: v[1:]),
+    "fidelity": ("fidelity", lambda v: np.array("high")),
     "made_by": ("made_by", lambda v: np.array("me")),
     "made_by_list": ("made_by", lambda v: np.array("[]")),
     "format": ("format", lambda v: v + 1),

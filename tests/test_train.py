@@ -32,7 +32,7 @@ OVERRIDES = (
     "data.input_size=[32, 64]",
     "data.synthetic_train=16",
     "data.synthetic_val=2",
-    "backbone.width=0.35",
+    "backbone.name=keras_file",
     "exits.count=2",
     "exits.plain_head=fcn-r2-b0",
     'exits.heads=["decoder-r4-b0", "fcn-r8-b1-d2"]',
@@ -46,6 +46,19 @@ STEPS = {"stage1": [8, 10, 12, 12, 16, 20, 20], "stage2": [6, 8, 8, 10, 12, 16, 
 def _float32():
     yield
     keras.mixed_precision.set_global_policy("float32")
+
+
+def make_model(seed: int = 0) -> keras.Model:
+    """A segmentation network of four residual blocks, stride 8."""
+    keras.utils.set_random_seed(seed)
+    image = keras.Input((None, None, 3), name="image")
+    x = keras.layers.Rescaling(1 / 127.5, -1.0)(image)
+    for channels, strides in ((8, 2), (16, 2), (24, 2), (24, 1)):
+        x = keras.layers.Conv2D(channels, 3, strides, padding="same", use_bias=False)(x)
+        x = keras.layers.ReLU()(BatchNormalization(momentum=0.9)(x))
+        y = keras.layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
+        x = keras.layers.Add()([x, BatchNormalization(momentum=0.9)(y)])
+    return keras.Model(image, keras.layers.Conv2D(CLASSES, 1, dtype="float32")(x))
 
 
 # ------------------------------------------------------------------------------------------------------ stopped and started again
@@ -62,15 +75,14 @@ def last_checkpoint(workdir: Path, stage: str) -> int:
 
 def start(workdir: Path) -> subprocess.Popen:
     """In a process of its own, as users do: the bits depend on what a process has built before."""
-    command = [sys.executable, "-m", "mess_tf.train", f"--workdir={workdir}", *(f"--set={override}" for override in OVERRIDES)]
+    model = workdir.parent / "model.keras"
+    if not model.exists():
+        make_model().save(model)
+    overrides = (*OVERRIDES, f"backbone.weights={model}")
+    command = [sys.executable, "-m", "mess_tf.train", f"--workdir={workdir}", *(f"--set={override}" for override in overrides)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
     with open(workdir / "output.txt", "a") as output:
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def run_to_the_end(workdir: Path) -> None:
-    """In a process of its own, as users do: the bits depend on what a process has built before."""
-    assert start(workdir).wait() == 0, (workdir / "output.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +135,7 @@ def test_killed_run_logs_what_an_unbroken_one_does(unbroken, killed, stage):
 def test_stage2_leaves_the_original_as_it_is(unbroken):
     before, after = (dict(np.load(best_weights(str(unbroken), stage))) for stage in STEPS)
     original = [name for name in before if name.startswith(FINAL)]
-    assert sum("moving_variance" in name for name in original) > 50
+    assert sum("moving_variance" in name for name in original) == 8
     for name in original:
         np.testing.assert_array_equal(after[name], before[name], name)
 
@@ -146,16 +158,8 @@ def test_gradients_are_summed_two_at_a_time():
 
 
 def make_network(heads: tuple[str, ...] = ("fcn-r2-b0",), seed: int = 0) -> MultiExitNetwork:
-    """Four residual blocks, stride 8, with exits 1 and 2."""
-    keras.utils.set_random_seed(seed)
-    image = keras.Input((None, None, 3), name="image")
-    x = keras.layers.Rescaling(1 / 127.5, -1.0)(image)
-    for channels, strides in ((8, 2), (16, 2), (24, 2), (24, 1)):
-        x = keras.layers.Conv2D(channels, 3, strides, padding="same", use_bias=False)(x)
-        x = keras.layers.ReLU()(BatchNormalization(momentum=0.9)(x))
-        y = keras.layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
-        x = keras.layers.Add()([x, BatchNormalization(momentum=0.9)(y)])
-    network = convert(keras.Model(image, keras.layers.Conv2D(CLASSES, 1, dtype="float32")(x)), 3, SIZE)
+    """A small network with exits 1 and 2."""
+    network = convert(make_model(seed), 3, SIZE)
     network.add_heads([HeadSpec.parse(head) for head in heads], 0.9)
     return network
 

@@ -1,7 +1,6 @@
 """Command line: `python -m mess_runtime run|benchmark|inspect`."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -71,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     "exit": result.exit,
                     "confidence": next(step.confidence for step in result.trace if step.exit == result.exit),
                     "latency_ms": result.latency_ms,
-                    "segments": [dataclasses.asdict(step) for step in result.trace],
+                    "segments": [step._asdict() for step in result.trace],
                 }
                 print(json.dumps(line), flush=True)
         except UnreadableError as error:

@@ -39,6 +39,7 @@ ANYTIME = "anytime"
 SETTINGS = (INPUT_DEPENDENT, BUDGETED, ANYTIME)
 PRECISIONS = ("fp32", "fp16", "int8")
 INPUT_TYPES = ("float32", "uint8")
+Fidelity = Literal["exact", "low_confidence", "low"]
 RESIZES = ("stretch", "letterbox")
 
 T = TypeVar("T")
@@ -191,7 +192,7 @@ class Manifest:
     palette: tuple[tuple[int, int, int], ...]
     setting: Literal["input-dependent", "budgeted", "anytime"]
     precision: Literal["fp32", "fp16", "int8"]
-    fidelity: Literal["exact", "low_confidence", "low"]
+    fidelity: Fidelity
     sha256: str
     size_bytes: int
     predicted: Predicted | None

@@ -1,6 +1,7 @@
 """What runs a .tflite with several signatures: LiteRT's CompiledModel, or an Interpreter of one of three packages."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -63,7 +64,7 @@ class InterpreterEngine:
         self._runners[signature] = runner
 
     def put(self, signature: str, name: str, value: np.ndarray) -> Any:
-        """Turns an array into what `run` takes for an input."""
+        """Turns an array into what `run` takes for such an input of this or another signature."""
         return value
 
     def run(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +86,9 @@ class CompiledEngine:
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
         signatures = self._model.get_signature_list()
-        self._buffers: dict[tuple[str, str], Any] = {}
+        self._inputs: dict[str, Any] = {}  # of `put`
+        self._outputs: dict[str, dict[str, Any]] = {}  # by signature
+        self._layouts: dict[tuple[str, str], tuple[int, np.dtype, tuple[int, ...]]] = {}  # of outputs
         self.inputs: dict[str, dict[str, Tensor]] = {name: dict.fromkeys(tensors["inputs"]) for name, tensors in signatures.items()}
         self.outputs: dict[str, dict[str, Tensor]] = {name: dict.fromkeys(tensors["outputs"]) for name, tensors in signatures.items()}
 
@@ -100,27 +103,27 @@ class CompiledEngine:
                 name: Tensor(str(np.dtype(details[name]["dtype"]).name), tuple(int(side) for side in details[name]["shape"]))
                 for name in tensors[signature]
             }
-        for name in self.outputs[signature]:
-            self._buffers[signature, name] = model.create_output_buffer_by_name(signature, name)
+        for name, tensor in self.outputs[signature].items():
+            self._layouts[signature, name] = math.prod(tensor.shape), np.dtype(tensor.dtype), tensor.shape
+        self._outputs[signature] = {name: model.create_output_buffer_by_name(signature, name) for name in self.outputs[signature]}
 
     def put(self, signature: str, name: str, value: np.ndarray) -> Any:
-        """Like `InterpreterEngine.put`; the next call for the same input overwrites what this one returned."""
-        key = signature, name
-        if key not in self._buffers:
-            self._buffers[key] = self._model.create_input_buffer_by_name(signature, name)
-        self._buffers[key].write(value)
-        return self._buffers[key]
+        """Like `InterpreterEngine.put`; the next call for an input of this name overwrites what this one returned."""
+        if name not in self._inputs:
+            self._inputs[name] = self._model.create_input_buffer_by_name(signature, name)
+        self._inputs[name].write(value)
+        return self._inputs[name]
 
     def run(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Like `InterpreterEngine.run`; the next run of the same signature overwrites what this one returned."""
-        outputs = {name: self._buffers[signature, name] for name in self.outputs[signature]}
+        outputs = self._outputs[signature]
         self._model.run_by_name(signature, inputs, outputs)
         return outputs
 
     def get(self, signature: str, name: str, value: Any) -> np.ndarray:
         """Like `InterpreterEngine.get`."""
-        tensor = self.outputs[signature][name]
-        return value.read(int(np.prod(tensor.shape)), np.dtype(tensor.dtype)).reshape(tensor.shape)
+        size, dtype, shape = self._layouts[signature, name]
+        return value.read(size, dtype).reshape(shape)
 
 
 def open_engine(path: str | os.PathLike, threads: int, engine: str | None = None) -> InterpreterEngine | CompiledEngine:

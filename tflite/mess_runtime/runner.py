@@ -1,11 +1,10 @@
 """Runs a bundle: budgeted, anytime and input-dependent, each segment once per image, features handed from one to the next."""
 
-import dataclasses
 import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -41,14 +40,13 @@ class LatencyRow(Protocol):
     p50_ms: float
 
 
-@dataclasses.dataclass(frozen=True)
-class StepTrace:
+class StepTrace(NamedTuple):
     """One executed signature.
 
     Attributes:
       exit: name of the exit at its end.
       confidence: share of confident pixels in 0..1, None where they are not counted.
-      latency_ms: from its inputs (the image at the network's size, features) to the mask at that size.
+      latency_ms: of the signature, from its inputs (the image at the network's size, features) to the mask at that size.
     """
 
     exit: str
@@ -56,8 +54,7 @@ class StepTrace:
     latency_ms: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The answer for one image.
 
     Attributes:
@@ -95,10 +92,11 @@ class Runner:
         self._engine = open_engine(bundle.path, threads, engine)
         self._pixels = self._input.height * self._input.width
         self._image = np.zeros((1, self._input.height, self._input.width, 3), self._input.dtype)
-        self._signatures = [segment_signature(name) for name in manifest.exits]
+        self._exits = manifest.exits
+        self._signatures = [segment_signature(name) for name in self._exits]
         self._needed = [None if s.theta_img is None else math.ceil(s.theta_img * self._pixels - 1e-9) for s in manifest.segments]
         self._fastest_ms: dict[str, float] = {}
-        self._tensors: dict[str, object] = {}  # the image and features by name
+        self._tensors: dict[str, object] = {}  # the image and features by name, as the engine holds them
         self._outputs: dict[str, dict[str, object]] = {}  # by signature
         self._turn = 0
         made = {IMAGE: Tensor(self._input.dtype, self._image.shape)}
@@ -144,7 +142,7 @@ class Runner:
             check(exit is None or latency_budget_ms is None, "latency_budget_ms", "left out where the exit is given", latency_budget_ms)
             if latency_budget_ms is not None:
                 exit = exit_within(self.manifest, self.latency, latency_budget_ms, self.threads)
-            return self._budgeted(image, self.manifest.exits[-1] if exit is None else exit)
+            return self._budgeted(image, self._exits[-1] if exit is None else exit)
         if setting == ANYTIME:
             check(deadline_ms is not None and deadline_ms > 0, "deadline_ms", f"positive milliseconds for {ANYTIME}", deadline_ms)
         else:
@@ -183,7 +181,7 @@ class Runner:
             yield self._result(signature, trace, image)
 
     def _budgeted(self, image: np.ndarray, exit: str) -> Result:
-        check(exit in self.manifest.exits, "exit", f"one of {', '.join(self.manifest.exits)}", exit)
+        check(exit in self._exits, "exit", f"one of {', '.join(self._exits)}", exit)
         signature = alone_signature(exit)
         if signature not in self._fastest_ms:
             self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._image.shape)})
@@ -196,6 +194,7 @@ class Runner:
         engine, where = self._engine, f"{self._path}: {signature}"
         check(signature in engine.inputs, f"{self._path}: signatures", f"with {signature!r}", sorted(engine.inputs))
         engine.prepare(signature)
+        self._fastest_ms[signature] = math.inf
         for name, tensor in engine.inputs[signature].items():
             check(available.get(name) == tensor, f"{where}: input {name!r}", f"one of {available}", tensor)
         expected = {MASK: Tensor("uint8", self._image.shape[:3])}
@@ -207,34 +206,42 @@ class Runner:
 
     def _warm_up(self, signatures: Sequence[str]) -> None:
         for _ in range(WARMUP_RUNS):
-            self._tensors = {IMAGE: self._image}
+            self._tensors = {IMAGE: self._engine.put(self._signatures[0], IMAGE, self._image)}
             for signature in signatures:
                 self._step(signature)
 
     def _take(self, image: np.ndarray) -> None:
         """Makes the image, fitted to the network's input, the one that the next steps work on."""
-        fits = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
-        check(fits, "image", "uint8 [h, w, 3]", f"{image.dtype} {list(image.shape)}")
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"image: must be uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
+        pixels = image[None]
+        if pixels.shape != self._image.shape:
+            pixels = self._fitted(image)
+        if pixels.dtype != self._image.dtype:
+            np.copyto(self._image, pixels)
+            pixels = self._image
+        self._tensors = {IMAGE: self._engine.put(self._signatures[0], IMAGE, pixels)}
+        self._turn += 1
+
+    def _fitted(self, image: np.ndarray) -> np.ndarray:
+        """An image of another size at that of the network: uint8 [1, H, W, 3]."""
         rows, columns = placed(image.shape[:2], self._input)
         size = (columns.stop - columns.start, rows.stop - rows.start)
-        if image.shape[1::-1] != size:
-            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-        if self._image.shape[1:3] != image.shape[:2]:
-            self._image[0] = GREY
-        self._image[0, rows, columns] = image
-        self._tensors = {IMAGE: self._image}
-        self._turn += 1
+        pixels = np.full(self._image.shape, GREY, np.uint8)
+        pixels[0, rows, columns] = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+        return pixels
 
     def _step(self, signature: str) -> StepTrace:
         """Runs one signature; what it reads must have been made from the same image."""
         engine, tensors = self._engine, self._tensors
+        inputs = {name: tensors[name] for name in engine.inputs[signature]}
         start = time.perf_counter_ns()
-        inputs = {name: engine.put(signature, name, self._image) if name == IMAGE else tensors[name] for name in engine.inputs[signature]}
         outputs = engine.run(signature, inputs)
         latency_ms = (time.perf_counter_ns() - start) / 1e6
         tensors |= outputs
         self._outputs[signature] = outputs
-        self._fastest_ms[signature] = min(self._fastest_ms.get(signature, math.inf), latency_ms)
+        if latency_ms < self._fastest_ms[signature]:
+            self._fastest_ms[signature] = latency_ms
         confidence = self._confident_pixels(signature) / self._pixels if CONFIDENT_PIXELS in outputs else None
         return StepTrace(signature.partition(".")[2], confidence, latency_ms)
 
@@ -243,7 +250,8 @@ class Runner:
 
     def _result(self, signature: str, trace: list[StepTrace], image: np.ndarray) -> Result:
         mask = self._engine.get(signature, MASK, self._outputs[signature][MASK])[0]
-        mask = _resize_nearest(mask[placed(image.shape[:2], self._input)], *image.shape[:2])
+        if mask.shape != image.shape[:2]:
+            mask = _resize_nearest(mask[placed(image.shape[:2], self._input)], *image.shape[:2])
         return Result(mask, signature.partition(".")[2], tuple(trace), sum(step.latency_ms for step in trace))
 
 
@@ -290,7 +298,5 @@ def placed(size: tuple[int, int], spec: InputSpec) -> tuple[slice, slice]:
 
 def _resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """The mask in which every pixel has the class at its centre, in whole numbers because Pillow's rounding is off at some sizes."""
-    if mask.shape == (height, width):
-        return mask
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip((height, width), mask.shape, strict=True))
     return mask.take(columns, axis=1).take(rows, axis=0)
