@@ -202,12 +202,11 @@ def _flatten(model: keras.Model) -> keras.Model:
             return args[0]
         return operation.call(*args) if _is_graph(operation) else operation(*args, **kwargs)
 
-    flat = False
-    while not flat:
-        flat = not any(_is_graph(operation) or conversion(operation) for operation in model.operations)
+    while True:
         image = keras.tree.map_structure(lambda t: keras.Input(batch_shape=t.shape, dtype=t.dtype, name="image"), model.input)
         model = keras.models.clone_model(model, input_tensors=image, clone_function=lambda layer: layer, call_function=call)
-    return model
+        if not any(_is_graph(operation) or conversion(operation) for operation in model.operations):
+            return model
 
 
 def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
