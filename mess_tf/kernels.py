@@ -117,20 +117,35 @@ def best_cuts(w, prices, order, position, candidate, theta, allowed, potentials,
     """
     leave, stay, fixed = prices
     images = w.shape[1]
-    gain, start, done = np.empty(images), 0.0, -1
-    low, high = share(chunk, candidate.size)
-    for n in range(low, high):
+    gain = np.empty(images)
+    n, high = share(chunk, candidate.size)
+    while n < high:
         k, p = candidate[n], position[n]
-        if k != done:
-            start = stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
-            done = k
-        value, most = start, -np.inf
-        ranked = order[k, theta[n]]
-        for a in range(images):
-            value += gain[ranked[a]]
-            if allowed[n, a]:
-                most = max(most, value)
-        best[n] = most
+        start = stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
+        while n < high and candidate[n] == k:
+            # Four orders side by side, as each sum has to wait for the one before; towards the end some of them are the same.
+            last = n
+            while last < n + 3 and last + 1 < high and candidate[last + 1] == k:
+                last += 1
+            n1, n2 = min(n + 1, last), min(n + 2, last)
+            ranked0, ranked1, ranked2, ranked3 = order[k, theta[n]], order[k, theta[n1]], order[k, theta[n2]], order[k, theta[last]]
+            value0 = value1 = value2 = value3 = start
+            most0 = most1 = most2 = most3 = -np.inf
+            for a in range(images):
+                value0 += gain[ranked0[a]]
+                value1 += gain[ranked1[a]]
+                value2 += gain[ranked2[a]]
+                value3 += gain[ranked3[a]]
+                if allowed[n, a]:
+                    most0 = max(most0, value0)
+                if allowed[n1, a]:
+                    most1 = max(most1, value1)
+                if allowed[n2, a]:
+                    most2 = max(most2, value2)
+                if allowed[last, a]:
+                    most3 = max(most3, value3)
+            best[n], best[n1], best[n2], best[last] = most0, most1, most2, most3
+            n = last + 1
 
 
 @njit(cache=True, nogil=True)

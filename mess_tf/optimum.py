@@ -11,7 +11,8 @@ three steps make it tractable:
    its best decision by itself in one pass over the sorted images. Any prices and potentials give a valid bound, `_descend` looks for the
    best ones. What a decision lacks to the best of its exit is a reduced cost: they add up, so `_reduce` drops what lacks more than the
    node has to spare.
-3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly.
+3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly. With two
+   early exits, `_sweep` first drops whole pairs of orders, all their cuts at once, by their largest linear worth.
 
 `_solve` takes these steps for one node, `run` for all that are left, best bound first. `_climb` finds the good configurations that the
 bounds are compared with.
@@ -507,16 +508,14 @@ class Optimiser:
             goes[p, order[k, t, :cut]] = k
         images = np.arange(self.images)
         # How much the bound on mIoU weighs against one class: the more is to spare, the less it helps.
-        pulls = np.array([0.01, 0.04, 0.16]) / spare
+        pull = 0.04 / spare
         for axis, (counts, offset) in enumerate(((self.lack, self.reference * problem.labelled), (problem.fp, 0 * problem.labelled))):
             for c in range(problem.labelled.size):
                 for sign in (-1, 1):
                     measure = sign * counts[:, :, c] / self.reference_union[c]
-                    to_come = measure[goes[1:], images]
-                    reached = math.inf
-                    for pull in pulls:
-                        pulled = relaxation._replace(w=measure + pull * relaxation.w, constant=pull * surplus, limit=0 * relaxation.limit)
-                        reached = min(reached, self._evaluate(node, pulled, pull * node.prices, to_come + pull * node.potentials).bound)
+                    pulled = relaxation._replace(w=measure + pull * relaxation.w, constant=pull * surplus, limit=0 * relaxation.limit)
+                    potentials = measure[goes[1:], images] + pull * node.potentials
+                    reached = self._evaluate(node, pulled, pull * node.prices, potentials).bound
                     row = 2 * axis + (sign > 0)
                     limit = sign * self.reference_union[c] * (reached + SLACK) + offset[c]
                     node.box[row, c] = min(node.box[row, c], limit) if sign > 0 else max(node.box[row, c], limit)
@@ -652,7 +651,7 @@ class Optimiser:
     # --- Scoring what is left of a node ---
 
     def _scan(self, node: Node, relaxation: Relaxation, values: Values, most_steps: float) -> bool:
-        """Drops what its reduced cost rules out and scores the rest; returns False, having scored nothing, if that takes more steps."""
+        """Drops what its bounds rule out and scores the rest; returns False, having scored nothing, if that takes more steps."""
         m, spare = len(node.potentials), values.bound - self.floor + SLACK
         lacking = self._reduce(node, relaxation, values)
         if not node.count():
