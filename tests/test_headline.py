@@ -132,17 +132,18 @@ def test_smaller_input_is_the_original_on_a_resized_image(trained, tmp_path):
     network = statics.smaller(folder, CONFIG, "scale0.5", 4)
     image = np.random.default_rng(0).uniform(0, 255, (1, 64, 96, 3)).astype(np.float32)
     made = network(image, training=False)
-    assert np.abs(made).max() > 1e-9
-    np.testing.assert_allclose(made, original(resize_image(image, (32, 48)), training=False), rtol=1e-2, atol=1e-9)
+    tolerance = 1e-4 * np.abs(made).max()  # random weights shrink the logits
+    assert tolerance > 0
+    np.testing.assert_allclose(made, original(resize_image(image, (32, 48)), training=False), rtol=0, atol=tolerance)
     network.save(tmp_path / "start.keras")
     backbone = BackboneConfig(name="keras_file", weights=str(tmp_path / "start.keras"))
     again = build_network(dataclasses.replace(CONFIG, backbone=backbone), 4)
-    np.testing.assert_allclose(again.original(image, training=False), made, rtol=1e-2, atol=1e-9)
+    np.testing.assert_allclose(again.original(image, training=False), made, rtol=0, atol=tolerance)
 
 
 def test_smaller_networks_start_with_the_weights_of_the_original(trained):
     folder, original = trained
-    for name, stride in (("stride32", 8), ("deeplab", 16), ("stride32-deeplab", 32)):
+    for name, stride in (("stride32", 8), ("stride32-deeplab", 32)):
         network = statics.smaller(folder, CONFIG, name, 4)
         shape = network(np.zeros((1, 64, 96, 3), np.float32), training=False).shape
         assert tuple(shape) == (1, 64 // stride, 96 // stride, 4), name
