@@ -14,6 +14,8 @@ ROUNDING = 1e-12
 SLACK = 1e-10
 # Parts of a loop that run side by side. Their results are put together in a fixed order, so the number of cores does not change them.
 CHUNKS = 4
+# Last candidates that `sweep` follows side by side.
+LANES = 8
 MEAN, P90, TOTAL, PEAK = range(4)
 P90_SHARE = 0.9
 
@@ -73,6 +75,17 @@ def mean_iou(tp, fp, labelled):
 
 
 @njit(cache=True, nogil=True)
+def mixture_miou(tp, fp, labelled, who):
+    """mIoU of a mixture of candidates; who: int64 [I], where each image leaves."""
+    t, f = np.zeros(labelled.size), np.zeros(labelled.size)
+    for i in range(who.size):
+        for c in range(labelled.size):
+            t[c] += tp[who[i], i, c]
+            f[c] += fp[who[i], i, c]
+    return mean_iou(t, f, labelled)
+
+
+@njit(cache=True, nogil=True)
 def stay_and_gain(first, worth, leave, stay, inside, outside, gain):
     """Worth of a decision at which nobody leaves, and in `gain` what changes when an image leaves; all given the potentials."""
     total = 0.0
@@ -104,20 +117,35 @@ def best_cuts(w, prices, order, position, candidate, theta, allowed, potentials,
     """
     leave, stay, fixed = prices
     images = w.shape[1]
-    gain, start, done = np.empty(images), 0.0, -1
-    low, high = share(chunk, candidate.size)
-    for n in range(low, high):
+    gain = np.empty(images)
+    n, high = share(chunk, candidate.size)
+    while n < high:
         k, p = candidate[n], position[n]
-        if k != done:
-            start = stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
-            done = k
-        value, most = start, -np.inf
-        ranked = order[k, theta[n]]
-        for a in range(images):
-            value += gain[ranked[a]]
-            if allowed[n, a]:
-                most = max(most, value)
-        best[n] = most
+        start = stay_and_gain(p == 0, w[k], leave[k], stay[k], potentials[p], potentials[p + 1], gain) - fixed[k]
+        while n < high and candidate[n] == k:
+            # Four orders side by side, as each sum has to wait for the one before; towards the end some of them are the same.
+            last = n
+            while last < n + 3 and last + 1 < high and candidate[last + 1] == k:
+                last += 1
+            n1, n2 = min(n + 1, last), min(n + 2, last)
+            ranked0, ranked1, ranked2, ranked3 = order[k, theta[n]], order[k, theta[n1]], order[k, theta[n2]], order[k, theta[last]]
+            value0 = value1 = value2 = value3 = start
+            most0 = most1 = most2 = most3 = -np.inf
+            for a in range(images):
+                value0 += gain[ranked0[a]]
+                value1 += gain[ranked1[a]]
+                value2 += gain[ranked2[a]]
+                value3 += gain[ranked3[a]]
+                if allowed[n, a]:
+                    most0 = max(most0, value0)
+                if allowed[n1, a]:
+                    most1 = max(most1, value1)
+                if allowed[n2, a]:
+                    most2 = max(most2, value2)
+                if allowed[last, a]:
+                    most3 = max(most3, value3)
+            best[n], best[n1], best[n2], best[last] = most0, most1, most2, most3
+            n = last + 1
 
 
 @njit(cache=True, nogil=True)
@@ -178,6 +206,97 @@ def worths(w, prices, order, position, candidate, theta, potentials, worths, chu
         for a in range(images):
             value += gain[ranked[a]]
             worths[n, a] = value
+
+
+@njit(cache=True, nogil=True)
+def sweep(w, constant, prices, order, first, second, lasts, budget, needed, hopeful, highest, chunk):
+    """Largest linear worth, over all cuts, of every pair of orders with every last candidate whose reduced costs fit the budget.
+
+    For a first order, images leave one after another from a tree over the cuts of the second order. A node of the tree holds the sum
+    of what its images gain by leaving at the second decision and not at the last, and the best sum up to one of its cuts. Lanes are last
+    candidates.
+
+    Args:
+      w, constant: see `optimum.Relaxation`, the constant with the limits' worth.
+      prices: (leave, stay, leave_last, fixed, fixed_last), float64 [K] each.
+      first, second: (candidate, theta, allowed, reduced cost) of the orders; lasts: (candidate, reduced cost).
+      needed: mIoU.
+      hopeful: bool [n of first, lasts, n of second], set where the needed mIoU is reached.
+      highest: float64 [CHUNKS], raised to the largest worth.
+    """
+    leave, stay, leave_last, fixed, fixed_last = prices
+    images = w.shape[1]
+    size = 1
+    while size < images:
+        size *= 2
+    total, most = np.zeros((2 * size, LANES)), np.zeros((2 * size, LANES))
+    full_total, full_most = np.zeros((2 * size, LANES)), np.zeros((2 * size, LANES))
+    leaf = np.empty(images, np.int64)
+    gain, ends = np.zeros((images, LANES)), np.zeros((images, LANES))
+    lacks, value, start, best = np.empty(LANES), np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    for n2 in range(chunk, second[0].size, CHUNKS):
+        k2 = second[0][n2]
+        cuts = 0
+        for a in range(images):
+            leaf[order[k2, second[1][n2], a]] = cuts
+            cuts += second[2][n2, a]
+        size = 1
+        while size < cuts:
+            size *= 2
+        for block in range(0, lasts[0].size, LANES):
+            lanes = min(LANES, lasts[0].size - block)
+            lacks[:] = np.inf
+            start[:] = 0.0
+            for q in range(lanes):
+                k = lasts[0][block + q]
+                lacks[q] = lasts[1][block + q] + second[3][n2]
+                start[q] = constant - fixed[k2] - fixed_last[k]
+                for i in range(images):
+                    ends[i, q] = w[k, i] - leave_last[k] - stay[k2]
+                    gain[i, q] = w[k2, i] - leave[k2] - ends[i, q]
+                    start[q] += ends[i, q]
+            least = lacks.min()
+            full_total[: 2 * size] = 0.0
+            full_most[size : 2 * size] = -np.inf
+            for i in range(images):
+                if leaf[i] < cuts:
+                    full_total[size + leaf[i]] += gain[i]
+            full_most[size : size + cuts] = full_total[size : size + cuts]
+            for node in range(size - 1, 0, -1):
+                for q in range(LANES):
+                    full_total[node, q] = full_total[2 * node, q] + full_total[2 * node + 1, q]
+                    full_most[node, q] = max(full_most[2 * node, q], full_total[2 * node, q] + full_most[2 * node + 1, q])
+            for n1 in range(first[0].size):
+                if least + first[3][n1] > budget:
+                    continue
+                k1 = first[0][n1]
+                total[: 2 * size] = full_total[: 2 * size]
+                most[: 2 * size] = full_most[: 2 * size]
+                value[:] = start - fixed[k1] - images * stay[k1]
+                best[:] = -np.inf
+                for a in range(images):
+                    i = order[k1, first[1][n1], a]
+                    left = w[k1, i] - leave[k1] + stay[k1]
+                    for q in range(LANES):
+                        value[q] += left - ends[i, q]
+                    if leaf[i] < cuts:
+                        node = size + leaf[i]
+                        for q in range(LANES):
+                            total[node, q] -= gain[i, q]
+                            most[node, q] = total[node, q]
+                        while node > 1:
+                            node //= 2
+                            for q in range(LANES):
+                                before = total[2 * node, q]
+                                total[node, q] = before + total[2 * node + 1, q]
+                                most[node, q] = max(most[2 * node, q], before + most[2 * node + 1, q])
+                    if first[2][n1, a]:
+                        for q in range(LANES):
+                            best[q] = max(best[q], value[q] + most[1, q])
+                for q in range(lanes):
+                    if lacks[q] + first[3][n1] <= budget:
+                        highest[chunk] = max(highest[chunk], best[q])
+                        hopeful[n1, block + q, n2] = best[q] >= needed - SLACK
 
 
 @njit(cache=True, nogil=True)
@@ -250,7 +369,25 @@ def leaving_range(kind, none, everyone, reached, limits):
 
 @njit(cache=True, nogil=True)
 def scan(
-    problem, resources, order, planes, limits, target, second, floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally, chunk
+    problem,
+    resources,
+    order,
+    planes,
+    limits,
+    target,
+    second,
+    floor,
+    fixed,
+    outer,
+    lasts,
+    inner,
+    allowed,
+    hopeful,
+    budget,
+    best,
+    found,
+    tally,
+    chunk,
 ):
     """Scores the configurations of one pattern of exits whose reduced costs fit the budget.
 
@@ -264,9 +401,10 @@ def scan(
       limits, target, second: see `optimum.Problem`; floor: mIoU that is needed.
       fixed: (who, counts, chain) of the decisions before: candidate of each image that has left (-1: none yet), images per decision,
         candidates.
-      outer: (candidate, theta, cut, reduced cost) of the last but one decision; a candidate of -1 stands for none.
+      outer: (candidate, theta, cut, reduced cost, row in `hopeful`) of the last but one decision; a candidate of -1 stands for none.
       lasts: (candidate, reduced cost) of the last exit.
       inner: (candidate, theta, smallest reduced cost) of the orders of the last decision; allowed: bool [n, I], their cuts.
+      hopeful: bool [rows, lasts, n], which orders are worth a pass.
       best: float64 [CHUNKS, 2], value and tie-breaker to beat, smaller is better; found: int64 [CHUNKS, 7].
       tally: int64 [CHUNKS, 3], scored and failed by limit and by linear bound.
     """
@@ -322,7 +460,7 @@ def scan(
                     t_last += tp[last, i]
                     f_last += fp[last, i]
             for n in range(chunk if by_order else 0, inner[0].size, CHUNKS if by_order else 1):
-                if spent + inner[2][n] > budget:
+                if spent + inner[2][n] > budget or not hopeful[outer[4][o], q, n]:
                     continue
                 k = inner[0][n]
                 chain[length - 2] = k

@@ -11,7 +11,8 @@ three steps make it tractable:
    its best decision by itself in one pass over the sorted images. Any prices and potentials give a valid bound, `_descend` looks for the
    best ones. What a decision lacks to the best of its exit is a reduced cost: they add up, so `_reduce` drops what lacks more than the
    node has to spare.
-3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly.
+3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly. With two
+   early exits, `_sweep` first drops whole pairs of orders, all their cuts at once, by their largest linear worth.
 
 `_solve` takes these steps for one node, `run` for all that are left, best bound first. `_climb` finds the good configurations that the
 bounds are compared with.
@@ -39,8 +40,6 @@ from mess_tf.kernels import CHUNKS, MEAN, P90, P90_SHARE, PEAK, ROUNDING, SLACK,
 PARALLEL_STEPS = 1e5
 # Of the softened maximum, in mIoU, at each visit of a node; coarse first, so that the search for potentials neither stalls nor stops early.
 TEMPERATURES = (1e-3, 3e-4, 1e-4)
-# What the costs of the original network are worth in mIoU, where a search for good configurations starts.
-START_PRICES = (0.01, 0.02, 0.04, 0.08, 0.16)
 # What is scored at once rather than bounded again, in steps over sorted images: so many, and so many passes over all that is open.
 CHEAP_STEPS = 1e6
 CHEAP_PASSES = 200
@@ -291,9 +290,9 @@ class Optimiser:
             limits[target] = min(limits[target], self.best.costs[target] * (1 if equal else 1 - 1e-9))
         return limits
 
-    def _judge(self, found: Found, wish: Wish) -> tuple[float, float]:
+    def _judge(self, found: Found) -> tuple[float, float]:
         """Value and tie-breaker, smaller is better; infinite if a constraint is broken."""
-        costs = np.array(found.costs)
+        costs, wish = np.array(found.costs), self.wish
         if found.miou < wish.floor - ROUNDING or (costs > wish.limits * (1 + ROUNDING)).any():
             return math.inf, math.inf
         return float(wish.prices @ costs - wish.weight * found.miou), found.costs[self.problem.second] if wish.weight else -found.miou
@@ -307,8 +306,7 @@ class Optimiser:
         costs = np.empty(problem.limits.size)
         chain = np.array([*(k for k, _, _ in early), last])
         kernels.chain_costs(*self._resources(root), problem.exit_of, chain, counts, costs)
-        images = np.arange(self.images)
-        miou = kernels.mean_iou(problem.tp[who, images].sum(axis=0), problem.fp[who, images].sum(axis=0), problem.labelled)
+        miou = kernels.mixture_miou(problem.tp, problem.fp, problem.labelled, who)
         return Found(root, tuple((int(k), int(t), int(cut)) for k, t, cut in early), int(last), miou, tuple(costs.tolist()))
 
     def _leave(self, root: int, early: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -323,7 +321,7 @@ class Optimiser:
 
     def _offer(self, found: Found) -> None:
         """Takes a configuration if it meets the constraints and is better than the best."""
-        value = self._judge(found, self.wish)
+        value = self._judge(found)
         if value < self.value:
             self.best, self.value = found, value
 
@@ -510,16 +508,14 @@ class Optimiser:
             goes[p, order[k, t, :cut]] = k
         images = np.arange(self.images)
         # How much the bound on mIoU weighs against one class: the more is to spare, the less it helps.
-        pulls = np.array([0.01, 0.04, 0.16]) / spare
+        pull = 0.04 / spare
         for axis, (counts, offset) in enumerate(((self.lack, self.reference * problem.labelled), (problem.fp, 0 * problem.labelled))):
             for c in range(problem.labelled.size):
                 for sign in (-1, 1):
                     measure = sign * counts[:, :, c] / self.reference_union[c]
-                    to_come = measure[goes[1:], images]
-                    reached = math.inf
-                    for pull in pulls:
-                        pulled = relaxation._replace(w=measure + pull * relaxation.w, constant=pull * surplus, limit=0 * relaxation.limit)
-                        reached = min(reached, self._evaluate(node, pulled, pull * node.prices, to_come + pull * node.potentials).bound)
+                    pulled = relaxation._replace(w=measure + pull * relaxation.w, constant=pull * surplus, limit=0 * relaxation.limit)
+                    potentials = measure[goes[1:], images] + pull * node.potentials
+                    reached = self._evaluate(node, pulled, pull * node.prices, potentials).bound
                     row = 2 * axis + (sign > 0)
                     limit = sign * self.reference_union[c] * (reached + SLACK) + offset[c]
                     node.box[row, c] = min(node.box[row, c], limit) if sign > 0 else max(node.box[row, c], limit)
@@ -584,8 +580,7 @@ class Optimiser:
             return [] if self._scan(node, relaxation, values, cheap) else [node]
         values = self._descend(node, relaxation)
         self.prices = node.prices
-        finite = np.where(np.isfinite(self.limits), np.maximum(self.limits, 1e-300), np.inf)
-        self._polish(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]), node.prices / finite)
+        self._improve(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]))
         spare = values.bound - self.floor
         stalls, node.spare = node.visits > len(TEMPERATURES) and spare > 0.7 * node.spare - SLACK, spare
         if self._scan(node, relaxation, values, SCAN_STEPS if stalls else cheap):
@@ -656,30 +651,41 @@ class Optimiser:
     # --- Scoring what is left of a node ---
 
     def _scan(self, node: Node, relaxation: Relaxation, values: Values, most_steps: float) -> bool:
-        """Drops what its reduced cost rules out and scores the rest; returns False, having scored nothing, if that takes more steps."""
+        """Drops what its bounds rule out and scores the rest; returns False, having scored nothing, if that takes more steps."""
         m, spare = len(node.potentials), values.bound - self.floor + SLACK
         lacking = self._reduce(node, relaxation, values)
         if not node.count():
             return True
+        hopeful = np.ones((1, node.lasts.size, node.candidate.size), bool)
+        if m == 2:
+            lacks = [lacking[node.position == p].min(axis=1) for p in range(m)] + [values.tops[m] - values.lasts]
+            if self._steps(lacks, max(spare, SLACK)) > most_steps:
+                return False
+            lacking, hopeful = self._sweep(node, relaxation, values, lacking, lacks, spare)
+            if not node.count():
+                return True
         decisions = []
         for p in range(m - 1):
             n, a = np.nonzero(np.isfinite(lacking) & (node.position == p)[:, None])
             ranked = np.argsort(lacking[n, a], kind="stable")
             n, a = n[ranked], a[ranked]
-            decisions.append((node.candidate[n], node.theta[n], a + 1, lacking[n, a]))
+            decisions.append((node.candidate[n], node.theta[n], a + 1, lacking[n, a], n if m == 2 else 0 * n))
         here = node.position == m - 1
         inner = node.candidate[here], node.theta[here], lacking[here].min(axis=1, initial=np.inf)
         lasts = node.lasts, values.tops[m] - values.lasts
         lists = [each[3] for each in decisions] + ([inner[2]] if m else []) + [lasts[1]]
-        if self._steps(lists, max(spare, SLACK)) > most_steps:
+        steps = self.images * hopeful.sum(axis=(1, 2))[decisions[0][4]].sum() if m == 2 else self._steps(lists, max(spare, SLACK))
+        if steps > most_steps:
             return False
 
         before = self.proof.scored + self.proof.cut["limit"] + self.proof.cut["linear_bound"]
         if m:
-            none = np.array([-1]), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
+            cuts = [node.allowed[side].sum(axis=1) for side in (~here, here)]
+            self.proof.cut["linear_bound"] += int(cuts[0] @ (~hopeful).sum(axis=1) @ cuts[1]) if m == 2 else 0
+            none = np.array([-1]), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int64)
             outer = decisions[-1] if m > 1 else none
             for early, less in self._fixed(decisions[:-1], spare):
-                self._scan_pattern(node, early, outer, lasts, inner, node.allowed[here], spare - less, relaxation)
+                self._scan_pattern(node, early, outer, lasts, inner, node.allowed[here], hopeful, spare - less, relaxation)
         else:
             for k in node.lasts:
                 self._offer(self._score(node.root, (), k))
@@ -687,6 +693,34 @@ class Optimiser:
         done = self.proof.scored + self.proof.cut["limit"] + self.proof.cut["linear_bound"] - before
         self.proof.cut["reduced_cost"] += node.count() - done
         return True
+
+    def _sweep(self, node: Node, relaxation: Relaxation, values: Values, lacking: np.ndarray, lacks, spare: float):
+        """Bounds every pair of orders with every last candidate of a node by their best linear worth; drops what is in no hopeful triple.
+
+        Args:
+          lacking: of the cuts, see `_reduce`.
+          lacks: smallest reduced cost of each first order, second order and last candidate.
+
+        Returns:
+          `lacking` of the orders that are left; bool [first orders, lasts, second orders], which triples may hold something better.
+        """
+        first, count = node.position == 0, node.count()
+        sides = [(node.candidate[p], node.theta[p], node.allowed[p], lack) for p, lack in zip((first, ~first), lacks[:2], strict=True)]
+        rows = relaxation.leave, relaxation.stay, relaxation.leave_last, relaxation.fixed, relaxation.fixed_last
+        constant = relaxation.constant + float(node.prices @ relaxation.limit)
+        hopeful = np.zeros([lack.size for lack in (lacks[0], lacks[2], lacks[1])], bool)
+        highest = np.full(CHUNKS, -np.inf)
+        self._spread(
+            *(kernels.sweep, hopeful.size, relaxation.w, constant, tuple(node.prices @ row for row in rows)),
+            *(self.problem.roots[node.root].order, *sides, (node.lasts, lacks[2]), spare, self.floor, hopeful, highest),
+        )
+        node.upper = min(node.upper, max(highest.max(), self.floor))
+        lasts, orders = hopeful.any(axis=(0, 2)), np.concatenate([hopeful.any(axis=(1, 2)), hopeful.any(axis=(0, 1))])
+        hopeful = hopeful[orders[: lacks[0].size]][:, lasts][:, :, orders[lacks[0].size :]]
+        values.orders, values.lasts = values.orders[orders], values.lasts[lasts]
+        node.keep(orders, lasts)
+        self.proof.cut["linear_bound"] += count - node.count()
+        return lacking[orders], hopeful
 
     def _steps(self, lists: Sequence[np.ndarray], spare: float) -> float:
         """How many steps over sorted images a scan takes at most, by histograms of the reduced costs of all that is combined."""
@@ -707,12 +741,12 @@ class Optimiser:
             yield (), 0.0
             return
         for rest, less in self._fixed(decisions[:-1], spare):
-            for k, t, cut, lacking in zip(*decisions[-1], strict=True):
+            for k, t, cut, lacking in zip(*decisions[-1][:4], strict=True):
                 if less + lacking > spare:
                     break
                 yield (*rest, (int(k), int(t), int(cut))), less + lacking
 
-    def _scan_pattern(self, node: Node, early, outer, lasts, inner, allowed, budget: float, relaxation: Relaxation) -> None:
+    def _scan_pattern(self, node: Node, early, outer, lasts, inner, allowed, hopeful, budget: float, relaxation) -> None:
         problem, root = self.problem, node.root
         fixed = *self._leave(root, early), np.array([k for k, _, _ in early], np.int64)
         best, found, tally = np.tile(self.value, (CHUNKS, 1)), np.zeros((CHUNKS, 7), np.int64), np.zeros((CHUNKS, 3), np.int64)
@@ -720,7 +754,7 @@ class Optimiser:
             *(kernels.scan, outer[0].size * lasts[0].size * inner[0].size),
             *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root)),
             *(problem.roots[root].order, relaxation[:2], self.limits),
-            *(problem.target, problem.second, self.floor, fixed, outer, lasts, inner, allowed, budget, best, found, tally),
+            *(problem.target, problem.second, self.floor, fixed, outer, lasts, inner, allowed, hopeful, budget, best, found, tally),
         )
         self.proof.scored += int(tally[:, 0].sum())
         self.proof.cut["limit"] += int(tally[:, 1].sum())
@@ -732,18 +766,16 @@ class Optimiser:
     # --- Good configurations to start from ---
 
     def _start(self) -> None:
-        """Looks for good configurations: single exits, then those that price costs in various ways, in every part of the space."""
+        """Looks for good configurations: single exits, then early exits in front of the best head of each exit."""
+        problem = self.problem
         self.tried: set[tuple] = set()
-        final = self.problem.exit_of.size - 1
-        for root, part in enumerate(self.problem.roots):
-            if part.least == 0:
-                for k in range(final + 1):
-                    self._offer(self._score(root, (), k))
-            original = np.array(self._score(root, (), final).costs)
-            priced = np.isfinite(self.problem.limits) | (self.wish.prices > 0)
-            for price in START_PRICES if part.most else ():
-                early = self._nearest(root, self.best.early) if self.best and len(self.best.early) <= part.most else []
-                self._polish(root, early, self.best.last if self.best else final, price * priced / np.maximum(original, 1e-300))
+        alone = np.array([self._score(0, (), k).miou for k in range(problem.exit_of.size)])
+        for root, part in enumerate(problem.roots):
+            for k in range(alone.size if part.least == 0 else 0):
+                self._offer(self._score(root, (), k))
+            for e in range(self.exits if part.most and root == 0 else 0):
+                heads = np.flatnonzero(problem.exit_of == e)
+                self._improve(root, [], int(heads[alone[heads].argmax()]))
 
     def _refer(self) -> None:
         """Takes the class sums of the best configuration, else of the original network, as the reference of all planes."""
@@ -757,31 +789,19 @@ class Optimiser:
         self.reference = problem.tp[who, images].sum(0) / self.reference_union
         self.lack = self.reference * problem.fp - problem.tp
 
-    def _nearest(self, root: int, early) -> list[tuple[int, int, int]]:
-        """Decisions with cuts that a part of the space has."""
-        nearest = []
-        for k, t, cut in early:
-            cuts = np.flatnonzero(self.problem.roots[root].allowed[k, t]) + 1
-            nearest.append((k, t, int(cuts[np.abs(cuts - cut).argmin()])))
-        return nearest
-
-    def _polish(self, root: int, early: Sequence[tuple[int, int, int]], last: int, prices: np.ndarray) -> None:
-        """Improves a configuration step by step, first with priced costs in place of all constraints, and offers the result."""
-        free = Wish(0.0, np.full_like(prices, np.inf), 1.0, prices)
-        configuration = list(early), last
-        for wish in (free, self.wish):
-            pattern = root, wish.weight, tuple(k for k, _, _ in configuration[0]), configuration[1]
-            if pattern in self.tried:
-                return
+    def _improve(self, root: int, early: Sequence[tuple[int, int, int]], last: int) -> None:
+        """Improves a configuration step by step and offers the result."""
+        pattern = root, tuple(k for k, _, _ in early), last
+        if pattern not in self.tried:
             self.tried.add(pattern)
-            configuration = self._climb(root, *configuration, wish)
-        if len(configuration[0]) >= self.problem.roots[root].least:
-            self._offer(self._score(root, *configuration))
+            early, last = self._climb(root, list(early), last)
+            if len(early) >= self.problem.roots[root].least:
+                self._offer(self._score(root, early, last))
 
-    def _climb(self, root: int, early, last: int, wish: Wish) -> tuple[list[tuple[int, int, int]], int]:
+    def _climb(self, root: int, early, last: int) -> tuple[list[tuple[int, int, int]], int]:
         """Changes one exit at a time, adds and drops exits, for as long as the configuration gets better."""
         part, exit_of = self.problem.roots[root], self.problem.exit_of
-        current, value, improved = (early, last), self._judge(self._score(root, early, last), wish), True
+        current, value, improved = (early, last), self._judge(self._score(root, early, last)), True
         while improved and time.perf_counter() < self.deadline:
             improved = False
             for e in range(self.exits - 1):
@@ -795,19 +815,19 @@ class Optimiser:
                     others, options = chosen, []
                 else:
                     continue
-                if (decision := self._best_decision(root, others, last, position, e, wish, value)) is not None:
+                if (decision := self._best_decision(root, others, last, position, e, value)) is not None:
                     options.append(([*others[:position], decision, *others[position:]], last))
                 for option in options:
-                    if (new := self._judge(self._score(root, *option), wish)) < value:
+                    if (new := self._judge(self._score(root, *option))) < value:
                         current, value, improved = option, new, True
             chosen, last = current
             behind = int(exit_of[chosen[-1][0]]) if chosen else -1
             for k in np.flatnonzero(exit_of > behind).tolist():
-                if (new := self._judge(self._score(root, chosen, k), wish)) < value:
+                if (new := self._judge(self._score(root, chosen, k))) < value:
                     current, value, improved = (chosen, k), new, True
         return current
 
-    def _best_decision(self, root: int, others, last: int, position: int, e: int, wish: Wish, value) -> tuple[int, int, int] | None:
+    def _best_decision(self, root: int, others, last: int, position: int, e: int, value) -> tuple[int, int, int] | None:
         """The best decision at exit `e`, in front of `others[position:]`, if it beats `value`."""
         problem, part = self.problem, self.problem.roots[root]
         who, before = self._leave(root, others[:position])
@@ -824,7 +844,7 @@ class Optimiser:
         self._spread(
             *(kernels.improve, k.size),
             *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root), part.order),
-            *(tuple(wish), problem.second, who, after, chain, position, k, t, part.allowed[k, t], counts, best, found),
+            *(tuple(self.wish), problem.second, who, after, chain, position, k, t, part.allowed[k, t], counts, best, found),
         )
         chunk = min(range(CHUNKS), key=lambda c: tuple(best[c]))
         return tuple(found[chunk].tolist()) if found[chunk, 0] >= 0 else None
