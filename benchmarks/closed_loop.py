@@ -4,9 +4,9 @@
 `export_tflite --candidates` and `calibrate`.
 
 In one process: times every candidate submodel, searches for each target the least mean latency within `max_drop_pp` of the original's mIoU,
-exports those bundles and the original the same way into WORKDIR/closed_loop, then runs all over all images of the split, image by image in
-turn. The last line is one JSON object; for one target, with these keys, for several, a list of such objects as `targets`, and the largest
-`latency_error` and `miou_error_pp`:
+exports those bundles and the original the same way into WORKDIR/closed_loop, then runs all over all images of the split, in turn for every
+ten images. The last line is one JSON object; for one target, with these keys, for several, a list of such objects as `targets`, and the
+largest `latency_error` and `miou_error_pp`:
   max_drop_pp: the target; exits: what was chosen.
   speedup: mean latency of the original over that of the bundle; speedup_interval: 95 % bootstrap interval over the images.
   miou_drop_pp: mIoU of the original less that of the bundle, in percentage points, both from the masks returned.
@@ -33,27 +33,32 @@ from mess_tf.files import Stats
 from mess_tf.model import load_network
 from mess_tf.search import latency_costs, original, resolve_objective, search, table
 
+BLOCK = 10  # images
+
 
 def run_all(bundles: Sequence[Path], examples: Examples, threads: int, rounds: int) -> tuple[np.ndarray, list[float], list[list[str]]]:
-    """Runs bundles over a split, in turn.
+    """Runs bundles over a split, in blocks of images, in random order per block: each as on a device that runs nothing else.
 
     Returns:
       Latencies in ms [bundles, images] (the median of the rounds); of each bundle, mIoU and the exit of each image.
     """
     runners = [Runner(Bundle.load(path), threads) for path in bundles]
-    classes, sides = examples.info.num_classes, range(len(bundles))
+    classes = examples.info.num_classes
     latency = np.zeros((rounds, len(bundles), len(examples)))
     confusion = np.zeros((len(bundles), classes, classes), np.int64)
-    exits = [[] for _ in sides]
-    for i in range(len(examples)):
-        image, label = examples.load(i)
+    exits = [[] for _ in bundles]
+    order = np.random.default_rng(0)
+    for start in range(0, len(examples), BLOCK):
+        block = [(i, *examples.load(i)) for i in range(start, min(start + BLOCK, len(examples)))]
         for turn in range(rounds):
-            for side in sides if turn % 2 == 0 else reversed(sides):
-                result = runners[side].run(image)
-                latency[turn, side, i] = result.latency_ms
-                if turn == 0:
-                    confusion[side] += metrics.confusion_matrix(label, result.mask, classes)
-                    exits[side].append(result.exit)
+            for side in order.permutation(len(bundles)).tolist():
+                runners[side].run(block[0][1])  # what ran before has left the caches cold
+                for i, image, label in block:
+                    result = runners[side].run(image)
+                    latency[turn, side, i] = result.latency_ms
+                    if turn == 0:
+                        confusion[side] += metrics.confusion_matrix(label, result.mask, classes)
+                        exits[side].append(result.exit)
     return np.median(latency, axis=0), [float(metrics.miou(*metrics.class_counts(matrix))) for matrix in confusion], exits
 
 

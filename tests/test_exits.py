@@ -129,18 +129,19 @@ def structure(head: keras.Model) -> str:
     return text
 
 
-@pytest.mark.parametrize(("point", "specs"), [(STRIDE16, HEAD_SPACE), (STRIDE8, HEAD_SPACE[::8])], ids=["stride16", "stride8"])
-def test_heads_build_at_their_taps_and_no_two_are_the_same(point, specs):
-    structures = set()
-    for spec in specs:
+def test_no_two_heads_are_the_same():
+    assert len({structure(build_head(spec, STRIDE16, CLASSES, momentum=0.9)) for spec in HEAD_SPACE}) == len(HEAD_SPACE) == 120
+
+
+@pytest.mark.parametrize("point", [STRIDE16, STRIDE8], ids=["stride16", "stride8"])
+def test_heads_build_at_their_taps(point):
+    for spec in HEAD_SPACE[::8]:
         head = build_head(spec, point, CLASSES, momentum=0.9)
         taps = (point.tap, point.shallow) if spec.kind == "decoder" else (point.tap,)
         shapes = [(1, 64 // tap.stride, 128 // tap.stride, tap.channels) for tap in taps]
         assert head.name == f"{point.name}.{spec.name}"
         assert [tensor.name for tensor in head.inputs] == [TAP + tap.name for tap in taps]
         assert head([keras.KerasTensor(shape) for shape in shapes]).shape == (*shapes[-1][:3], CLASSES)
-        structures.add(structure(head))
-    assert len(structures) == len(specs)
 
 
 @pytest.mark.parametrize("name", ["fcn-r8-b0", "fcn-r1-b3-d2", "deeplab-r2-b1-d4", "decoder-r1-b0", "decoder-r4-b2-d1"])
