@@ -17,8 +17,6 @@ from android_bench import adb, session, verify
 from mess_runtime.benchmark import LatencyTable
 from mess_runtime.bundle import file_sha256, read_json
 
-pytestmark = pytest.mark.xdist_group("android_bench")  # one process, so that fixtures of the module are made once
-
 NAMES = ("prefix.exit1", "prefix.final", "head.exit1.fcn-r1-b0", "head.final.original")
 FAST = ("--runs=5", "--min_seconds=0", "--repetitions=2", "--warmup_runs=1")
 

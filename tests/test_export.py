@@ -22,8 +22,6 @@ from mess_tf.model import FINAL, build_network
 from mess_tf.policy import decide
 from mess_tf.search import arrival_costs, evaluate_configuration, macs_costs
 
-pytestmark = pytest.mark.xdist_group("export")  # one process, so that fixtures of the module are made once
-
 SIZE = (32, 64)
 HEADS = ("fcn-r1-b0", "decoder-r2-b1-d2")
 

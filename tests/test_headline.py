@@ -13,8 +13,6 @@ from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig
 from mess_tf.data import resize_image
 from mess_tf.model import best_weights, build_network
 
-pytestmark = pytest.mark.xdist_group("headline")  # one process, so that fixtures of the module are made once
-
 
 def measured(latency_ms, right, pixels=100) -> Measured:
     """Two classes, of which class 0 has `right` of `pixels` pixels in each image, the others being taken for class 1, which is found."""

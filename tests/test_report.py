@@ -20,8 +20,6 @@ from mess_tf.model import best_weights, build_network
 from mess_tf.report import class_table
 from mess_tf.search import evaluate_configuration, macs_costs
 
-pytestmark = pytest.mark.xdist_group("report")  # one process, so that fixtures of the module are made once
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = Config(
     data=DataConfig(input_size=(32, 64), synthetic_val=6),

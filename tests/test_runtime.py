@@ -37,8 +37,6 @@ from mess_runtime.runner import Runner, exit_within
 from mess_tf import graphs
 from mess_tf.export_tflite import convert
 
-pytestmark = pytest.mark.xdist_group("runtime")  # one process, so that fixtures of the module are made once
-
 HEIGHT, WIDTH, CLASSES = 32, 64, 5
 PIXELS = HEIGHT * WIDTH
 EXITS = ("exit1", "exit2", "final")

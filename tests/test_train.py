@@ -23,8 +23,6 @@ from mess_tf.layers import BatchNormalization
 from mess_tf.metrics import class_counts, confusion_matrix, miou
 from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
 
-pytestmark = pytest.mark.xdist_group("train")  # one process, so that fixtures of the module are made once
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE, CLASSES = (32, 64), 8
 HEADS = ("decoder-r4-b0", "fcn-r2-b0")
