@@ -37,7 +37,7 @@ from absl import app, flags
 from common import searched
 
 from mess_runtime.bundle import check
-from mess_tf import configs
+from mess_tf import configs, guarantee
 from mess_tf.configs import HeadSpec
 from mess_tf.files import Stats
 from mess_tf.search import evaluate_configuration, macs_costs
@@ -111,13 +111,6 @@ def narrowed(stats: Stats, keep: np.ndarray) -> Stats:
     return dataclasses.replace(stats, **values)
 
 
-def of_images(stats: Stats, which: slice) -> Stats:
-    """Statistics of some of the images."""
-    arrays = {field.name: getattr(stats, field.name) for field in dataclasses.fields(Stats)}
-    values = {name: array[:, which] for name, array in arrays.items() if isinstance(array, np.ndarray) and array.ndim > 1}
-    return dataclasses.replace(stats, images=stats.images[which], pixels=stats.pixels[which], **values)
-
-
 def one_confidence(stats: Stats, edge_aware: bool) -> Stats:
     """Statistics in which both confidences are the plain or the edge-aware one."""
     return dataclasses.replace(stats, confident=np.repeat(stats.confident[..., int(edge_aware), None], 2, axis=3))
@@ -127,7 +120,7 @@ def deployed(stats: Stats, folder: Path) -> float | None:
     """Mean mIoU % over the cost shares and both halves of the images, each scored on the other half; None if a share is out of reach."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = []
-    halves = [of_images(stats, slice(start, None, 2)) for start in (0, 1)]
+    halves = [guarantee.select(stats, np.arange(start, len(stats.images), 2)) for start in (0, 1)]
     for seen, unseen in (halves, reversed(halves)):
         seen.save(folder / "stats.npz")
         for share in FLAGS.cost_shares:

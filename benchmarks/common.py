@@ -17,7 +17,7 @@ from mess_tf.export_tflite import FP32, INT8, Exporter, calibration_images
 from mess_tf.files import Configuration, Deployment, ExitChoice
 from mess_tf.model import FINAL, load_network
 
-CHOSEN = ("exit1.decoder-r1-b0", "exit2.decoder-r1-b0", "exit4.decoder-r1-b0", FINAL)
+CHOSEN = ("exit1.decoder-r1-b0", "exit2.decoder-r1-b0", "exit3.decoder-r1-b0", FINAL)
 
 
 def define_flags() -> None:
