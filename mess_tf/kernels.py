@@ -106,13 +106,14 @@ def share(chunk, size):
 
 
 @njit(cache=True, nogil=True)
-def best_cuts(w, prices, order, position, candidate, theta, allowed, potentials, best, chunk):
-    """Largest worth of each order's allowed cuts, into `best` [n].
+def best_cuts(w, prices, order, position, candidate, theta, bonus, potentials, best, cuts, chunk):
+    """Largest worth of each order's cuts, into `best` [n], and the cut, into `cuts` [n].
 
     Args:
       w: float64 [K, I]; prices: (leave, stay, fixed), float64 [K] each.
       order: see `optimum.Root`.
-      position, candidate, theta, allowed: of the n orders, see `optimum.Node`.
+      position, candidate, theta: of the n orders, see `optimum.Node`.
+      bonus: float64 [n, I], see `optimum.Relaxation`.
       potentials: float64 [m + 1, I] of the chain's positions, 0 at the first.
     """
     leave, stay, fixed = prices
@@ -129,71 +130,61 @@ def best_cuts(w, prices, order, position, candidate, theta, allowed, potentials,
                 last += 1
             n1, n2 = min(n + 1, last), min(n + 2, last)
             ranked0, ranked1, ranked2, ranked3 = order[k, theta[n]], order[k, theta[n1]], order[k, theta[n2]], order[k, theta[last]]
+            bonus0, bonus1, bonus2, bonus3 = bonus[n], bonus[n1], bonus[n2], bonus[last]
             value0 = value1 = value2 = value3 = start
             most0 = most1 = most2 = most3 = -np.inf
+            cut0 = cut1 = cut2 = cut3 = 0
             for a in range(images):
                 value0 += gain[ranked0[a]]
                 value1 += gain[ranked1[a]]
                 value2 += gain[ranked2[a]]
                 value3 += gain[ranked3[a]]
-                if allowed[n, a]:
-                    most0 = max(most0, value0)
-                if allowed[n1, a]:
-                    most1 = max(most1, value1)
-                if allowed[n2, a]:
-                    most2 = max(most2, value2)
-                if allowed[last, a]:
-                    most3 = max(most3, value3)
+                if value0 + bonus0[a] > most0:
+                    most0, cut0 = value0 + bonus0[a], a
+                if value1 + bonus1[a] > most1:
+                    most1, cut1 = value1 + bonus1[a], a
+                if value2 + bonus2[a] > most2:
+                    most2, cut2 = value2 + bonus2[a], a
+                if value3 + bonus3[a] > most3:
+                    most3, cut3 = value3 + bonus3[a], a
             best[n], best[n1], best[n2], best[last] = most0, most1, most2, most3
+            cuts[n], cuts[n1], cuts[n2], cuts[last] = cut0, cut1, cut2, cut3
             n = last + 1
 
 
 @njit(cache=True, nogil=True)
-def soften(w, prices, order, position, candidate, theta, allowed, potentials, best, tops, temperature, of_candidate, of_image, chunk):
-    """Softmax over the cuts of each position, the largest worth having the weight 1; see `best_cuts`.
+def soften(w, prices, order, position, candidate, theta, bonus, potentials, best, cuts, tops, temperature, of_candidate, of_image, chunk):
+    """Softmax over the orders of each position, each at its best cut, the largest worth having the weight 1; see `best_cuts`.
 
     Args:
-      best: float64 [n], of `best_cuts`; tops: float64 [m], largest worth of each position.
+      tops: float64 [m], largest worth of each position.
       of_candidate: float64 [CHUNKS, K, 3], to which are added the weight of a candidate, the images that leave and that stay times weight.
       of_image: float64 [CHUNKS, m, 2, I], the weight with which each image leaves and stays. Only images that take part count: all at the
         first position, else those worth more than their potential.
     """
-    leave, stay, fixed = prices
+    leave, stay, _ = prices
     images = w.shape[1]
-    gain, weight, start, done = np.empty(images), np.empty(images), 0.0, -1
     low, high = share(chunk, candidate.size)
     for n in range(low, high):
         k, p = candidate[n], position[n]
-        least = tops[p] - 15 * temperature
-        if best[n] < least:
+        if best[n] < tops[p] - 15 * temperature:
             continue
-        inside, outside = potentials[p], potentials[p + 1]
-        if k != done:
-            start = stay_and_gain(p == 0, w[k], leave[k], stay[k], inside, outside, gain) - fixed[k]
-            done = k
-        value, total = start, 0.0
-        ranked = order[k, theta[n]]
+        inside, outside, ranked = potentials[p], potentials[p + 1], order[k, theta[n]]
+        weight = math.exp((best[n] - tops[p]) / temperature)
+        of_candidate[chunk, k, 0] += weight
         for a in range(images):
-            value += gain[ranked[a]]
-            weight[a] = 0.0
-            if allowed[n, a] and value > least:
-                weight[a] = math.exp((value - tops[p]) / temperature)
-                total += weight[a]
-        of_candidate[chunk, k, 0] += total
-        left = 0.0
-        for a in range(images - 1, -1, -1):
-            left += weight[a]
             i = ranked[a]
-            if p == 0 or w[k, i] - leave[k] - inside[i] > 0:
-                of_candidate[chunk, k, 1] += left
-                of_image[chunk, p, 0, i] += left
-            if p == 0 or outside[i] - stay[k] - inside[i] > 0:
-                of_candidate[chunk, k, 2] += total - left
-                of_image[chunk, p, 1, i] += total - left
+            if a <= cuts[n]:
+                if p == 0 or w[k, i] - leave[k] - inside[i] > 0:
+                    of_candidate[chunk, k, 1] += weight
+                    of_image[chunk, p, 0, i] += weight
+            elif p == 0 or outside[i] - stay[k] - inside[i] > 0:
+                of_candidate[chunk, k, 2] += weight
+                of_image[chunk, p, 1, i] += weight
 
 
 @njit(cache=True, nogil=True)
-def worths(w, prices, order, position, candidate, theta, potentials, worths, chunk):
+def worths(w, prices, order, position, candidate, theta, bonus, potentials, worths, chunk):
     """Worth of every cut of every order, into float64 [n, I]; see `best_cuts`."""
     leave, stay, fixed = prices
     images = w.shape[1]
@@ -205,7 +196,118 @@ def worths(w, prices, order, position, candidate, theta, potentials, worths, chu
         ranked = order[k, theta[n]]
         for a in range(images):
             value += gain[ranked[a]]
-            worths[n, a] = value
+            worths[n, a] = value + bonus[n, a]
+
+
+@njit(cache=True, nogil=True)
+def reaching(order, position, candidate, theta, allowed, can, must):
+    """Which images can reach each position, and which have to, into bool [m + 1, I]; the orders are sorted by position."""
+    images = can.shape[1]
+    can[0], must[0] = True, True
+    for n in range(candidate.size):
+        p = position[n]
+        if n == 0 or p != position[n - 1]:
+            can[p + 1], must[p + 1] = False, must[p]
+        ranked = order[candidate[n], theta[n]]
+        lowest, highest = images, -1
+        for a in range(images):
+            if allowed[n, a]:
+                lowest = min(lowest, a)
+                highest = a
+        for a in range(images):
+            i = ranked[a]
+            can[p + 1, i] |= can[p, i] and a > lowest
+            must[p + 1, i] &= a > highest
+
+
+@njit(cache=True, nogil=True)
+def stay_and_leave(tp, fp, per_tp, per_fp, goes, goes_on, can, must, sums, spread, sum_steps, spread_steps):
+    """By how much sums of per_tp TP + per_fp FP differ from what is expected if all images stay, and what changes when one leaves.
+
+    What reaches the position for sure counts fully. What may reach it counts half, and the other half as uncertain.
+
+    Args:
+      tp, fp: float64 [I, C] of the candidate; per_tp, per_fp: float64 [C].
+      goes, goes_on: float64 [I, C], what is expected of an image that reaches the position, or passes it.
+      can, must: bool [I], see `reaching`.
+      sums, spread: float64 [C], difference and uncertainty; sum_steps, spread_steps: float64 [I, C], their changes.
+    """
+    sums[:] = 0.0
+    spread[:] = 0.0
+    images, classes = tp.shape
+    for i in range(images):
+        weight = 1.0 if must[i] else (0.5 if can[i] else 0.0)
+        doubt = 0.0 if must[i] else weight
+        for c in range(classes):
+            stays, leaves = goes_on[i, c] - goes[i, c], per_tp[c] * tp[i, c] + per_fp[c] * fp[i, c] - goes[i, c]
+            sums[c] += weight * stays
+            spread[c] += doubt * abs(stays)
+            sum_steps[i, c] = weight * (leaves - stays)
+            spread_steps[i, c] = doubt * (abs(leaves) - abs(stays))
+
+
+@njit(cache=True, nogil=True)
+def middles(tp, fp, per_tp, per_fp, goes, can, must, order, position, candidate, theta, allowed, sums, spread, chunk):
+    """Differences of the class sums, and their uncertainties, at the middle cut of each order, into float64 [n, C].
+
+    Args:
+      tp, fp: float64 [K, I, C]; per_tp, per_fp: float64 [C], of the sums.
+      goes: float64 [m + 1, I, C], what is expected of an image that reaches a position.
+      others: see `reaching`.
+    """
+    images, classes = tp.shape[1:]
+    start, doubt = np.empty(classes), np.empty(classes)
+    sum_steps, spread_steps, done = np.empty((images, classes)), np.empty((images, classes)), -1
+    low, high = share(chunk, candidate.size)
+    for n in range(low, high):
+        k, p = candidate[n], position[n]
+        if k != done:
+            stay_and_leave(*(tp[k], fp[k], per_tp, per_fp, goes[p], goes[p + 1], can[p], must[p]), start, doubt, sum_steps, spread_steps)
+            done = k
+        sums[n] = start
+        spread[n] = doubt
+        left = (allowed[n].sum() + 1) // 2
+        for a in range(images):
+            i = order[k, theta[n], a]
+            for c in range(classes):
+                sums[n, c] += sum_steps[i, c]
+                spread[n, c] += spread_steps[i, c]
+            left -= allowed[n, a]
+            if left == 0:
+                break
+
+
+@njit(cache=True, nogil=True)
+def bonuses(tp, fp, per_tp, per_fp, goes, can, must, order, position, candidate, theta, allowed, center, scale, bonus, chunk):
+    """Sums of the squares by which the class sums of each cut may differ from the center, times a scale, into float64 [n, I].
+
+    Args:
+      center: float64 [m, C]; scale: float64 [m]; both by position.
+      bonus: minus infinity for cuts that are not allowed.
+      others: see `middles`.
+    """
+    images, classes = tp.shape[1:]
+    start, doubt, sums, spread = np.empty(classes), np.empty(classes), np.empty(classes), np.empty(classes)
+    sum_steps, spread_steps, done = np.empty((images, classes)), np.empty((images, classes)), -1
+    low, high = share(chunk, candidate.size)
+    for n in range(low, high):
+        k, p = candidate[n], position[n]
+        if k != done:
+            stay_and_leave(*(tp[k], fp[k], per_tp, per_fp, goes[p], goes[p + 1], can[p], must[p]), start, doubt, sum_steps, spread_steps)
+            done = k
+        sums[:] = start - center[p]
+        spread[:] = doubt
+        for a in range(images):
+            i = order[k, theta[n], a]
+            for c in range(classes):
+                sums[c] += sum_steps[i, c]
+                spread[c] += spread_steps[i, c]
+            bonus[n, a] = -np.inf
+            if allowed[n, a]:
+                total = 0.0
+                for c in range(classes):
+                    total += (abs(sums[c]) + spread[c]) ** 2
+                bonus[n, a] = scale[p] * total
 
 
 @njit(cache=True, nogil=True)
@@ -219,7 +321,7 @@ def sweep(w, constant, prices, order, first, second, lasts, budget, needed, hope
     Args:
       w, constant: see `optimum.Relaxation`, the constant with the limits' worth.
       prices: (leave, stay, leave_last, fixed, fixed_last), float64 [K] each.
-      first, second: (candidate, theta, allowed, reduced cost) of the orders; lasts: (candidate, reduced cost).
+      first, second: (candidate, theta, bonus, reduced cost) of the orders; lasts: (candidate, bonus, reduced cost).
       needed: mIoU.
       hopeful: bool [n of first, lasts, n of second], set where the needed mIoU is reached.
       highest: float64 [CHUNKS], raised to the largest worth.
@@ -231,7 +333,7 @@ def sweep(w, constant, prices, order, first, second, lasts, budget, needed, hope
         size *= 2
     total, most = np.zeros((2 * size, LANES)), np.zeros((2 * size, LANES))
     full_total, full_most = np.zeros((2 * size, LANES)), np.zeros((2 * size, LANES))
-    leaf = np.empty(images, np.int64)
+    leaf, extra = np.empty(images, np.int64), np.empty(images)
     gain, ends = np.zeros((images, LANES)), np.zeros((images, LANES))
     lacks, value, start, best = np.empty(LANES), np.empty(LANES), np.empty(LANES), np.empty(LANES)
     for n2 in range(chunk, second[0].size, CHUNKS):
@@ -239,7 +341,9 @@ def sweep(w, constant, prices, order, first, second, lasts, budget, needed, hope
         cuts = 0
         for a in range(images):
             leaf[order[k2, second[1][n2], a]] = cuts
-            cuts += second[2][n2, a]
+            if second[2][n2, a] > -np.inf:
+                extra[cuts] = second[2][n2, a]
+                cuts += 1
         size = 1
         while size < cuts:
             size *= 2
@@ -249,8 +353,8 @@ def sweep(w, constant, prices, order, first, second, lasts, budget, needed, hope
             start[:] = 0.0
             for q in range(lanes):
                 k = lasts[0][block + q]
-                lacks[q] = lasts[1][block + q] + second[3][n2]
-                start[q] = constant - fixed[k2] - fixed_last[k]
+                lacks[q] = lasts[2][block + q] + second[3][n2]
+                start[q] = constant - fixed[k2] - fixed_last[k] + lasts[1][block + q]
                 for i in range(images):
                     ends[i, q] = w[k, i] - leave_last[k] - stay[k2]
                     gain[i, q] = w[k2, i] - leave[k2] - ends[i, q]
@@ -261,7 +365,8 @@ def sweep(w, constant, prices, order, first, second, lasts, budget, needed, hope
             for i in range(images):
                 if leaf[i] < cuts:
                     full_total[size + leaf[i]] += gain[i]
-            full_most[size : size + cuts] = full_total[size : size + cuts]
+            for cut in range(cuts):
+                full_most[size + cut] = full_total[size + cut] + extra[cut]
             for node in range(size - 1, 0, -1):
                 for q in range(LANES):
                     full_total[node, q] = full_total[2 * node, q] + full_total[2 * node + 1, q]
@@ -283,66 +388,20 @@ def sweep(w, constant, prices, order, first, second, lasts, budget, needed, hope
                         node = size + leaf[i]
                         for q in range(LANES):
                             total[node, q] -= gain[i, q]
-                            most[node, q] = total[node, q]
+                            most[node, q] = total[node, q] + extra[leaf[i]]
                         while node > 1:
                             node //= 2
                             for q in range(LANES):
                                 before = total[2 * node, q]
                                 total[node, q] = before + total[2 * node + 1, q]
                                 most[node, q] = max(most[2 * node, q], before + most[2 * node + 1, q])
-                    if first[2][n1, a]:
+                    if first[2][n1, a] > -np.inf:
                         for q in range(LANES):
-                            best[q] = max(best[q], value[q] + most[1, q])
+                            best[q] = max(best[q], value[q] + first[2][n1, a] + most[1, q])
                 for q in range(lanes):
                     if lacks[q] + first[3][n1] <= budget:
                         highest[chunk] = max(highest[chunk], best[q])
                         hopeful[n1, block + q, n2] = best[q] >= needed - SLACK
-
-
-@njit(cache=True, nogil=True)
-def possible(order, position, candidate, theta, allowed, lasts, possible):
-    """At which candidates an image can be, into bool [K, I]; the orders are sorted by position."""
-    images = possible.shape[1]
-    reach, stays = np.ones(images, np.bool_), np.zeros(images, np.bool_)
-    for n in range(candidate.size):
-        if n and position[n] != position[n - 1]:
-            reach[:] = stays
-            stays[:] = False
-        ranked = order[candidate[n], theta[n]]
-        lowest, highest = images, -1
-        for a in range(images):
-            if allowed[n, a]:
-                lowest = min(lowest, a)
-                highest = a
-        for a in range(images):
-            i = ranked[a]
-            if reach[i] and a <= highest:
-                possible[candidate[n], i] = True
-            if reach[i] and a > lowest:
-                stays[i] = True
-    for k in lasts:
-        possible[k] |= stays if candidate.size else reach
-
-
-@njit(cache=True, nogil=True)
-def ranges(lack, fp, possible, parts, chunk):
-    """Smallest and largest lack and FP per class of all mixtures in which image i is at one of the candidates with possible[k, i].
-
-    Added to float64 [CHUNKS, 4, C].
-    """
-    images, classes = fp.shape[1:]
-    of_image = np.empty((4, classes))
-    for i in range(chunk, images, CHUNKS):
-        of_image[0::2] = np.inf
-        of_image[1::2] = -np.inf
-        for k in range(fp.shape[0]):
-            if possible[k, i]:
-                for c in range(classes):
-                    of_image[0, c] = min(of_image[0, c], lack[k, i, c])
-                    of_image[1, c] = max(of_image[1, c], lack[k, i, c])
-                    of_image[2, c] = min(of_image[2, c], fp[k, i, c])
-                    of_image[3, c] = max(of_image[3, c], fp[k, i, c])
-        parts[chunk] += of_image
 
 
 @njit(cache=True, nogil=True)
@@ -381,7 +440,7 @@ def scan(
     outer,
     lasts,
     inner,
-    allowed,
+    bonus,
     hopeful,
     budget,
     best,
@@ -397,13 +456,14 @@ def scan(
     Args:
       problem: (tp, fp, labelled, exit_of).
       resources: (kind, prefix, head, decision).
-      planes: (w, constant).
+      planes: (w, constant with the bonus of the decisions before).
       limits, target, second: see `optimum.Problem`; floor: mIoU that is needed.
       fixed: (who, counts, chain) of the decisions before: candidate of each image that has left (-1: none yet), images per decision,
         candidates.
-      outer: (candidate, theta, cut, reduced cost, row in `hopeful`) of the last but one decision; a candidate of -1 stands for none.
-      lasts: (candidate, reduced cost) of the last exit.
-      inner: (candidate, theta, smallest reduced cost) of the orders of the last decision; allowed: bool [n, I], their cuts.
+      outer: (candidate, theta, cut, reduced cost, bonus, row in `hopeful`) of the last but one decision; a candidate of -1 stands for
+        none.
+      lasts: (candidate, bonus, reduced cost) of the last exit.
+      inner: (candidate, theta, smallest reduced cost) of the orders of the last decision; bonus: float64 [n, I], of their cuts.
       hopeful: bool [rows, lasts, n], which orders are worth a pass.
       best: float64 [CHUNKS, 2], value and tie-breaker to beat, smaller is better; found: int64 [CHUNKS, 7].
       tally: int64 [CHUNKS, 3], scored and failed by limit and by linear bound.
@@ -435,7 +495,7 @@ def scan(
                 if who[ranked[a]] < 0:
                     who[ranked[a]] = outer[0][o]
                     counts[before] += 1
-        reached, gone = 0, constant
+        reached, gone = 0, constant + outer[4][o]
         t_gone[:] = 0
         f_gone[:] = 0
         for i in range(images):
@@ -446,12 +506,12 @@ def scan(
                 t_gone += tp[who[i], i]
                 f_gone += fp[who[i], i]
         for q in range(lasts[0].size):
-            spent = outer[3][o] + lasts[1][q]
+            spent = outer[3][o] + lasts[2][q]
             if spent > budget:
                 continue
             last = lasts[0][q]
             chain[length - 1] = last
-            stay = gone
+            stay = gone + lasts[1][q]
             t_last[:] = t_gone
             f_last[:] = f_gone
             for i in range(images):
@@ -460,7 +520,7 @@ def scan(
                     t_last += tp[last, i]
                     f_last += fp[last, i]
             for n in range(chunk if by_order else 0, inner[0].size, CHUNKS if by_order else 1):
-                if spent + inner[2][n] > budget or not hopeful[outer[4][o], q, n]:
+                if spent + inner[2][n] > budget or not hopeful[outer[5][o], q, n]:
                     continue
                 k = inner[0][n]
                 chain[length - 2] = k
@@ -477,8 +537,8 @@ def scan(
                         worth += w[k, i] - w[last, i]
                         left += 1
                     passes[a] = False
-                    if allowed[n, a]:
-                        if worth < needed - SLACK:
+                    if bonus[n, a] > -np.inf:
+                        if worth + bonus[n, a] < needed - SLACK:
                             tally[chunk, 2] += 1
                         elif left < least or left > most:
                             tally[chunk, 1] += 1

@@ -4,8 +4,10 @@ What is searched: at every exit a network may skip it, take a decision there (a 
 their confidence, would leave), or end there (all images that are left leave at one head). mIoU is a ratio of sums over the images, so
 three steps make it tractable:
 
-1. `_planes`: a linear upper bound of mIoU, valid wherever TP and union of each class lie in a box. Then the worth of a configuration is a
-   sum over the images of what the head that each one leaves at is worth to it. `_tighten` makes the box smaller, and the bound better.
+1. `_tangent`: the linear function that is equal to mIoU at the middle of a part of the space. Then the worth of a configuration is a sum
+   over the images of what the head that each one leaves at is worth to it. By how much mIoU can be above that is a square of what the class
+   sums differ from the middle; it is bounded by a sum over the decisions, so it is a bonus to the worth of each. It shrinks with the square
+   of the part's size.
 2. `_evaluate`: a Lagrangian bound over all configurations of a node at once. Prices make the limits on costs part of the worth.
    Potentials, one per exit and image, say what an image is worth that goes on from the exit; given them, the exits part, and each one picks
    its best decision by itself in one pass over the sorted images. Any prices and potentials give a valid bound, `_descend` looks for the
@@ -13,11 +15,12 @@ three steps make it tractable:
    node has to spare.
 3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly. With two
    early exits, `_sweep` first drops whole pairs of orders, all their cuts at once, by their largest linear worth.
+4. `_branch`: what is too much to score is halved where the bonus is largest: by cut, by head, by threshold or by last candidate.
 
 `_solve` takes these steps for one node, `run` for all that are left, best bound first. `_climb` finds the good configurations that the
 bounds are compared with.
 
-Source: Lagrangian decomposition with potentials as in Held and Karp (1970) and Guignard and Kim (1987); McCormick planes (1976).
+Source: Lagrangian decomposition with potentials as in Held and Karp (1970) and Guignard and Kim (1987).
 """
 
 import concurrent.futures
@@ -44,7 +47,15 @@ TEMPERATURES = (1e-3, 3e-4, 1e-4)
 CHEAP_STEPS = 1e6
 CHEAP_PASSES = 200
 # What is scored at once rather than branched.
-SCAN_STEPS = 3e9
+SCAN_STEPS = 3e8
+# A part where mIoU may be above its tangent by this share of what its bound has to spare is split.
+BRANCH_SHARE = 0.4
+# Configurations with one early exit that the search starts from.
+STARTS = 5
+# By how much G varies more than the union, see `Optimiser._tangent`: the root of its inverse.
+BALANCE = 0.85
+# Share of the images: exits where cuts further apart than this are open are split by cut.
+CUT_SPAN = 0.08
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +162,7 @@ class Node:
       position, candidate, theta: int64 [n], of the orders that are open; sorted by position, which counts the early exits from 0.
       allowed: bool [n, I], their cuts that are open.
       lasts: int64, candidates of the last exit that are open.
-      box: float64 [4, C], smallest and largest lack (see `_planes`) and FP of what may be better than the best so far.
+      expected: (early decisions, last candidate), a configuration near which the best of the node is expected.
       potentials: float64 [m, I] behind each early exit, without what the prices add.
       prices: float64 [R], of the limits.
       upper: bound on the mIoU of all that keeps the limits.
@@ -166,7 +177,7 @@ class Node:
     theta: np.ndarray
     allowed: np.ndarray
     lasts: np.ndarray
-    box: np.ndarray
+    expected: tuple[list[tuple[int, int, int]], int]
     potentials: np.ndarray
     prices: np.ndarray
     upper: float = math.inf
@@ -184,16 +195,20 @@ class Node:
         self.position, self.candidate, self.theta = self.position[orders], self.candidate[orders], self.theta[orders]
         self.allowed, self.lasts = self.allowed[orders], self.lasts[lasts]
 
-    def copy(self) -> "Node":
-        """A node of its own with the same content."""
-        return dataclasses.replace(self, allowed=self.allowed.copy(), box=self.box.copy())
+    def part(self, cuts: np.ndarray | bool = True, lasts: np.ndarray | slice = slice(None)) -> "Node":
+        """A node of its own with what is left if only these cuts (bool, broadcast to [n, I]) and last candidates (bool) stay open."""
+        part = dataclasses.replace(self, allowed=self.allowed & cuts)
+        part.keep(part.allowed.any(axis=1), lasts)
+        return part
 
 
 class Relaxation(NamedTuple):
-    """The linear problem that bounds a node: an image is worth w[k, i] at candidate k, and every finite limit is a constraint scaled to 1.
+    """The problem that bounds a node: an image is worth w[k, i] at candidate k, and every finite limit is a constraint scaled to 1.
 
     Attributes:
-      w, constant: float64 [K, I], see `Optimiser._planes`.
+      w, constant: float64 [K, I], see `Optimiser._tangent`.
+      bonus, bonus_last: float64 [n, I] of the cuts of each order (minus infinity for those that are not open), and of each last candidate:
+        what mIoU can be above its tangent.
       leave, leave_last, stay: float64 [R, K], what an image adds to a constraint that leaves at a candidate, ends there, or passes it.
       fixed, fixed_last: float64 [R, K], what choosing the candidate adds.
       limit: float64 [R].
@@ -202,6 +217,8 @@ class Relaxation(NamedTuple):
 
     w: np.ndarray
     constant: float
+    bonus: np.ndarray
+    bonus_last: np.ndarray
     leave: np.ndarray
     leave_last: np.ndarray
     stay: np.ndarray
@@ -218,14 +235,23 @@ class Values:
     Attributes:
       bound: on mIoU.
       tops: float64 [m + 1], largest worth at each early exit and at the last.
-      orders: float64 [n], largest worth of each order.
+      orders, cuts: float64 and int64 [n], largest worth of each order, and its cut.
       lasts: float64, worth of each last candidate.
+      bonus, bonus_last: of the relaxation.
     """
 
     bound: float
     tops: np.ndarray
     orders: np.ndarray
+    cuts: np.ndarray
     lasts: np.ndarray
+    bonus: np.ndarray
+    bonus_last: np.ndarray
+
+    def keep(self, orders: np.ndarray, lasts: np.ndarray) -> None:
+        """Drops all orders and last candidates but these (bool)."""
+        self.orders, self.cuts, self.bonus = self.orders[orders], self.cuts[orders], self.bonus[orders]
+        self.lasts, self.bonus_last = self.lasts[lasts], self.bonus_last[lasts]
 
 
 class Wish(NamedTuple):
@@ -262,6 +288,9 @@ class Optimiser:
         priced[max(problem.target, 0)] = problem.target >= 0
         self.wish = Wish(problem.min_miou, problem.limits, float(problem.target < 0), priced)
         self.value = (math.inf, math.inf)
+        # Potentials, prices and expectation by exits: the kinds of confidence are alike.
+        self.known: dict[tuple, tuple] = {}
+        self.least_fp = np.stack([problem.fp[problem.exit_of == e].min(axis=0) for e in range(self.exits)])
 
     def _spread(self, kernel, orders: int, *arguments) -> None:
         """Runs all chunks of a kernel that passes over so many orders."""
@@ -332,7 +361,7 @@ class Optimiser:
     # --- The relaxation of a node ---
 
     def _relax(self, node: Node, limits: np.ndarray) -> Relaxation:
-        """The linear problem that bounds a node, from its box and its last candidates."""
+        """The problem that bounds a node."""
         kind, prefix, head, decision = self._resources(node.root)
         rows, candidates = kind.size, self.problem.exit_of.size
         leave, leave_last, stay, fixed, fixed_last = (np.zeros((rows, candidates)) for _ in range(5))
@@ -355,7 +384,7 @@ class Optimiser:
             else:
                 limit[r] = 0  # `_fitting` has seen to it
         to_go = leave_last[:, node.lasts].min(axis=1)
-        return Relaxation(*self._planes(node.box), leave, leave_last, stay, fixed, fixed_last, limit, to_go)
+        return Relaxation(*self._tangent(node), leave, leave_last, stay, fixed, fixed_last, limit, to_go)
 
     def _fitting(self, root: int, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Candidates that may decide, and that may be last, as far as one alone can exceed a limit: bool [K] each."""
@@ -367,51 +396,87 @@ class Optimiser:
         ends = np.where(peak, np.maximum(head, until), np.where(total, until + head, 0)) <= within
         return decides.all(axis=0), ends.all(axis=0)
 
-    def _planes(self, box: np.ndarray) -> tuple[np.ndarray, float]:
-        """Linear upper bound of mIoU in a box.
+    def _tangent(self, node: Node) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+        """Linear function that is equal to mIoU at the middle of a node, and what mIoU can be above it.
 
-        With the union U = labelled + FP and what the class lacks to a reference IoU r, G = r U - TP, IoU is r - G / U. In a box, one of
-        the two McCormick planes of G times 1/U bounds it: that which errs less at the reference. 1/U is convex, so it lies below its chord
-        and above its tangent.
-
-        Args:
-          box: [4, C], smallest and largest G and FP.
+        With the union U = labelled + FP and r and V the IoU and the union in the middle, IoU is r - G / V + (G / V) (U - V) / U, where
+        G = r U - TP. The first two terms are linear. The product is at most a quarter of the square of e G / V + (U - V) / (e U), for
+        any e. This sum is made up of what each decision contributes, a vector over the classes that is known but for the images of which
+        it is open whether they reach the decision. Cauchy's inequality makes the square of the sum a sum of squares.
 
         Returns:
-          Weights [K, I] and constant.
+          Weights [K, I], constant and, as in `Relaxation`, the bonuses.
         """
-        problem, reference, union = self.problem, self.reference, self.reference_union
-        g0, g1 = np.maximum(-box[0], 0), np.maximum(box[1], 0)
-        u0, u1 = problem.labelled + box[2], problem.labelled + box[3]
-        middle = np.clip(union, u0, u1)
-        error_high, error_low = g0 * (u1 - middle) / (u0 * u1), g1 * (1 / u0 - 1 / middle)
-        high = error_high <= error_low
-        per_lack = np.where(high, -1 / u1, -1 / u0)
-        per_fp = np.where(high, -g0 / (u0 * u1), g1 / middle**2)
-        constant = reference + per_lack * reference * problem.labelled
-        constant += np.where(high, g0 * (u1 - problem.labelled) / (u0 * u1), g1 * (1 / u0 - 2 / middle + problem.labelled / middle**2))
-        classes = problem.labelled.size
-        return (self.lack @ per_lack + problem.fp @ per_fp) / classes, float(constant.mean())
+        problem, m, order = self.problem, len(node.potentials), self.problem.roots[node.root].order
+        images, classes = np.arange(self.images), problem.labelled.size
+        early, last = node.expected
+        goes = np.full((m + 1, self.images), last)
+        for p, (k, t, _) in reversed(list(enumerate(early))):
+            ranks = np.flatnonzero(node.allowed[node.position == p].any(axis=0))
+            goes[p] = goes[p + 1]
+            goes[p, order[k, t, : ranks[ranks.size // 2] + 1]] = k
+        can, must = np.ones((2, m + 1, self.images), bool)
+        orders = order, node.position, node.candidate, node.theta, node.allowed
+        kernels.reaching(*orders, can, must)
+        doubt = np.where(can[m] & ~must[m], 0.5, 0.0)
+        weight = can[m] - doubt
+
+        def contributions(per_tp: np.ndarray, per_fp: np.ndarray) -> tuple[np.ndarray, ...]:
+            """What each order (at its middle cut) and last candidate adds to sums over the images, [n + lasts, C], its doubt; the terms."""
+            terms = problem.tp, problem.fp, per_tp, per_fp, per_tp * expected_tp + per_fp * expected_fp
+            sums, spread = np.empty((2, node.candidate.size, classes))
+            self._spread(kernels.middles, len(sums), *terms, can, must, *orders, sums, spread)
+            change = per_tp * problem.tp[node.lasts] + per_fp * problem.fp[node.lasts] - terms[-1][m]
+            flat = change.transpose(1, 0, 2).reshape(self.images, -1)
+            ends, doubts = weight @ flat, doubt @ np.abs(flat)
+            return np.concatenate([sums, ends.reshape(-1, classes)]), np.concatenate([spread, doubts.reshape(-1, classes)]), terms
+
+        expected_tp, expected_fp = problem.tp[goes, images], problem.fp[goes, images]
+        of = np.append(node.position, np.full(node.lasts.size, m))
+        mean_of = np.equal.outer(np.arange(m + 1), of) / np.bincount(of, minlength=m + 1)[:, None]
+        none, one = np.zeros(classes), np.ones(classes)
+        center_tp, center_fp = mean_of @ contributions(one, none)[0], mean_of @ contributions(none, one)[0]
+        union = problem.labelled + expected_fp[0].sum(0) + center_fp.sum(0)
+        iou = (expected_tp[0].sum(0) + center_tp.sum(0)) / union
+        exits = np.unique(problem.exit_of[np.append(node.candidate, node.lasts)])
+        least = problem.labelled + self.least_fp[exits].min(axis=0).sum(axis=0)
+        per_tp, per_fp = -BALANCE / union, BALANCE * iou / union + 1 / (BALANCE * least)
+        center = per_tp * center_tp + per_fp * center_fp
+        sums, spread, terms = contributions(per_tp, per_fp)
+        squares = ((np.abs(sums - center[of]) + spread) ** 2).sum(axis=1)
+        typical = np.sqrt(mean_of @ squares)
+        typical += 0.05 * typical.sum() + 1e-12
+        scale = typical.sum() / typical / (4 * classes)
+        bonus = np.empty(node.allowed.shape)
+        self._spread(kernels.bonuses, len(bonus), *terms, can, must, *orders, center, scale, bonus)
+        w = np.zeros(problem.tp.shape[:2])
+        for e in exits:
+            here = slice(*np.searchsorted(problem.exit_of, [e, e + 1]))
+            w[here] = (problem.tp[here] @ (1 / union) - problem.fp[here] @ (iou / union)) / classes
+        constant = float((iou - iou * problem.labelled / union).mean())
+        return w, constant, bonus, scale[m] * squares[of == m]
 
     def _evaluate(self, node: Node, relaxation: Relaxation, prices: np.ndarray, potentials: np.ndarray) -> Values:
         """The bound that prices [R] and potentials [m, I] of the early exits give."""
         m = len(potentials)
-        orders, tops = np.empty(node.candidate.size), np.full(m + 1, -np.inf)
+        orders, cuts = np.empty(node.candidate.size), np.empty(node.candidate.size, np.int64)
+        tops = np.full(m + 1, -np.inf)
         if m:
-            self._spread(kernels.best_cuts, orders.size, *self._passes(node, relaxation, prices, potentials), orders)
+            self._spread(kernels.best_cuts, orders.size, *self._passes(node, relaxation, prices, potentials), orders, cuts)
             np.maximum.at(tops, node.position, orders)
         ends = relaxation.w[node.lasts] - (prices @ relaxation.leave_last)[node.lasts, None]
         ends = np.maximum(ends - (potentials[-1] - prices @ relaxation.to_go), 0) if m else ends
-        lasts = ends.sum(axis=1) - (prices @ relaxation.fixed_last)[node.lasts]
+        lasts = ends.sum(axis=1) - (prices @ relaxation.fixed_last)[node.lasts] + relaxation.bonus_last
         tops[m] = lasts.max(initial=-np.inf)
-        return Values(relaxation.constant + float(prices @ relaxation.limit + tops.sum()), tops, orders, lasts)
+        bound = relaxation.constant + float(prices @ relaxation.limit + tops.sum())
+        return Values(bound, tops, orders, cuts, lasts, relaxation.bonus, relaxation.bonus_last)
 
     def _passes(self, node: Node, relaxation: Relaxation, prices: np.ndarray, potentials: np.ndarray) -> tuple:
         """What the kernels need to pass over the orders of a node."""
         priced = prices @ relaxation.leave, prices @ relaxation.stay, prices @ relaxation.fixed
         whole = np.concatenate([np.zeros((1, self.images)), potentials - prices @ relaxation.to_go])
         order = self.problem.roots[node.root].order
-        return relaxation.w, priced, order, node.position, node.candidate, node.theta, node.allowed, whole
+        return relaxation.w, priced, order, node.position, node.candidate, node.theta, relaxation.bonus, whole
 
     def _gradient(self, node: Node, relaxation: Relaxation, prices, potentials, values: Values, temperature: float):
         """Softened bound and its derivatives by the potentials [m, I] and by the prices [R]."""
@@ -422,7 +487,7 @@ class Optimiser:
             passes = self._passes(node, relaxation, prices, potentials)
             self._spread(
                 *(kernels.soften, node.candidate.size, *passes),
-                *(values.orders, values.tops, temperature, of_candidate, of_image),
+                *(values.orders, values.cuts, values.tops, temperature, of_candidate, of_image),
             )
             of_candidate, of_image = of_candidate.sum(axis=0), of_image.sum(axis=0)
             position_of = np.zeros(candidates, np.int64)
@@ -461,7 +526,7 @@ class Optimiser:
 
         x = np.concatenate([node.potentials.ravel() * images, node.prices])
         bounds = [(None, None)] * size + [(0, None)] * node.prices.size
-        options = {"maxiter": 60, "maxcor": 20, "ftol": 1e-5}
+        options = {"maxiter": 30, "maxcor": 10, "ftol": 3e-5}
         temperature = TEMPERATURES[min(node.visits, len(TEMPERATURES) - 1)]
         with contextlib.suppress(StopIteration):
             minimize(value, x, (temperature,), "L-BFGS-B", True, bounds=bounds, options=options)
@@ -485,43 +550,15 @@ class Optimiser:
         lacking = np.full(node.allowed.shape, np.inf)
         if len(node.potentials):
             passes = self._passes(node, relaxation, node.prices, node.potentials)
-            self._spread(kernels.worths, len(lacking), *passes[:6], passes[7], lacking)
+            self._spread(kernels.worths, len(lacking), *passes, lacking)
             lacking = values.tops[node.position][:, None] - lacking
             node.allowed &= lacking <= spare
-            lacking[~node.allowed] = np.inf
+            lacking[~node.allowed], values.bonus[~node.allowed] = np.inf, -np.inf
         orders, lasts = node.allowed.any(axis=1), values.tops[-1] - values.lasts <= spare
         node.keep(orders, lasts)
-        values.orders, values.lasts = values.orders[orders], values.lasts[lasts]
+        values.keep(orders, lasts)
         self.proof.cut["reduced_cost"] += count - node.count()
         return lacking[orders]
-
-    def _tighten(self, node: Node, relaxation: Relaxation, values: Values) -> None:
-        """Shrinks the box of a node: how far can a class go while the bound on mIoU still reaches what is needed?"""
-        problem, order, m = self.problem, self.problem.roots[node.root].order, len(node.potentials)
-        surplus = relaxation.constant + float(node.prices @ relaxation.limit) - self.floor
-        spare = max(values.bound - self.floor, 1e-5)
-        # Where each image goes from each position on in the relaxed optimum.
-        goes = np.empty((m + 1, self.images), np.int64)
-        goes[m] = node.lasts[values.lasts.argmax()]
-        for p, (k, t, cut) in reversed(list(enumerate(self._relaxed(node, values)))):
-            goes[p] = goes[p + 1]
-            goes[p, order[k, t, :cut]] = k
-        images = np.arange(self.images)
-        # How much the bound on mIoU weighs against one class: the more is to spare, the less it helps.
-        pull = 0.04 / spare
-        for axis, (counts, offset) in enumerate(((self.lack, self.reference * problem.labelled), (problem.fp, 0 * problem.labelled))):
-            for c in range(problem.labelled.size):
-                for sign in (-1, 1):
-                    measure = sign * counts[:, :, c] / self.reference_union[c]
-                    pulled = relaxation._replace(w=measure + pull * relaxation.w, constant=pull * surplus, limit=0 * relaxation.limit)
-                    potentials = measure[goes[1:], images] + pull * node.potentials
-                    reached = self._evaluate(node, pulled, pull * node.prices, potentials).bound
-                    row = 2 * axis + (sign > 0)
-                    limit = sign * self.reference_union[c] * (reached + SLACK) + offset[c]
-                    node.box[row, c] = min(node.box[row, c], limit) if sign > 0 else max(node.box[row, c], limit)
-        # Bounds that cross mean that nothing better is there.
-        if (node.box[0::2] > node.box[1::2]).any():
-            raise PrunedError
 
     # --- Branch and bound ---
 
@@ -536,9 +573,10 @@ class Optimiser:
                 for early in itertools.combinations(range(last), m):
                     k = np.concatenate([np.repeat(candidates[e], thetas) for e in early] or [candidates[0][:0]])
                     t = np.concatenate([np.tile(np.arange(thetas), candidates[e].size) for e in early] or [candidates[0][:0]])
+                    heads = [candidates[e][self.alone[candidates[e]].argmax()] for e in (*early, last)]
                     node = Node(
                         *(root, np.searchsorted(early, problem.exit_of[k]), k, t, part.allowed[k, t], candidates[last]),
-                        box=np.stack([np.full_like(problem.labelled, sign * np.inf) for sign in (-1, 1, -1, 1)]),
+                        expected=([(int(head), thetas // 2, self.images // (m + 1)) for head in heads[:-1]], int(heads[-1])),
                         potentials=np.zeros((m, self.images)),
                         prices=np.zeros(problem.limits.size),
                     )
@@ -549,54 +587,58 @@ class Optimiser:
         return nodes
 
     def _relaxed(self, node: Node, values: Values) -> list[tuple[int, int, int]]:
-        """The best order of each early exit in the relaxed optimum, with its middle open cut."""
+        """The best decision of each early exit in the relaxed optimum."""
         decisions = []
         for p in range(len(node.potentials)):
             here = np.flatnonzero(node.position == p)
             n = here[values.orders[here].argmax()]
-            cuts = np.flatnonzero(node.allowed[n])
-            decisions.append((int(node.candidate[n]), int(node.theta[n]), int(cuts[cuts.size // 2]) + 1))
+            decisions.append((int(node.candidate[n]), int(node.theta[n]), int(values.cuts[n]) + 1))
         return decisions
+
+    def _bonus(self, node: Node, values: Values) -> float:
+        """By how much mIoU may be above its tangent in the relaxed optimum."""
+        best = [np.flatnonzero(node.position == p) for p in range(len(node.potentials))]
+        best = [here[values.orders[here].argmax()] for here in best]
+        return float(values.bonus[best, values.cuts[best]].sum() + values.bonus_last[values.lasts.argmax()])
 
     def _solve(self, node: Node) -> list[Node]:
         """Bounds a node more tightly; returns what is left of it: nothing, itself or its parts."""
-        order = self.problem.roots[node.root].order
-        possible = np.zeros(self.lack.shape[:2], bool)
-        kernels.possible(order, node.position, node.candidate, node.theta, node.allowed, node.lasts, possible)
-        parts = np.zeros((CHUNKS, 4, self.problem.labelled.size))
-        self._spread(kernels.ranges, possible.sum(), self.lack, self.problem.fp, possible, parts)
-        ranges = parts.sum(axis=0)
-        ranges[:2] += self.reference * self.problem.labelled
-        node.box[0::2], node.box[1::2] = np.maximum(node.box[0::2], ranges[0::2]), np.minimum(node.box[1::2], ranges[1::2])
+        pattern = tuple(np.unique(self.problem.exit_of[node.candidate])), int(self.problem.exit_of[node.lasts[0]])
+        known = not node.visits and self.known.get(pattern)
+        if known:
+            node.potentials, node.prices, node.expected = known
         relaxation = self._relax(node, self.limits)
         cheap = CHEAP_STEPS + CHEAP_PASSES * node.candidate.size * self.images
-        if not node.visits:
+        if not node.visits and not known:
             node.prices = self.prices.copy()
             worths = relaxation.w[node.lasts].sum(axis=1) - node.prices @ relaxation.leave_last[:, node.lasts] * self.images
             node.potentials[:] = relaxation.w[node.lasts[worths.argmax()]]
-        if node.upper == math.inf:  # nothing is known yet: all nodes get a first bound before any gets a better one
-            values = self._evaluate(node, relaxation, node.prices, node.potentials)
-            node.upper = values.bound
+        first, values = node.upper == math.inf, self._evaluate(node, relaxation, node.prices, node.potentials)
+        node.upper = min(node.upper, values.bound)
+        if node.upper < self.floor - SLACK:
+            raise PrunedError
+        if first:  # nothing was known: all nodes get a first bound before any gets a better one
             return [] if self._scan(node, relaxation, values, cheap) else [node]
         values = self._descend(node, relaxation)
         self.prices = node.prices
-        self._improve(node.root, self._relaxed(node, values), int(node.lasts[values.lasts.argmax()]))
+        node.expected = self._relaxed(node, values), int(node.lasts[values.lasts.argmax()])
+        self._improve(node.root, *node.expected)
+        self.known.setdefault(pattern, (node.potentials, node.prices, node.expected))
         spare = values.bound - self.floor
-        stalls, node.spare = node.visits > len(TEMPERATURES) and spare > 0.7 * node.spare - SLACK, spare
+        stalls = node.visits > 1 and (spare > 0.7 * node.spare - SLACK or self._bonus(node, values) > BRANCH_SHARE * spare)
+        node.spare = spare
         if self._scan(node, relaxation, values, SCAN_STEPS if stalls else cheap):
             return []
         if time.perf_counter() > self.deadline:
             return [node]
         if stalls:
             return self._branch(node, values)
-        self._tighten(node, relaxation, values)
         return [node]
 
     def run(self) -> None:
         """Searches until nothing better is left or the time is up."""
         with concurrent.futures.ThreadPoolExecutor(CHUNKS) as self.pool:
             self._start()
-            self._refer()
             heap, ticket = [(-math.inf, i, node) for i, node in enumerate(self._nodes())], itertools.count(1 << 32)
             while heap and time.perf_counter() < self.deadline:
                 _, _, node = heapq.heappop(heap)
@@ -621,32 +663,25 @@ class Optimiser:
             self.proof.bound = min([known, *(node.lower for node in left)])
 
     def _branch(self, node: Node, values: Values) -> list[Node]:
-        """Splits a node at the first exit that leaves something open: by head, then by threshold, then by cut."""
-        for p in range(len(node.potentials)):
-            here = np.flatnonzero(node.position == p)
+        """Halves a node where mIoU may be most above its tangent: the last candidates, or an exit by cut, by head or by threshold."""
+        m = len(node.potentials)
+        most = [*(values.bonus[node.position == p].max() for p in range(m)), values.bonus_last.max()]
+        for p in sorted(range(m + 1), key=lambda p: -most[p]):
+            here = node.position == p
+            if p == m and node.lasts.size > 1:
+                better = np.zeros(node.lasts.size, bool)
+                better[np.argsort(-values.lasts)[: better.size // 2]] = True
+                return [node.part(lasts=side) for side in (better, ~better)]
+            ranks = np.flatnonzero(node.allowed[here].any(axis=0))
+            if ranks.size > 1 and (ranks[-1] - ranks[0] > CUT_SPAN * self.images or here.sum() == 1):
+                low = np.arange(self.images) < ranks[ranks.size // 2]
+                return [node.part(cuts=~here[:, None] | side) for side in (low, ~low)]
             for names in (node.candidate, node.theta):
                 ranked = list(dict.fromkeys(names[here][np.argsort(-values.orders[here], kind="stable")].tolist()))
                 if len(ranked) > 1:
                     better = np.isin(names, ranked[: len(ranked) // 2])
-                    return self._parts(node, [(better | (node.position != p), None), (~better | (node.position != p), None)])
-            cuts = np.flatnonzero(node.allowed[here[0]])
-            if cuts.size > 1:
-                parts = [node, node.copy()]
-                parts[0].allowed[here[0], cuts[cuts.size // 2] :] = False
-                parts[1].allowed[here[0], : cuts[cuts.size // 2]] = False
-                return parts
-        better = values.lasts >= np.median(values.lasts)
-        if better.all():
-            better = np.arange(better.size) < better.size // 2
-        return self._parts(node, [(None, better), (None, ~better)])
-
-    @staticmethod
-    def _parts(node: Node, kept) -> list[Node]:
-        parts = []
-        for orders, lasts in kept:
-            parts.append(node.copy())
-            parts[-1].keep(slice(None) if orders is None else orders, slice(None) if lasts is None else lasts)
-        return parts
+                    return [node.part(cuts=~here[:, None] | side[:, None]) for side in (better, ~better)]
+        return [node]
 
     # --- Scoring what is left of a node ---
 
@@ -669,12 +704,12 @@ class Optimiser:
             n, a = np.nonzero(np.isfinite(lacking) & (node.position == p)[:, None])
             ranked = np.argsort(lacking[n, a], kind="stable")
             n, a = n[ranked], a[ranked]
-            decisions.append((node.candidate[n], node.theta[n], a + 1, lacking[n, a], n if m == 2 else 0 * n))
+            decisions.append((node.candidate[n], node.theta[n], a + 1, lacking[n, a], values.bonus[n, a], n if m == 2 else 0 * n))
         here = node.position == m - 1
         inner = node.candidate[here], node.theta[here], lacking[here].min(axis=1, initial=np.inf)
-        lasts = node.lasts, values.tops[m] - values.lasts
-        lists = [each[3] for each in decisions] + ([inner[2]] if m else []) + [lasts[1]]
-        steps = self.images * hopeful.sum(axis=(1, 2))[decisions[0][4]].sum() if m == 2 else self._steps(lists, max(spare, SLACK))
+        lasts = node.lasts, values.bonus_last, values.tops[m] - values.lasts
+        lists = [each[3] for each in decisions] + ([inner[2]] if m else []) + [lasts[2]]
+        steps = self.images * hopeful.sum(axis=(1, 2))[decisions[0][5]].sum() if m == 2 else self._steps(lists, max(spare, SLACK))
         if steps > most_steps:
             return False
 
@@ -682,10 +717,11 @@ class Optimiser:
         if m:
             cuts = [node.allowed[side].sum(axis=1) for side in (~here, here)]
             self.proof.cut["linear_bound"] += int(cuts[0] @ (~hopeful).sum(axis=1) @ cuts[1]) if m == 2 else 0
-            none = np.array([-1]), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int64)
+            none = np.array([-1]), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1), np.zeros(1), np.zeros(1, np.int64)
             outer = decisions[-1] if m > 1 else none
-            for early, less in self._fixed(decisions[:-1], spare):
-                self._scan_pattern(node, early, outer, lasts, inner, node.allowed[here], hopeful, spare - less, relaxation)
+            for early, less, more in self._fixed(decisions[:-1], spare):
+                planes = relaxation.w, relaxation.constant + more
+                self._scan_pattern(node, early, outer, lasts, inner, values.bonus[here], hopeful, spare - less, planes)
         else:
             for k in node.lasts:
                 self._offer(self._score(node.root, (), k))
@@ -705,19 +741,19 @@ class Optimiser:
           `lacking` of the orders that are left; bool [first orders, lasts, second orders], which triples may hold something better.
         """
         first, count = node.position == 0, node.count()
-        sides = [(node.candidate[p], node.theta[p], node.allowed[p], lack) for p, lack in zip((first, ~first), lacks[:2], strict=True)]
+        sides = [(node.candidate[p], node.theta[p], values.bonus[p], lack) for p, lack in zip((first, ~first), lacks[:2], strict=True)]
         rows = relaxation.leave, relaxation.stay, relaxation.leave_last, relaxation.fixed, relaxation.fixed_last
         constant = relaxation.constant + float(node.prices @ relaxation.limit)
         hopeful = np.zeros([lack.size for lack in (lacks[0], lacks[2], lacks[1])], bool)
         highest = np.full(CHUNKS, -np.inf)
         self._spread(
             *(kernels.sweep, hopeful.size, relaxation.w, constant, tuple(node.prices @ row for row in rows)),
-            *(self.problem.roots[node.root].order, *sides, (node.lasts, lacks[2]), spare, self.floor, hopeful, highest),
+            *(self.problem.roots[node.root].order, *sides, (node.lasts, values.bonus_last, lacks[2]), spare, self.floor, hopeful, highest),
         )
         node.upper = min(node.upper, max(highest.max(), self.floor))
         lasts, orders = hopeful.any(axis=(0, 2)), np.concatenate([hopeful.any(axis=(1, 2)), hopeful.any(axis=(0, 1))])
         hopeful = hopeful[orders[: lacks[0].size]][:, lasts][:, :, orders[lacks[0].size :]]
-        values.orders, values.lasts = values.orders[orders], values.lasts[lasts]
+        values.keep(orders, lasts)
         node.keep(orders, lasts)
         self.proof.cut["linear_bound"] += count - node.count()
         return lacking[orders], hopeful
@@ -736,25 +772,25 @@ class Optimiser:
         return self.images * sum(passes) + 1e5 * calls
 
     def _fixed(self, decisions, spare: float):
-        """Yields all combinations of decisions of some exits that fit, with their reduced cost."""
+        """Yields all combinations of decisions of some exits that fit, with their reduced cost and their bonus."""
         if not decisions:
-            yield (), 0.0
+            yield (), 0.0, 0.0
             return
-        for rest, less in self._fixed(decisions[:-1], spare):
-            for k, t, cut, lacking in zip(*decisions[-1][:4], strict=True):
+        for rest, less, more in self._fixed(decisions[:-1], spare):
+            for k, t, cut, lacking, bonus in zip(*decisions[-1][:5], strict=True):
                 if less + lacking > spare:
                     break
-                yield (*rest, (int(k), int(t), int(cut))), less + lacking
+                yield (*rest, (int(k), int(t), int(cut))), less + lacking, more + bonus
 
-    def _scan_pattern(self, node: Node, early, outer, lasts, inner, allowed, hopeful, budget: float, relaxation) -> None:
+    def _scan_pattern(self, node: Node, early, outer, lasts, inner, bonus, hopeful, budget: float, planes) -> None:
         problem, root = self.problem, node.root
         fixed = *self._leave(root, early), np.array([k for k, _, _ in early], np.int64)
         best, found, tally = np.tile(self.value, (CHUNKS, 1)), np.zeros((CHUNKS, 7), np.int64), np.zeros((CHUNKS, 3), np.int64)
         self._spread(
             *(kernels.scan, outer[0].size * lasts[0].size * inner[0].size),
             *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root)),
-            *(problem.roots[root].order, relaxation[:2], self.limits),
-            *(problem.target, problem.second, self.floor, fixed, outer, lasts, inner, allowed, hopeful, budget, best, found, tally),
+            *(problem.roots[root].order, planes, self.limits),
+            *(problem.target, problem.second, self.floor, fixed, outer, lasts, inner, bonus, hopeful, budget, best, found, tally),
         )
         self.proof.scored += int(tally[:, 0].sum())
         self.proof.cut["limit"] += int(tally[:, 1].sum())
@@ -766,28 +802,21 @@ class Optimiser:
     # --- Good configurations to start from ---
 
     def _start(self) -> None:
-        """Looks for good configurations: single exits, then early exits in front of the best head of each exit."""
+        """Looks for good configurations: single exits, then what the best of those with one early exit can be improved to."""
         problem = self.problem
         self.tried: set[tuple] = set()
-        alone = np.array([self._score(0, (), k).miou for k in range(problem.exit_of.size)])
+        self.alone = (problem.tp.sum(1) / (problem.labelled + problem.fp.sum(1))).mean(1)
+        starts = []
         for root, part in enumerate(problem.roots):
-            for k in range(alone.size if part.least == 0 else 0):
+            for k in range(problem.exit_of.size if part.least == 0 else 0):
                 self._offer(self._score(root, (), k))
-            for e in range(self.exits if part.most and root == 0 else 0):
-                heads = np.flatnonzero(problem.exit_of == e)
-                self._improve(root, [], int(heads[alone[heads].argmax()]))
-
-    def _refer(self) -> None:
-        """Takes the class sums of the best configuration, else of the original network, as the reference of all planes."""
-        problem = self.problem
-        who = np.full(self.images, -1)
-        if self.best:
-            who, _ = self._leave(self.best.root, self.best.early)
-        who[who < 0] = self.best.last if self.best else problem.exit_of.size - 1
-        images = np.arange(self.images)
-        self.reference_union = problem.labelled + problem.fp[who, images].sum(0)
-        self.reference = problem.tp[who, images].sum(0) / self.reference_union
-        self.lack = self.reference * problem.fp - problem.tp
+            for e, last in itertools.combinations(range(self.exits if part.least <= 1 <= part.most else 0), 2):
+                heads = np.flatnonzero(problem.exit_of == last)
+                k = int(heads[self.alone[heads].argmax()])
+                if (decision := self._best_decision(root, [], k, 0, e, (math.inf, math.inf))) is not None:
+                    starts.append((self._judge(self._score(root, [decision], k)), root, [decision], k))
+        for _, root, early, last in sorted(starts)[:STARTS]:
+            self._improve(root, early, last)
 
     def _improve(self, root: int, early: Sequence[tuple[int, int, int]], last: int) -> None:
         """Improves a configuration step by step and offers the result."""
