@@ -50,8 +50,10 @@ CHEAP_PASSES = 200
 SCAN_STEPS = 3e8
 # A part where mIoU may be above its tangent by this share of what its bound has to spare is split.
 BRANCH_SHARE = 0.4
-# Configurations with one early exit that the search starts from.
-STARTS = 5
+# Configurations with one early exit that the search of each part of the space starts from.
+STARTS = 3
+# Orders of each exit whose mean is the middle of a part.
+SAMPLE = 80
 # By how much G varies more than the union, see `Optimiser._tangent`: the root of its inverse.
 BALANCE = 0.85
 # Share of the images: exits where cuts further apart than this are open are split by cut.
@@ -420,19 +422,23 @@ class Optimiser:
         kernels.reaching(*orders, can, must)
         doubt = np.where(can[m] & ~must[m], 0.5, 0.0)
         weight = can[m] - doubt
+        # The middle may be any: some orders of each position show well enough where it is.
+        sample = [np.flatnonzero(node.position == p) for p in range(m)]
+        sample = np.concatenate([here[:: 1 + here.size // SAMPLE] for here in sample] or [node.position])
+        sampled = order, *(each[sample] for each in orders[1:])
 
         def contributions(per_tp: np.ndarray, per_fp: np.ndarray) -> tuple[np.ndarray, ...]:
-            """What each order (at its middle cut) and last candidate adds to sums over the images, [n + lasts, C], its doubt; the terms."""
+            """What orders (at their middle cut) and last candidates add to sums over the images, [n + lasts, C], the doubt; the terms."""
             terms = problem.tp, problem.fp, per_tp, per_fp, per_tp * expected_tp + per_fp * expected_fp
-            sums, spread = np.empty((2, node.candidate.size, classes))
-            self._spread(kernels.middles, len(sums), *terms, can, must, *orders, sums, spread)
+            sums, spread = np.empty((2, sample.size, classes))
+            self._spread(kernels.middles, len(sums), *terms, can, must, *sampled, sums, spread)
             change = per_tp * problem.tp[node.lasts] + per_fp * problem.fp[node.lasts] - terms[-1][m]
             flat = change.transpose(1, 0, 2).reshape(self.images, -1)
             ends, doubts = weight @ flat, doubt @ np.abs(flat)
             return np.concatenate([sums, ends.reshape(-1, classes)]), np.concatenate([spread, doubts.reshape(-1, classes)]), terms
 
         expected_tp, expected_fp = problem.tp[goes, images], problem.fp[goes, images]
-        of = np.append(node.position, np.full(node.lasts.size, m))
+        of = np.append(node.position[sample], np.full(node.lasts.size, m))
         mean_of = np.equal.outer(np.arange(m + 1), of) / np.bincount(of, minlength=m + 1)[:, None]
         none, one = np.zeros(classes), np.ones(classes)
         center_tp, center_fp = mean_of @ contributions(one, none)[0], mean_of @ contributions(none, one)[0]
@@ -806,17 +812,17 @@ class Optimiser:
         problem = self.problem
         self.tried: set[tuple] = set()
         self.alone = (problem.tp.sum(1) / (problem.labelled + problem.fp.sum(1))).mean(1)
-        starts = []
         for root, part in enumerate(problem.roots):
             for k in range(problem.exit_of.size if part.least == 0 else 0):
                 self._offer(self._score(root, (), k))
-            for e, last in itertools.combinations(range(self.exits if part.least <= 1 <= part.most else 0), 2):
+            starts = []
+            for e, last in itertools.combinations(range(self.exits if part.most else 0), 2):
                 heads = np.flatnonzero(problem.exit_of == last)
                 k = int(heads[self.alone[heads].argmax()])
                 if (decision := self._best_decision(root, [], k, 0, e, (math.inf, math.inf))) is not None:
-                    starts.append((self._judge(self._score(root, [decision], k)), root, [decision], k))
-        for _, root, early, last in sorted(starts)[:STARTS]:
-            self._improve(root, early, last)
+                    starts.append((self._judge(self._score(root, [decision], k)), [decision], k))
+            for _, early, last in sorted(starts)[:STARTS]:
+                self._improve(root, early, last)
 
     def _improve(self, root: int, early: Sequence[tuple[int, int, int]], last: int) -> None:
         """Improves a configuration step by step and offers the result."""
