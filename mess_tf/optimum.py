@@ -53,7 +53,7 @@ BRANCH_SHARE = 0.4
 # Configurations with one early exit that the search of each part of the space starts from.
 STARTS = 3
 # Orders of each exit whose mean is the middle of a part.
-SAMPLE = 80
+SAMPLE = 40
 # By how much G varies more than the union, see `Optimiser._tangent`: the root of its inverse.
 BALANCE = 0.85
 # Share of the images: exits where cuts further apart than this are open are split by cut.
@@ -430,12 +430,12 @@ class Optimiser:
         def contributions(per_tp: np.ndarray, per_fp: np.ndarray) -> tuple[np.ndarray, ...]:
             """What orders (at their middle cut) and last candidates add to sums over the images, [n + lasts, C], the doubt; the terms."""
             terms = problem.tp, problem.fp, per_tp, per_fp, per_tp * expected_tp + per_fp * expected_fp
-            sums, spread = np.empty((2, sample.size, classes))
-            self._spread(kernels.middles, len(sums), *terms, can, must, *sampled, sums, spread)
-            change = per_tp * problem.tp[node.lasts] + per_fp * problem.fp[node.lasts] - terms[-1][m]
-            flat = change.transpose(1, 0, 2).reshape(self.images, -1)
-            ends, doubts = weight @ flat, doubt @ np.abs(flat)
-            return np.concatenate([sums, ends.reshape(-1, classes)]), np.concatenate([spread, doubts.reshape(-1, classes)]), terms
+            sums, spread = np.empty((2, sample.size + node.lasts.size, classes))
+            self._spread(kernels.middles, sample.size, *terms, can, must, *sampled, sums, spread)
+            for row, k in enumerate(node.lasts, start=sample.size):
+                change = per_tp * problem.tp[k] + per_fp * problem.fp[k] - terms[-1][m]
+                sums[row], spread[row] = weight @ change, doubt @ np.abs(change)
+            return sums, spread, terms
 
         expected_tp, expected_fp = problem.tp[goes, images], problem.fp[goes, images]
         of = np.append(node.position[sample], np.full(node.lasts.size, m))
@@ -628,7 +628,8 @@ class Optimiser:
         values = self._descend(node, relaxation)
         self.prices = node.prices
         node.expected = self._relaxed(node, values), int(node.lasts[values.lasts.argmax()])
-        self._improve(node.root, *node.expected)
+        if node.visits <= 2:
+            self._improve(node.root, *node.expected)
         self.known.setdefault(pattern, (node.potentials, node.prices, node.expected))
         spare = values.bound - self.floor
         stalls = node.visits > 1 and (spare > 0.7 * node.spare - SLACK or self._bonus(node, values) > BRANCH_SHARE * spare)
