@@ -105,7 +105,7 @@ def network_step(
         for name in candidates:
             trained += network.heads[name].trainable_variables
 
-        @tf.function
+        @tf.function(autograph=False)
         def step(images, labels, rows, columns):
             target = pick(labels, rows, columns)
             features = features_of(images, training=True)
@@ -143,7 +143,7 @@ def heads_step(
     names = list(network.heads)
     features_of = network.features(network.candidates)
 
-    @tf.function
+    @tf.function(autograph=False)
     def frozen(images, labels, rows, columns):
         features = features_of(images, training=False)
         return features, pick(labels, rows, columns), losses.upsample_at(network.head_logits(FINAL, features), size, rows, columns)
@@ -151,7 +151,7 @@ def heads_step(
     def compiled(group: list[str]) -> Callable:
         trained = [variable for name in group for variable in network.heads[name].trainable_variables]
 
-        @tf.function
+        @tf.function(autograph=False)
         def step(features, target, teacher, rows, columns):
             values = {}
             for name in group:
