@@ -134,19 +134,15 @@ def check_against_brute_force(stats: Stats, setting: str, max_early_exits: int, 
     costs = some_costs(stats)
     found = 0
 
-    def space(horizon: float | None) -> list[Configuration]:
-        return enumerate_space(stats, setting, max_early_exits, quantiles, horizon)
-
-    anytime = setting == "anytime"
-    first_horizon = original(stats, costs).cost if anytime else None
-    all_costs = [configuration_costs(stats, costs, configuration) for configuration in space(first_horizon)]  # the same at any horizon
-
     @functools.cache
     def scores(horizon: float | None) -> list[tuple[float, dict[str, float]]]:
-        accuracies = [evaluate_configuration(stats, costs, configuration)[0] for configuration in space(horizon)]
-        return list(zip(accuracies, all_costs, strict=True))
+        return [
+            (evaluate_configuration(stats, costs, configuration)[0], configuration_costs(stats, costs, configuration))
+            for configuration in enumerate_space(stats, setting, max_early_exits, quantiles, horizon)
+        ]
 
-    reference = scores(first_horizon)
+    anytime = setting == "anytime"
+    reference = scores(original(stats, costs).cost if anytime else None)
     (some, values), (other, others) = (reference[index] for index in rng.integers(0, len(reference), 2))
     name, second = rng.choice(["macs", "macs_p90", "parameters", "memory_bytes"], 2, replace=False).tolist()
     objectives = [
@@ -159,7 +155,7 @@ def check_against_brute_force(stats: Stats, setting: str, max_early_exits: int, 
     ]
     for index in rng.choice(len(objectives), asked, replace=False):
         objective = objectives[index]
-        horizon = objective.limits.get("macs", first_horizon) if anytime else None
+        horizon = objective.limits.get("macs", original(stats, costs).cost) if anytime else None
         expected = best_by_brute_force(scores(horizon), objective)
         if expected is None:
             with pytest.raises(InfeasibleError):
