@@ -4,9 +4,10 @@
 `export_tflite --candidates` and `calibrate`.
 
 In one process: times every candidate submodel, searches for each target the least mean latency within `max_drop_pp` of the original's mIoU,
-exports those bundles and the original the same way into WORKDIR/closed_loop, then runs all over all images of the split, in turn for every
-ten images, and times the submodels of what was chosen in the same turns. The last line is one JSON object; for one target, with these
-keys, for several, a list of such objects as `targets`, and the largest `latency_error`, `search_error` and `miou_error_pp`:
+exports those bundles and, the same way, the original and the most accurate head of each exit into WORKDIR/closed_loop, then runs all over
+all images of the split, in turn for every ten images, and times the submodels of what was chosen in the same turns. The last line is one
+JSON object, with these keys (for several targets, a list of such objects as `targets`, and the largest `latency_error`, `search_error` and
+`miou_error_pp`), and of each exit alone, as `exits_alone`, `candidate`, `miou`, `ms` and the `share` of the original's latency:
   max_drop_pp: the target; exits: what was chosen.
   speedup: mean latency of the original over that of the bundle; speedup_interval: 95 % bootstrap interval over the images.
   miou_drop_pp: mIoU of the original less that of the bundle, in percentage points, both from the masks returned.
@@ -19,16 +20,17 @@ keys, for several, a list of such objects as `targets`, and the largest `latency
 
 import collections
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 
 from mess_runtime.benchmark import LatencyRow, benchmark_files
-from mess_runtime.bundle import BUDGETED, Bundle, Cost, Predicted
-from mess_runtime.runner import Runner
+from mess_runtime.bundle import ANYTIME, BUDGETED, Bundle, Cost, Predicted
+from mess_runtime.runner import Result, Runner
 from mess_tf import configs, metrics
 from mess_tf.data import Examples, open_split
 from mess_tf.export_tflite import CANDIDATES, Exporter
@@ -45,28 +47,37 @@ def submodels(deployments: Sequence[Deployment], folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.tflite")) if not path.name.startswith("head.") or path.stem in heads]
 
 
+def most_accurate(stats: Stats) -> list[ExitChoice]:
+    """The head of each exit with the highest mIoU on the images of the statistics."""
+    accuracy = metrics.miou(stats.tp.sum(1), stats.fp.sum(1), stats.fn.sum(1))
+    best = {}
+    for candidate in np.argsort(accuracy).tolist():  # the last one of an exit stays
+        choice = ExitChoice(*stats.candidates[candidate].split("."))
+        best[choice.exit] = choice
+    return [best[name] for name in stats.exits]
+
+
 def run_all(
-    bundles: Sequence[Path], parts: Sequence[Path], examples: Examples, threads: int, rounds: int
+    sides: Sequence[Callable[[np.ndarray], Result]], parts: Sequence[Path], examples: Examples, threads: int, rounds: int
 ) -> tuple[np.ndarray, list[float], list[list[str]], list[LatencyRow]]:
-    """Runs bundles over a split, in blocks of images, in random order per block: each as on a device that runs nothing else.
+    """Runs networks over a split, in blocks of images, in random order per block: each as on a device that runs nothing else.
 
     Returns:
-      Latencies in ms [bundles, images] (the median of the rounds); of each bundle, mIoU and the exit of each image; of each submodel in
+      Latencies in ms [sides, images] (the median of the rounds); of each side, mIoU and the exit of each image; of each submodel in
       `parts` the latency over all blocks.
     """
-    runners = [Runner(Bundle.load(path), threads) for path in bundles]
     classes = examples.info.num_classes
-    latency = np.zeros((rounds, len(bundles), len(examples)))
-    confusion = np.zeros((len(bundles), classes, classes), np.int64)
-    exits, timed = [[] for _ in bundles], []
+    latency = np.zeros((rounds, len(sides), len(examples)))
+    confusion = np.zeros((len(sides), classes, classes), np.int64)
+    exits, timed = [[] for _ in sides], []
     order = np.random.default_rng(0)
     for start in range(0, len(examples), BLOCK):
         block = [(i, *examples.load(i)) for i in range(start, min(start + BLOCK, len(examples)))]
         for turn in range(rounds):
-            for side in order.permutation(len(bundles)).tolist():
-                runners[side].run(block[0][1])  # what ran before has left the caches cold
+            for side in order.permutation(len(sides)).tolist():
+                sides[side](block[0][1])  # what ran before has left the caches cold
                 for i, image, label in block:
-                    result = runners[side].run(image)
+                    result = sides[side](image)
                     latency[turn, side, i] = result.latency_ms
                     if turn == 0:
                         confusion[side] += metrics.confusion_matrix(label, result.mask, classes)
@@ -92,8 +103,9 @@ def main(argv) -> None:
     targets = [float(value) for value in FLAGS.max_drop_pp]
     folder = workdir / "closed_loop"
     cost = Cost(costs.name, original(stats, costs).cost)
-    alone = Configuration(BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
-    exporter.bundle(folder / "original", alone, Predicted(original(stats, costs).miou, cost), examples.info.classes)
+    exits_alone = most_accurate(stats)
+    all_exits = Configuration(ANYTIME, False, tuple(exits_alone), 1.0)
+    exporter.bundle(folder / "exits", all_exits, Predicted(original(stats, costs).miou, cost), examples.info.classes)
     deployments = []
     for target in targets:
         objective = resolve_objective(original(stats, costs), costs, "input-dependent", max_drop_pp=target)
@@ -103,16 +115,22 @@ def main(argv) -> None:
         exporter.bundle(folder / f"{target:g}pp", deployment, predicted, examples.info.classes)
         deployments.append(deployment)
 
-    bundles = [folder / "original", *(folder / f"{target:g}pp" for target in targets)]
+    runners = [Runner(Bundle.load(folder / name), FLAGS.threads) for name in ("exits", *(f"{target:g}pp" for target in targets))]
+    sides = [functools.partial(runners[0].run, setting=BUDGETED, exit=choice.exit) for choice in reversed(exits_alone)]
+    sides += [runner.run for runner in runners[1:]]
     parts = submodels(deployments, workdir / CANDIDATES)
-    latency, miou, exits, timed = run_all(bundles, parts, examples, FLAGS.threads, FLAGS.rounds)
+    latency, miou, exits, timed = run_all(sides, parts, examples, FLAGS.threads, FLAGS.rounds)
     latest = {row.sha256: row for row in (*rows, *timed)}
     costs = latency_costs(stats, [dataclasses.asdict(row) for row in latest.values()])
     means = latency.mean(axis=1)
     resampled = np.random.default_rng(0).integers(len(examples), size=(2000, len(examples)))
     figures = []
-    print(f"original: {means[0]:.2f} ms, mIoU {100 * miou[0]:.2f}")
-    for side, (target, deployment) in enumerate(zip(targets, deployments, strict=True), start=1):
+    alone = []
+    for side, choice in enumerate(reversed(exits_alone)):
+        row = {"candidate": f"{choice.exit}.{choice.head}", "miou": miou[side], "ms": means[side], "share": means[side] / means[0]}
+        print(f"{row['candidate']} alone: {row['ms']:.2f} ms, {row['share']:.3f} of the original, mIoU {100 * row['miou']:.2f}")
+        alone.append(row)
+    for side, (target, deployment) in enumerate(zip(targets, deployments, strict=True), start=len(alone)):
         predicted, left = predict(stats, costs, deployment), collections.Counter(exits[side])
         print(f"within {target:g} pp, bundle: {means[side]:.2f} ms, mIoU {100 * miou[side]:.2f}; images left: {dict(left)}")
         print(f"  predicted: {predicted.cost_mean:.2f} ms, mIoU {100 * predicted.miou:.2f}")
@@ -138,7 +156,7 @@ def main(argv) -> None:
             }
         )
     worst = {key: max(row[key] for row in figures) for key in ("latency_error", "search_error", "miou_error_pp")}
-    print(json.dumps(figures[0] if len(figures) == 1 else {"targets": figures, **worst}))
+    print(json.dumps((figures[0] if len(figures) == 1 else {"targets": figures, **worst}) | {"exits_alone": alone}))
 
 
 if __name__ == "__main__":
