@@ -27,7 +27,7 @@ def main(argv) -> None:
     trained = Trained()
     classes = trained.examples.info.num_classes
     with tempfile.TemporaryDirectory() as folder:
-        bundle = trained.bundle(Path(folder) / "bundle", trained.exporter(), FLAGS.candidates)
+        bundle = trained.bundle(Path(folder) / "bundle", trained.exporter(), trained.candidates)
         runner = Runner(bundle, FLAGS.threads)
         exits = bundle.manifest.exits
         images = [trained.examples.load(i % len(trained.examples)) for i in range(FLAGS.images)]

@@ -17,15 +17,13 @@ from mess_tf.export_tflite import FP32, INT8, Exporter, calibration_images
 from mess_tf.files import Configuration, Deployment, ExitChoice
 from mess_tf.model import FINAL, load_network
 
-CHOSEN = ("exit1.decoder-r1-b0", "exit2.decoder-r1-b0", "exit3.decoder-r1-b0", FINAL)
-
 
 def define_flags() -> None:
     """The flags of every benchmark on a trained network."""
     flags.DEFINE_string("workdir", None, "folder of a training", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("split", "val", "split whose images are used")
-    flags.DEFINE_list("candidates", list(CHOSEN), "EXIT.HEAD of each exit, shallow to deep")
+    flags.DEFINE_list("candidates", [], "EXIT.HEAD of each exit, shallow to deep; default: every exit with the head of stage 1")
 
 
 class Trained:
@@ -37,6 +35,8 @@ class Trained:
         self.size = self.config.data.input_size
         self.examples: Examples = open_split(self.config.data, values.split)
         self.network = load_network(values.workdir, self.config, self.examples.info.num_classes)
+        plain = [f"{point.name}.{self.config.exits.plain_head}" for point in self.network.exit_points]
+        self.candidates = values.candidates or [*plain, FINAL]
 
     def exporter(self, precision: str = FP32, float_operations: Sequence[str] = ()) -> Exporter:
         """An exporter, with calibration images for int8."""

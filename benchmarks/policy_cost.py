@@ -39,7 +39,7 @@ def sides(exporters: Mapping[str, Exporter], candidate: str, threads: int) -> di
     """Runs of the candidate's network by precision, of every policy by `FIDELITY.DECISION`, and of the textbook's."""
     exporter = exporters[FP32]
     model, size = exporter.network.submodel([candidate]), exporter.size
-    shape = (1, *logits_size(exporter.network, candidate, size), exporter.network.num_classes)
+    shape = (1, *logits_size(exporter.network, candidate, exporter.shapes), exporter.network.num_classes)
 
     def network(image):
         return {"logits": model(image, training=False)[candidate]}
@@ -140,7 +140,7 @@ def main(argv) -> None:
     trained = Trained()
     exporters = {precision: trained.exporter(precision) for precision in (FP32, INT8)}
     table = {}
-    for threads, candidate in itertools.product(map(int, FLAGS.threads), FLAGS.candidates):
+    for threads, candidate in itertools.product(map(int, FLAGS.threads), trained.candidates):
         samples = interleaved(sides(exporters, candidate, threads), FLAGS.rounds)
         table[threads, candidate] = samples
         print(
@@ -154,9 +154,9 @@ def main(argv) -> None:
             print(f"  {name:22} {np.median(samples[name]):6.2f} ms, decision {shares}", flush=True)
 
     def worst(precision: str, name: str, beyond: str | None = "exact.mask") -> tuple[float, float, float]:
-        return max(share(table[int(FLAGS.threads[0]), candidate], precision, name, beyond) for candidate in FLAGS.candidates)
+        return max(share(table[int(FLAGS.threads[0]), candidate], precision, name, beyond) for candidate in trained.candidates)
 
-    samples = table[int(FLAGS.threads[0]), FLAGS.candidates[0]]
+    samples = table[int(FLAGS.threads[0]), trained.candidates[0]]
     figures = {
         "edge_exact_share": worst(FP32, "exact.edge")[0],
         "share_interval": worst(FP32, "exact.edge")[1:],
@@ -164,7 +164,7 @@ def main(argv) -> None:
         "edge_exact_share_int8": worst(INT8, "exact.edge")[0],
         "edge_exact_with_mask_share": worst(FP32, "exact.edge", None)[0],
         "textbook_over_ours": ratio(samples["textbook"], samples["exact.edge"])[0],
-        **agreement(exporters[FP32], FLAGS.candidates[0], trained.examples, FLAGS.images),
+        **agreement(exporters[FP32], trained.candidates[0], trained.examples, FLAGS.images),
     }
     print(json.dumps(figures))
 

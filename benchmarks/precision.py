@@ -80,11 +80,11 @@ def main(argv) -> None:
         for precision in PRECISIONS:
             floats = FLAGS.float_operations if precision == INT8 else ()
             exporter = trained.exporter(precision, floats)
-            bundles[precision] = trained.bundle(Path(folder) / precision, exporter, FLAGS.candidates, (THETA_PIX, 0.5), measure=True)
+            bundles[precision] = trained.bundle(Path(folder) / precision, exporter, trained.candidates, (THETA_PIX, 0.5), measure=True)
             for segment in bundles[precision].manifest.segments:
                 print(f"{precision} {segment.exit:8} mIoU {100 * segment.miou:.2f} %", flush=True)
             if precision == INT8 and FLAGS.sensitivity:
-                for error, name in exporter.quantization_errors(FLAGS.candidates)[: FLAGS.sensitivity]:
+                for error, name in exporter.quantization_errors(trained.candidates)[: FLAGS.sensitivity]:
                     print(f"rmse/scale {error:7.3f}  {name}")
 
         first, second = (confidences(bundles[precision], trained) for precision in (FP32, INT8))

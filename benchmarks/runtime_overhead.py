@@ -76,7 +76,9 @@ def main(argv) -> None:
     trained = Trained()
     figures, image = {}, trained.examples.load(0)[0]
     with tempfile.TemporaryDirectory() as folder:
-        bundles = {name: trained.bundle(Path(folder) / name, trained.exporter(), FLAGS.candidates, input_type=name) for name in INPUT_TYPES}
+        bundles = {
+            name: trained.bundle(Path(folder) / name, trained.exporter(), trained.candidates, input_type=name) for name in INPUT_TYPES
+        }
         for threads, engine in itertools.product((2, 1), ENGINES):
             samples = measure(bundles["float32"], image, engine, threads, FLAGS.rounds)
             chain, exit1 = ratio(samples["chain"], samples["full"]), ratio(samples["exit1"], samples["prefix1"])

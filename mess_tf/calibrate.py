@@ -21,7 +21,7 @@ from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, SIGNATURE, file_sha256
 from mess_tf import configs, graphs, metrics, policy
 from mess_tf.costs import Cost, model_cost
 from mess_tf.data import Examples, evaluation_batches, open_split, resize_image, resize_label
-from mess_tf.export_tflite import CANDIDATES, convert, head_cost, head_name, policy_name
+from mess_tf.export_tflite import CANDIDATES, convert, head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.files import Stats, made_by
 from mess_tf.model import MultiExitNetwork, load_network
 
@@ -52,7 +52,7 @@ def calibrate(
       The statistics, see `Stats`.
     """
     candidates = network.candidates
-    logits_of = tf.function(network.submodel(candidates))
+    logits_of = tf.function(network.submodel(candidates), autograph=False)
     thresholds = [(theta, edge_aware) for theta in theta_pix for edge_aware in (False, True)]
 
     @functools.cache
@@ -84,7 +84,8 @@ def calibrate(
     of_exit = [[name for name in candidates if name.startswith(f"{exit_name}.")] for exit_name in exits]
 
     prefix = [model_cost(network.features(names), size) for names in of_exit]
-    head = [head_cost(network, name, size) for name in candidates]
+    shapes = tensor_shapes(network, size)
+    head = [head_cost(network, name, shapes) for name in candidates]
     costs = {
         f"{part}_{field.name}": np.array([getattr(cost, field.name) for cost in of_part], np.int64)
         for part, of_part in (("prefix", prefix), ("head", head))
@@ -92,7 +93,7 @@ def calibrate(
     }
 
     def policy_sha256(mode: str) -> tuple[str, ...]:
-        return tuple(sha256(policy_name(network, name, size, mode, fidelity)) for name in candidates)
+        return tuple(sha256(policy_name(network, name, shapes, mode, fidelity)) for name in candidates)
 
     return Stats(
         split=split,

@@ -605,6 +605,7 @@ def training_batches(examples: Examples, config: DataConfig, batch_size: int, se
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])
     indices = order[start - epochs[0] * count :][: stop - start]
 
+    @tf.autograph.experimental.do_not_convert
     def prepare(position: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         image, label = _load(examples, index)
         return augment(image, label, config, tf.stack([tf.constant(seed, tf.int64), position]))
@@ -617,6 +618,7 @@ def training_batches(examples: Examples, config: DataConfig, batch_size: int, se
 def evaluation_batches(examples: Examples) -> tf.data.Dataset:
     """Builds batches of one, in order, at native size: float32 [1, H, W, 3] RGB 0..255 and uint8 [1, H, W]."""
 
+    @tf.autograph.experimental.do_not_convert
     def prepare(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         image, label = _load(examples, index)
         return tf.cast(image, tf.float32), label

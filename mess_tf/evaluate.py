@@ -23,7 +23,7 @@ def keras_predictor(network: MultiExitNetwork, candidates: Sequence[str]) -> Pre
     """Makes a function from an image float32 [1, H, W, 3] in 0..255 to a dict of masks uint8 [1, H, W], one per candidate."""
     features_of = network.features(candidates)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def predict(image):
         features = features_of(image, training=False)
         size = tf.shape(image)[1:3]

@@ -50,34 +50,33 @@ TOLERANCE = {FP32: 1e-4, FP16: 3e-2}
 
 Function = Callable[..., Mapping[str, tf.Tensor]]
 Tensors = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class ExportError(RuntimeError):
     """A file that must not be deployed: an op that is not built in, a dynamic shape, or results that differ from Keras."""
 
 
-def feature_sizes(network: MultiExitNetwork, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """(height, width) of every tensor in the original network, by layer name."""
-    nodes = graph_nodes(with_input_size(network.original, size))
-    return {node.name: tuple(node.output.shape[1:3]) for node in nodes if len(node.output.shape) == 4}
+def tensor_shapes(network: MultiExitNetwork, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """(1, height, width, channels) of every tensor in the original network, by layer name, for images of `size`."""
+    return {node.name: tuple(node.output.shape) for node in graph_nodes(with_input_size(network.original, size))}
 
 
-def logits_size(network: MultiExitNetwork, candidate: str, size: tuple[int, int]) -> tuple[int, int]:
+def logits_size(network: MultiExitNetwork, candidate: str, shapes: Shapes) -> tuple[int, int]:
     """(height, width) of a candidate's logits: those of its shallowest tap."""
-    sizes = feature_sizes(network, size)
-    return max(sizes[name] for name in network.taps(candidate))
+    return max(shapes[name][1:3] for name in network.taps(candidate))
 
 
-def head_cost(network: MultiExitNetwork, candidate: str, size: tuple[int, int]) -> Cost:
+def head_cost(network: MultiExitNetwork, candidate: str, shapes: Shapes) -> Cost:
     """Costs of a candidate's head, from its taps to its logits; the original's own head counts as its prefix."""
     if candidate == FINAL:
         return Cost(0, 0, 0)
-    return model_cost(network.heads[candidate], {TAP + name: side for name, side in feature_sizes(network, size).items()})
+    return model_cost(network.heads[candidate], {TAP + name: shape[1:3] for name, shape in shapes.items()})
 
 
-def policy_name(network: MultiExitNetwork, candidate: str, size: tuple[int, int], mode: str, fidelity: str) -> str:
+def policy_name(network: MultiExitNetwork, candidate: str, shapes: Shapes, mode: str, fidelity: str) -> str:
     """Name of the submodel from this candidate's logits to `mask`, or to mask and `plain` or `edge` confidence."""
-    height, width = logits_size(network, candidate, size)
+    height, width = logits_size(network, candidate, shapes)
     return f"{mode}{_suffix(fidelity)}.{height}x{width}"
 
 
@@ -143,7 +142,7 @@ def _converter(
 ) -> tuple[tf.lite.TFLiteConverter, list[str]]:
     """A converter, and the names of the outputs in its order."""
     specs = {name: tf.TensorSpec(shape, tf.float32, name=name) for name, shape in inputs.items()}
-    concrete = tf.function(lambda **tensors: function(**tensors)).get_concrete_function(**specs)
+    concrete = tf.function(lambda **tensors: function(**tensors), autograph=False).get_concrete_function(**specs)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     if precision == FP16:
@@ -201,6 +200,7 @@ class Exporter:
       precision: of the network, see `convert`; the policy always works in float32.
       samples: images float32 [1, H, W, 3] that int8 takes its ranges from.
       float_operations: see `convert`.
+      shapes: see `tensor_shapes`.
     """
 
     def __init__(
@@ -214,13 +214,12 @@ class Exporter:
     ):
         self.network, self.size, self.fidelity, self.precision = network, size, fidelity, precision
         self.images, self.float_operations = samples, float_operations
-        nodes = graph_nodes(with_input_size(network.original, size))
-        self.shapes = {node.name: tuple(node.output.shape) for node in nodes}
+        self.shapes = tensor_shapes(network, size)
 
     @functools.cached_property
     def samples(self) -> list[dict[str, np.ndarray]]:
         """An image and all tensors that heads read, for each sample image; without sample images, of noise."""
-        features_of = tf.function(self.network.features(self.network.candidates))
+        features_of = tf.function(self.network.features(self.network.candidates), autograph=False)
         noise = np.random.default_rng(0).uniform(0, 255, self.shapes[bundles.IMAGE]).astype(np.float32)
         return [
             {bundles.IMAGE: image} | {name: tensor.numpy() for name, tensor in features_of(image, training=False).items()}
@@ -265,7 +264,7 @@ class Exporter:
         names = self.network.taps(candidate)
         graph = self.converted(lambda **features: {"logits": self.network.head_logits(candidate, features)}, names)
         graph = graphs.cut(graph, {name: graphs.taken(graph, name) for name in graph.inputs}, graph.outputs)
-        graph = graphs.join(graph, self.policy(*logits_size(self.network, candidate, self.size), ()), {"logits": "logits"})
+        graph = graphs.join(graph, self.policy(*logits_size(self.network, candidate, self.shapes), ()), {"logits": "logits"})
         graph = graph.renamed({bundles.MASK: bundles.MASK})
         name = head_name(candidate, self.fidelity)
         with _named(name):
@@ -278,11 +277,10 @@ class Exporter:
 
     def policies(self, folder: Path) -> None:
         """Logits to mask alone, and to mask and confidence, for every size of logits: their differences are what a decision costs."""
-        for candidate in {logits_size(self.network, name, self.size): name for name in self.network.candidates}.values():
-            size = logits_size(self.network, candidate, self.size)
+        for size, candidate in {logits_size(self.network, name, self.shapes): name for name in self.network.candidates}.items():
             example = np.random.default_rng(0).normal(0, 4, (1, *size, self.network.num_classes)).astype(np.float32)
             for mode, thresholds in (("mask", ()), ("plain", ((0.9, False),)), ("edge", ((0.9, True),))):
-                name = policy_name(self.network, candidate, self.size, mode, self.fidelity)
+                name = policy_name(self.network, candidate, self.shapes, mode, self.fidelity)
                 with _named(name):
                     content = self.save(folder / f"{name}.tflite", self.policy(*size, thresholds))
                     self._check(content, {"logits": example}, {bundles.MASK: (tf.constant(example), thresholds)}, {})

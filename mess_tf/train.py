@@ -74,10 +74,29 @@ def gradients(values: dict[str, tf.Tensor], variables: list[keras.Variable]) -> 
     return tf.gradients(list(values.values()), [variable.value for variable in variables], aggregation_method=pairwise)
 
 
+def early_exit_loss(stage: StageConfig, logits: tf.Tensor, teacher: tf.Tensor, target: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+    """Cross-entropy and, as the stage says, distillation from the final exit (mess.md, section 4): float32 scalar.
+
+    Args:
+      stage: says which, and how they are mixed.
+      logits, teacher: float32 [..., C] of the early and of the final exit.
+      target: integers [...], 0..C-1 or 255 for pixels that do not count.
+      weights: float32 [C], of the classes in the cross-entropy.
+    """
+    loss = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
+    if stage.distillation == "none":
+        return loss
+    distilled = losses.distillation(logits, teacher, target, stage.distillation == "filtered", stage.temperature)
+    return stage.alpha * distilled + (1 - stage.alpha) * loss
+
+
 def network_step(
     network: MultiExitNetwork, stage: StageConfig, optimizer: keras.optimizers.Optimizer, size: tuple[int, int], weights: np.ndarray
 ) -> Step:
-    """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names."""
+    """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names.
+
+    Departure: early exits may learn from the final one here too (the paper distils in stage 2 only).
+    """
     early = list(network.heads)
 
     def compiled(candidates: tuple[str, ...]) -> Callable:
@@ -86,14 +105,16 @@ def network_step(
         for name in candidates:
             trained += network.heads[name].trainable_variables
 
-        @tf.function
+        @tf.function(autograph=False)
         def step(images, labels, rows, columns):
             target = pick(labels, rows, columns)
-            values = {}
             features = features_of(images, training=True)
-            for name in (*candidates, FINAL):
+            final = losses.upsample_at(network.head_logits(FINAL, features, training=True), size, rows, columns)
+            values = {}
+            for name in candidates:
                 logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
-                values[name] = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
+                values[name] = early_exit_loss(stage, logits, final, target, weights)
+            values[FINAL] = losses.cross_entropy(final, target, weights, stage.label_smoothing)
             optimizer.apply(gradients(values, trained), trained)
             return values
 
@@ -122,7 +143,7 @@ def heads_step(
     names = list(network.heads)
     features_of = network.features(network.candidates)
 
-    @tf.function
+    @tf.function(autograph=False)
     def frozen(images, labels, rows, columns):
         features = features_of(images, training=False)
         return features, pick(labels, rows, columns), losses.upsample_at(network.head_logits(FINAL, features), size, rows, columns)
@@ -130,15 +151,12 @@ def heads_step(
     def compiled(group: list[str]) -> Callable:
         trained = [variable for name in group for variable in network.heads[name].trainable_variables]
 
-        @tf.function
+        @tf.function(autograph=False)
         def step(features, target, teacher, rows, columns):
             values = {}
             for name in group:
                 logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
-                values[name] = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
-                if stage.distillation != "none":
-                    distilled = losses.distillation(logits, teacher, target, stage.distillation == "filtered", stage.temperature)
-                    values[name] = stage.alpha * distilled + (1 - stage.alpha) * values[name]
+                values[name] = early_exit_loss(stage, logits, teacher, target, weights)
             optimizer.apply(gradients(values, trained), trained)
             return values
 

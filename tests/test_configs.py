@@ -196,7 +196,6 @@ def test_no_heads_means_all_heads():
         (lambda: StageConfig(temperature=0.0), "stage.temperature"),
         (lambda: StageConfig(learning_rate=0.0), "stage.learning_rate"),
         (lambda: StageConfig(trains="heads", distillation="x"), "stage.distillation"),
-        (lambda: StageConfig(trains="network", distillation="filtered"), "stage.distillation"),
     ],
 )
 def test_a_bad_value_raises_with_its_name(build, argument):

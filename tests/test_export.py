@@ -3,22 +3,26 @@
 import json
 import shutil
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
+from small_network import small_network
 
 from mess_runtime.bundle import Bundle, Cost, InputSpec, Predicted, file_sha256
 from mess_runtime.runner import Runner
 from mess_tf import graphs, metrics
+from mess_tf.backbones import build_backbone
 from mess_tf.calibrate import calibrate
-from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
+from mess_tf.configs import BackboneConfig, DataConfig, HeadSpec
 from mess_tf.data import open_split
 from mess_tf.evaluate import accuracies, confusion_matrices, keras_predictor
 from mess_tf.export_tflite import Exporter, ExportError, check_parity, convert, export_candidates, export_deployment
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original
 from mess_tf.files import Predicted as Promise
-from mess_tf.model import FINAL, build_network
+from mess_tf.model import FINAL
+from mess_tf.model import convert as convert_network
 from mess_tf.policy import decide
 from mess_tf.search import arrival_costs, evaluate_configuration, macs_costs
 
@@ -29,17 +33,12 @@ HEADS = ("fcn-r1-b0", "decoder-r2-b1-d2")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A network with random weights, its validation split, its candidates on disk and its statistics."""
-    config = Config(
-        data=DataConfig(input_size=SIZE, synthetic_train=2, synthetic_val=6),
-        backbone=BackboneConfig(width=0.35),
-        exits=ExitsConfig(count=3),
-    )
-    examples = open_split(config.data, "val")
+    examples = open_split(DataConfig(input_size=SIZE, synthetic_train=2, synthetic_val=6), "val")
     tf.keras.utils.set_random_seed(0)
-    network = build_network(config, examples.info.num_classes)
+    network = convert_network(small_network(examples.info.num_classes), 3, SIZE)
     network.add_heads([HeadSpec.parse(name) for name in HEADS], 0.9)
     images = np.stack([examples.load(i)[0] for i in range(len(examples))]).astype(np.float32)
-    run = tf.function(network.submodel(network.candidates))
+    run = tf.function(network.submodel(network.candidates), autograph=False)
     for _ in range(40):  # moving statistics of the batch normalisation, without which random weights make constant logits
         run(images, training=True)
     probabilities = [tf.nn.softmax(logits).numpy().max(-1) for logits in run(images, training=False).values()]
@@ -289,6 +288,16 @@ def test_signatures_share_weights():
     weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     one, two = (convert(lambda x, factor=factor: {"y": tf.matmul(x, weights) + factor}, {"x": (1, 64)}) for factor in (1.0, 2.0))
     assert len(graphs.write({"one": one, "two": two})) < 1.3 * len(graphs.write({"one": one}))
+
+
+def test_a_backbone_with_dilation_is_exported(tmp_path):
+    """Of dilated convolutions, which TensorFlow runs between SPACE_TO_BATCH_ND and its inverse, builtin ones come."""
+    backbone = build_backbone(BackboneConfig(width=0.35, output_stride=8, batch_norm_momentum=0.01))
+    backbone(np.random.default_rng(0).uniform(0, 255, (2, *SIZE, 3)), training=True)  # statistics that keep features of about their size
+    network = convert_network(keras.Model(backbone.input, keras.layers.Conv2D(5, 1)(backbone.output)), 2, SIZE)
+    Exporter(network, SIZE).prefix(tmp_path, "final")
+    (tensor,) = Interpreter(str(tmp_path / "prefix.final.tflite")).get_signature_runner("serve").get_output_details().values()
+    assert tuple(tensor["shape"]) == (1, 4, 8, 5)
 
 
 def test_unsupported_ops_are_refused():

@@ -27,9 +27,9 @@ def image(size: tuple[int, int] = SIZE) -> np.ndarray:
     return np.random.uniform(0, 255, (1, *size, 3)).astype(np.float32)
 
 
-def scramble(network: MultiExitNetwork) -> None:
+def scramble(*models: keras.Model) -> None:
     """Random weights that keep features of about their size, batch-norm statistics among them."""
-    for model in (network.original, *network.heads.values()):
+    for model in models:
         for variable in model.weights:
             if variable.name in ("gamma", "moving_variance"):
                 variable.assign(np.random.uniform(0.7, 1.3, variable.shape))
@@ -63,7 +63,7 @@ def network():
     keras.utils.set_random_seed(0)
     result = build_network(CONFIG, CLASSES)
     result.add_heads(SPECS, 0.9)
-    scramble(result)
+    scramble(result.original, *result.heads.values())
     return result
 
 
@@ -240,15 +240,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["weights.npz"]
 
 
-def test_load_network_takes_stage_2_if_there_is_one_else_stage_1(tmp_path):
+def test_load_network_takes_stage_2_if_there_is_one_else_stage_1(network, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"workdir: '.*' holds no trained weights; `python -m mess_tf\.train --workdir="):
         load_network(str(tmp_path), CONFIG, CLASSES)
-    trained = build_network(CONFIG, CLASSES)
+    trained = MultiExitNetwork(network.original, network.exit_points)
     # A trained network needs no backbone weights, so a file that is gone does not matter.
     config = dataclasses.replace(CONFIG, backbone=dataclasses.replace(CONFIG.backbone, weights="gone.h5"))
     for stage, specs in (("stage1", [HeadSpec.parse(CONFIG.exits.plain_head)]), ("stage2", CONFIG.exits.head_specs)):
         trained.add_heads(specs, 0.9)
-        scramble(trained)
+        scramble(*trained.heads.values())
         path = tmp_path / "checkpoints" / stage
         path.mkdir(parents=True)
         assert best_weights(str(tmp_path), stage) == str(path / "best.npz")

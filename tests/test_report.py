@@ -1,41 +1,45 @@
 """The report of a small trained folder: what it holds, and that it needs nothing beside itself."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from small_network import small_network
 
-from mess_tf import configs
+from mess_runtime.bundle import file_sha256
+from mess_tf import configs, report
 from mess_tf.calibrate import calibrate
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig
 from mess_tf.data import open_split
 from mess_tf.files import Deployment, Stats
 from mess_tf.model import best_weights, build_network
-from mess_tf.report import class_table
-from mess_tf.search import evaluate_configuration, macs_costs
+from mess_tf.search import evaluate_configuration, macs_costs, original, resolve_objective, search
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIG = Config(
-    data=DataConfig(input_size=(32, 64), synthetic_val=6),
-    backbone=BackboneConfig(width=0.35),
-    exits=ExitsConfig(count=3, heads=("fcn-r8-b0", "decoder-r8-b0")),
-)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
     """A folder as the other commands leave it; the network is not trained."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "config.json").write_text(configs.to_json(CONFIG))
-    val = open_split(CONFIG.data, "val")
-    network = build_network(CONFIG, val.info.num_classes)
-    network.add_heads(CONFIG.exits.head_specs, 0.9)
+    config = Config(
+        data=DataConfig(input_size=(32, 64), synthetic_val=6),
+        backbone=BackboneConfig("keras_file", weights=str(folder / "small.keras")),
+        exits=ExitsConfig(count=3, heads=("fcn-r8-b0", "decoder-r8-b0")),
+    )
+    (folder / "config.json").write_text(configs.to_json(config))
+    val = open_split(config.data, "val")
+    small_network(val.info.num_classes).save(config.backbone.weights)
+    network = build_network(config, val.info.num_classes)
+    network.add_heads(config.exits.head_specs, 0.9)
     rows = [{"step": step, "epoch": step / 2, "loss": dict.fromkeys(network.candidates, 1.0 / step)} for step in (1, 2)]
     rows.append({"step": 2, "epoch": 1.0, "miou": dict.fromkeys(network.candidates, 0.25)})
     for stage in ("stage1", "stage2"):
@@ -43,19 +47,18 @@ def workdir(tmp_path_factory) -> Path:
         (folder / "logs" / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path(best_weights(str(folder), "stage2")).parent.mkdir(parents=True)
     network.save_weights(best_weights(str(folder), "stage2"))
-    calibrate(network, val, "val", CONFIG.data.input_size, str(folder / "candidates"), [0.15, 0.3]).save(folder / "stats.npz")
-    assert run("search", folder, "--cost_share=0.9").returncode == 0
+    stats = calibrate(network, val, "val", config.data.input_size, str(folder / "candidates"), [0.15, 0.3])
+    stats.save(folder / "stats.npz")
+    costs = macs_costs(stats)
+    deployment = search(stats, costs, resolve_objective(original(stats, costs), costs, "input-dependent", cost_share=0.9))
+    dataclasses.replace(deployment, stats_sha256=file_sha256(folder / "stats.npz")).save(folder / "deployment.json")
     return folder
 
 
-def run(module: str, workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"mess_tf.{module}", f"--workdir={workdir}", *arguments]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 def test_page_holds_everything_and_pictures_lie_beside_it(workdir):
-    done = run("report", workdir)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
+    command = [sys.executable, "-m", "mess_tf.report", f"--workdir={workdir}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     folder = workdir / "report"
     assert done.stdout.splitlines()[-1] == str(folder / "index.html")
@@ -74,15 +77,16 @@ def test_page_holds_everything_and_pictures_lie_beside_it(workdir):
 def test_per_class_table_counts_each_image_where_it_leaves(workdir):
     stats, deployment = Stats.load(workdir / "stats.npz"), Deployment.load(workdir / "deployment.json")
     accuracy, _, leaves_at = evaluate_configuration(stats, macs_costs(stats), deployment)
-    cells = re.findall(r"<td>([^<]*)</td></tr>", class_table(stats, deployment, leaves_at))
+    cells = re.findall(r"<td>([^<]*)</td></tr>", report.class_table(stats, deployment, leaves_at))
     assert cells[-1] == f"{100 * accuracy:.2f}"
 
 
-def test_a_search_in_other_statistics_is_an_error(workdir, tmp_path):
+def test_a_search_in_other_statistics_is_an_error(workdir, tmp_path, monkeypatch):
     document = json.loads((workdir / "deployment.json").read_text())
     for path in workdir.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "deployment.json").unlink()
     (tmp_path / "deployment.json").write_text(json.dumps(document | {"stats_sha256": "0" * 64}))
-    done = run("report", tmp_path)
-    assert done.returncode != 0 and "must be searched in this stats.npz" in done.stderr
+    monkeypatch.setattr(report, "FLAGS", SimpleNamespace(workdir=str(tmp_path)), raising=False)
+    with pytest.raises(ValueError, match=r"deployment\.json: must be searched in this stats\.npz"):
+        report.main([])

@@ -205,6 +205,18 @@ def test_stage1_updates_the_original_and_the_exits_of_the_schedule(exits, expect
         assert not any(same([a], [b]) for a, b in zip(original, weights_of(network.original), strict=True) if b.ndim == 4)
 
 
+def test_stage1_distils_from_the_final_exit_as_the_stage_says():
+    def losses_of(**values) -> dict[str, float]:
+        return {name: float(value) for name, value in make_step(make_network(), StageConfig(**values))(*make_batch(), 0).items()}
+
+    plain, distilled, mixed = losses_of(), losses_of(distillation="all", alpha=1.0), losses_of(distillation="all", alpha=0.25)
+    early = "exit1.fcn-r2-b0"
+    assert distilled[early] != pytest.approx(plain[early], rel=0.01)
+    assert mixed[early] == pytest.approx(0.25 * distilled[early] + 0.75 * plain[early], rel=1e-5)
+    assert plain[FINAL] == pytest.approx(distilled[FINAL], rel=1e-6)
+    assert losses_of(distillation="filtered", alpha=1.0)[early] < distilled[early]  # a random teacher is wrong at most pixels
+
+
 def train_heads(heads: tuple[str, ...], steps: int, teacher_factor: float = 1.0, **values) -> tuple[MultiExitNetwork, int]:
     """A network after some steps of stage 2, and how often the original ran."""
     network, runs = make_network(heads), tf.Variable(0)
