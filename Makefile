@@ -22,7 +22,7 @@ demo-commands:
 	$(BIN)/python benchmarks/closed_loop.py --workdir=runs/demo --split=val
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 2 --dist loadfile
 
 notebooks: $(READY)
 	$(BIN)/python -m pytest -q -m notebook
