@@ -1,8 +1,9 @@
 """What exit dropout costs: step time of stage 1 against plain training of the same backbone, and of joint training of all exits.
 
 `python benchmarks/train_step.py [--steps=30] [--backbone=efficientnet_lite0] [--size=288x384] [--batch=8]` takes the three kinds of step in
-turn, in one process, on random images. A round is as many steps of each kind as there are early exits, so that each exit has its turn in
-stage 1. The last line is one JSON object: medians over the rounds of seconds per step, and of the ratios within a round with their range.
+turn, in one process, on random images; early exits also learn from the final one. A round is as many steps of each kind as there are early
+exits, so that each exit has its turn in stage 1. The last line is one JSON object: medians over the rounds of seconds per step, and of the
+ratios within a round with their range.
 """
 
 import json
@@ -25,7 +26,9 @@ KINDS = ("none", "round_robin", "all")
 def make_step(backbone: BackboneConfig, exits: int, kind: str, batch: int, size: tuple[int, int]) -> Callable[[int], float]:
     """Makes a function from a step's number to its seconds."""
     keras.utils.set_random_seed(0)
-    config = Config(DataConfig(input_size=size), backbone, ExitsConfig(count=exits), StageConfig(exits=kind, batch_size=batch))
+    config = Config(
+        DataConfig(input_size=size), backbone, ExitsConfig(count=exits), StageConfig(exits=kind, distillation="filtered", batch_size=batch)
+    )
     network = build_network(config, CLASSES)
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], backbone.batch_norm_momentum)
     parts = [network.original, *network.heads.values()]
