@@ -132,9 +132,7 @@ def structure(head: keras.Model) -> str:
 
 
 def test_no_two_heads_are_the_same():
-    assert len(set(HEAD_SPACE)) == 120
-    specs = [spec for spec in HEAD_SPACE if spec.reduction == 2 or not spec.blocks]  # blocks and reduction are independent of each other
-    assert len({structure(build_head(spec, STRIDE16, CLASSES, momentum=0.9)) for spec in specs}) == len(specs) == 39
+    assert len({structure(build_head(spec, STRIDE16, CLASSES, momentum=0.9)) for spec in HEAD_SPACE}) == len(HEAD_SPACE) == 120
 
 
 @pytest.mark.parametrize("point", [STRIDE16, STRIDE8], ids=["stride16", "stride8"])
