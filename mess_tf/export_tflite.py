@@ -390,7 +390,8 @@ class Exporter:
         signatures = {name: graph for name, graph in everything.items() if not name.startswith("logits.")}
         content = graphs.write(signatures)
         with _named(bundles.MODEL):
-            self._check_bundle(content, configuration, input_spec.dtype)
+            logits_of = {choice.exit: everything[f"logits.{choice.exit}"] for choice in configuration.exits}
+            self._check_bundle(content, configuration, logits_of, input_spec.dtype)
         mious = measured_miou(content, examples, self.size, input_spec) if examples else {}
         segments = []
         for choice in configuration.exits:
@@ -437,7 +438,7 @@ class Exporter:
             shutil.rmtree(fresh, ignore_errors=True)
         return everything
 
-    def _check_bundle(self, content: bytes, configuration: Configuration, input_type: str) -> None:
+    def _check_bundle(self, content: bytes, configuration: Configuration, logits_of: Mapping[str, graphs.Graph], input_type: str) -> None:
         image = self.samples[0][bundles.IMAGE].round().astype(input_type)
         full = run_signature(content, {bundles.IMAGE: image})
         interpreter, tensors = Interpreter(model_content=content, num_threads=os.cpu_count()), {bundles.IMAGE: image}
@@ -455,6 +456,8 @@ class Exporter:
             for choice in configuration.exits:
                 name = f"{choice.exit}.{choice.head}"
                 logits = self.network.submodel([name])(tf.constant(image, tf.float32), training=False)[name]
+                alone = graphs.write({bundles.SIGNATURE: logits_of[choice.exit]})
+                check_parity(alone, {bundles.IMAGE: image}, {"logits": logits.numpy()}, {}, TOLERANCE[self.precision])
                 thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
                 exits[f"{choice.exit}.{bundles.MASK}"] = (logits, thresholds)
             self._check(content, {bundles.IMAGE: image}, exits, {})

@@ -256,6 +256,14 @@ def test_a_head_too_heavy_for_its_place_is_warned_of(made, tmp_path, monkeypatch
     assert warned == [f"exit1.{HEADS[0]}: costs no less than at exit2: too heavy a head for its place"]
 
 
+def test_an_exit_of_a_bundle_that_costs_no_less_than_a_deeper_one_is_warned_of(made, exporter, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "macs", lambda graph: 100)
+    bundle_of(made, exporter, "equal", False)
+    warned = [record.getMessage() for record in caplog.records if "too heavy" in record.getMessage()]
+    pairs = ("exit1: costs no less than exit2", "exit2: costs no less than final")
+    assert warned == [f"{pair}: its head is too heavy for its place" for pair in pairs]
+
+
 def serve(graph: graphs.Graph, **inputs) -> dict[str, np.ndarray]:
     return Interpreter(model_content=graphs.write({"serve": graph})).get_signature_runner("serve")(**inputs)
 

@@ -748,6 +748,31 @@ def test_run_takes_videos(command, folder, tmp_path):
     assert sorted(each.name for each in (tmp_path / "masks").iterdir()) == ["clip.000001.png", "clip.000002.png"]
 
 
+def test_run_takes_cameras(command, folder, net, images, tmp_path, monkeypatch):
+    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless")
+    frames = iter(images[:3])
+
+    class Camera:
+        def __init__(self, number):
+            assert number == 7
+
+        def read(self):
+            return True, np.ascontiguousarray(next(frames)[..., ::-1])  # OpenCV's order is BGR
+
+        def release(self):
+            released.append(True)
+
+    released = []
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    options = [f"--output={tmp_path / 'masks'}", "--frames=2", "--setting=budgeted"]
+    lines, _ = command("run", folder, "camera:7", *options)
+    assert [json.loads(line)["mask"] for line in lines[:-1]] == ["camera7.000001.png", "camera7.000002.png"]
+    for image, line in zip(images[:2], lines[:-1], strict=True):
+        with Image.open(tmp_path / "masks" / json.loads(line)["mask"]) as mask:
+            np.testing.assert_array_equal(np.asarray(mask), net.everything(image)[0][2])
+    assert released
+
+
 def test_inspect_prints_the_segments(command, folder, thetas):
     lines, _ = command("inspect", folder)
     rows = [line.split() for line in lines[-4:]]
@@ -781,23 +806,16 @@ def test_user_errors_are_one_line(command, monkeypatch, tmp_path, arguments, mes
 # ---------------------------------------------------------------- other runtimes and languages
 
 
-OTHER_RUNTIMES = {
-    # ai-edge-litert is hidden, so the next one is found.
-    "tensorflow": ([sys.executable], "import sys; sys.modules['ai_edge_litert'] = sys.modules['tflite_runtime'] = None"),
-    "tflite-runtime": ([os.environ.get("MESS_TFLITE_RUNTIME_PYTHON")], ""),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_RUNTIMES)
-def test_other_runtimes_give_the_same_masks(folder, net, images, thetas, tmp_path, name):
-    program, hide = OTHER_RUNTIMES[name]
-    if program == [None]:
-        pytest.skip("needs MESS_TFLITE_RUNTIME_PYTHON, the Python of an environment with tflite-runtime 2.14 (.ci/run makes one)")
+@pytest.mark.parametrize("name", ["ai-edge-litert", "tflite-runtime", "tensorflow"])
+def test_every_runtime_gives_the_same_masks(folder, net, images, thetas, tmp_path, name):
+    python = Path(__file__).parents[1] / ".venv-runtimes" / name / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"needs {python}, an environment with nothing but {name} and Pillow, which .ci/run makes")
     for index in range(6):
         Image.fromarray(images[index]).save(tmp_path / f"{index}.png")
-    code = f"{hide}\nimport sys; from mess_runtime import __main__, engines; print(engines.RUNTIME); sys.exit(__main__.main())"
+    code = "import sys; from mess_runtime import __main__, engines; print(engines.RUNTIME); sys.exit(__main__.main())"
     environment = os.environ | {"PYTHONPATH": str(Path(bundle.__file__).parents[1])}
-    words = [*program, "-c", code, "run", str(folder), str(tmp_path), f"--output={tmp_path / 'masks'}"]
+    words = [str(python), "-c", code, "run", str(folder), str(tmp_path), f"--output={tmp_path / 'masks'}"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == name
