@@ -20,6 +20,7 @@ import fnmatch
 import functools
 import io
 import itertools
+import math
 import os
 import shutil
 import tempfile
@@ -44,6 +45,7 @@ from mess_tf.model import FINAL, MultiExitNetwork, load_network
 CANDIDATES = "candidates"
 EXAMPLES = 8
 CALIBRATION_IMAGES = 64
+SHORT_SUM = 32  # products per value; XNNPACK's int8 convolutions of so few are slower than those of float32
 FP32, FP16, INT8 = PRECISIONS = bundles.PRECISIONS
 # Of float tensors, relative to the largest value; pixels whose two best classes are nearer than this may differ. int8 is judged by mIoU.
 TOLERANCE = {FP32: 1e-4, FP16: 3e-2}
@@ -106,15 +108,15 @@ def convert(
       inputs: name to shape.
       precision: `fp32`; `fp16`: weights of half the size, float32 arithmetic; `int8`: weights and activations, float32 in and out.
       samples: for int8: gives the inputs that the ranges of activations are taken from.
-      float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32.
+      float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32 too, see `_in_float`.
 
     Raises:
       ExportError: if it cannot be expressed so.
     """
     converter, outputs = _converter(function, inputs, precision, samples)
+    names = _in_float(convert(function, inputs), float_operations) if precision == INT8 else []
     try:
-        if float_operations:
-            names = _matching(convert(function, inputs), float_operations)
+        if names:
             options = tf.lite.experimental.QuantizationDebugOptions(denylisted_nodes=names)
             debugger = tf.lite.experimental.QuantizationDebugger(converter=converter, debug_options=options)
             content = debugger.get_nondebug_quantized_model()
@@ -128,13 +130,24 @@ def convert(
     return graph
 
 
-def _matching(graph: graphs.Graph, patterns: Sequence[str]) -> list[str]:
-    """Names of the tensors made in a graph that match a pattern."""
+def _in_float(graph: graphs.Graph, patterns: Sequence[str]) -> list[str]:
+    """Names of the tensors whose operations stay in float32 in an int8 network: at its beginning, and those that match a pattern.
+
+    int8 kernels win where a value sums many products. The first convolutions sum few, on the largest maps: they stay in float32 up to the
+    smallest map among them, which is the one that is quantised.
+    """
     names = [tensor.description.name.decode() for operation in graph.operations for tensor in operation.outputs]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ExportError(f"float_operations: must match tensors of the graph, {pattern!r} matches none; they are like {names[-1]!r}")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    kept = {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    if bundles.IMAGE in graph.inputs:
+        products = [(operation, graphs.products(operation)) for operation in graph.operations]
+        short = itertools.takewhile(lambda each: each[1] <= SHORT_SUM, products)
+        if maps := [operation.outputs[0] for operation, count in short if count]:
+            beginning = graphs.cut(graph, graph.inputs, {"smallest": min(maps, key=lambda tensor: math.prod(tensor.shape))})
+            kept |= {tensor.description.name.decode() for operation in beginning.operations for tensor in operation.outputs}
+    return [name for name in names if name in kept]
 
 
 def _converter(

@@ -150,18 +150,25 @@ def taken(graph: Graph, name: str) -> Tensor:
     return graph.inputs[name]
 
 
+def products(operation: Operation) -> int:
+    """Products that are summed to one value of the output, 0 unless it is a convolution or matrix product."""
+    if operation.builtin in (OPERATORS.CONV_2D, OPERATORS.FULLY_CONNECTED):
+        return math.prod(operation.inputs[1].shape[1:])
+    if operation.builtin == OPERATORS.DEPTHWISE_CONV_2D:
+        return math.prod(operation.inputs[1].shape[1:3])
+    if operation.builtin == OPERATORS.BATCH_MATMUL:
+        return operation.inputs[0].shape[-1]
+    return 0
+
+
 def macs(graph: Graph) -> int:
     """Multiply-accumulates of the convolutions and matrix products of a graph."""
     total = 0
     for operation in graph.operations:
-        if operation.builtin in (OPERATORS.CONV_2D, OPERATORS.FULLY_CONNECTED):
-            total += math.prod(operation.outputs[0].shape) * math.prod(operation.inputs[1].shape[1:])
-        elif operation.builtin == OPERATORS.DEPTHWISE_CONV_2D:
-            total += math.prod(operation.outputs[0].shape) * math.prod(operation.inputs[1].shape[1:3])
-        elif operation.builtin == OPERATORS.TRANSPOSE_CONV:
+        if operation.builtin == OPERATORS.TRANSPOSE_CONV:
             total += math.prod(operation.inputs[2].shape) * math.prod(operation.inputs[1].shape[:3])
-        elif operation.builtin == OPERATORS.BATCH_MATMUL:
-            total += math.prod(operation.outputs[0].shape) * operation.inputs[0].shape[-1]
+        else:
+            total += math.prod(operation.outputs[0].shape) * products(operation)
     return total
 
 
