@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from common import most_accurate
 
 from mess_runtime.benchmark import LatencyRow, benchmark_files
 from mess_runtime.bundle import ANYTIME, BUDGETED, Bundle, Cost, Predicted
@@ -34,7 +35,7 @@ from mess_runtime.runner import Result, Runner
 from mess_tf import configs, metrics
 from mess_tf.data import Examples, open_split
 from mess_tf.export_tflite import CANDIDATES, Exporter
-from mess_tf.files import Configuration, Deployment, ExitChoice, Stats
+from mess_tf.files import Configuration, Deployment, Stats
 from mess_tf.model import FINAL, load_network
 from mess_tf.search import latency_costs, original, predict, resolve_objective, search, table
 
@@ -45,16 +46,6 @@ def submodels(deployments: Sequence[Deployment], folder: Path) -> list[Path]:
     """The candidate submodels that the predicted latencies of some deployments are made of."""
     heads = {f"head.{choice.exit}.{choice.head}" for deployment in deployments for choice in deployment.exits} | {f"head.{FINAL}"}
     return [path for path in sorted(folder.glob("*.tflite")) if not path.name.startswith("head.") or path.stem in heads]
-
-
-def most_accurate(stats: Stats) -> list[ExitChoice]:
-    """The head of each exit with the highest mIoU on the images of the statistics."""
-    accuracy = metrics.miou(stats.tp.sum(1), stats.fp.sum(1), stats.fn.sum(1))
-    best = {}
-    for candidate in np.argsort(accuracy).tolist():  # the last one of an exit stays
-        choice = ExitChoice(*stats.candidates[candidate].split("."))
-        best[choice.exit] = choice
-    return [best[name] for name in stats.exits]
 
 
 def run_all(

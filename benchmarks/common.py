@@ -11,10 +11,10 @@ from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, Bundle, Cost, InputSpec, Predicted
-from mess_tf import configs
+from mess_tf import configs, metrics
 from mess_tf.data import Examples, open_split
 from mess_tf.export_tflite import FP32, INT8, Exporter, calibration_images
-from mess_tf.files import Configuration, Deployment, ExitChoice
+from mess_tf.files import Configuration, Deployment, ExitChoice, Stats
 from mess_tf.model import FINAL, load_network
 
 
@@ -105,6 +105,16 @@ def searched(workdir: Path, output: Path, *words: str) -> Deployment | None:
         raise RuntimeError(done.stderr)
     print(done.stderr.strip().splitlines()[-1], flush=True)
     return None
+
+
+def most_accurate(stats: Stats) -> list[ExitChoice]:
+    """The head of each exit with the highest mIoU on the images of the statistics."""
+    accuracy = metrics.miou(stats.tp.sum(1), stats.fp.sum(1), stats.fn.sum(1))
+    best = {}
+    for candidate in np.argsort(accuracy).tolist():  # the last one of an exit stays
+        choice = ExitChoice(*stats.candidates[candidate].split("."))
+        best[choice.exit] = choice
+    return [best[name] for name in stats.exits]
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
