@@ -16,6 +16,7 @@ OpenCV). The last line is one JSON object:
   canny_confidence_difference: mean absolute difference of the image confidence with Canny's edges; canny_correlation: over the images.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -35,8 +36,8 @@ ROUNDING = 1e-4  # of float32 probabilities
 DECISIONS = {"mask": (), "plain": ((THETA, False),), "edge": ((THETA, True),)}
 
 
-def sides(exporters: Mapping[str, Exporter], candidate: str, threads: int) -> dict[str, Callable[[], None]]:
-    """Runs of the candidate's network by precision, of every policy by `FIDELITY.DECISION`, and of the textbook's."""
+def sides(exporters: Mapping[str, Exporter], candidate: str) -> dict[str, Callable[[int], Callable[[], None]]]:
+    """Of the candidate's network by precision, of every policy by `FIDELITY.DECISION`, and of the textbook's: threads to a run."""
     exporter = exporters[FP32]
     model, size = exporter.network.submodel([candidate]), exporter.size
     shape = (1, *logits_size(exporter.network, candidate, exporter.shapes), exporter.network.num_classes)
@@ -56,7 +57,7 @@ def sides(exporters: Mapping[str, Exporter], candidate: str, threads: int) -> di
     image = exporter.samples[0][IMAGE]
     inputs = {IMAGE: image, "logits": model(image, training=False)[candidate].numpy()}
     return {
-        name: invocation(graphs.write({SIGNATURE: graph}), threads, {each: inputs[each] for each in graph.inputs})
+        name: functools.partial(invocation, graphs.write({SIGNATURE: graph}), inputs={each: inputs[each] for each in graph.inputs})
         for name, graph in files.items()
     }
 
@@ -140,8 +141,9 @@ def main(argv) -> None:
     trained = Trained()
     exporters = {precision: trained.exporter(precision) for precision in (FP32, INT8)}
     table = {}
+    runs = {candidate: sides(exporters, candidate) for candidate in trained.candidates}
     for threads, candidate in itertools.product(map(int, FLAGS.threads), trained.candidates):
-        samples = interleaved(sides(exporters, candidate, threads), FLAGS.rounds)
+        samples = interleaved({name: run(threads) for name, run in runs[candidate].items()}, FLAGS.rounds)
         table[threads, candidate] = samples
         print(
             f"{candidate}, {threads} thread(s): "
