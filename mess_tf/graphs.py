@@ -7,11 +7,13 @@ a chain, a network run at a stretch and each exit alone hold the same operations
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 OPERATORS = schema.BuiltinOperator
 FLOAT32, INT8 = schema.TensorType.FLOAT32, schema.TensorType.INT8
@@ -170,6 +172,63 @@ def macs(graph: Graph) -> int:
         else:
             total += math.prod(operation.outputs[0].shape) * products(operation)
     return total
+
+
+def channel_means(content: bytes, samples: Sequence[Sequence[np.ndarray]]) -> dict[int, np.ndarray]:
+    """Mean over samples and places of each channel that the convolutions of a float .tflite read, by the index of their input."""
+    interpreter = Interpreter(
+        model_content=content,
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        num_threads=os.cpu_count(),
+    )
+    interpreter.allocate_tensors()
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
+    read = {int(operation.inputs[0]) for operation, _ in _convolutions(model)}
+    total = dict.fromkeys(read, 0.0)
+    for sample in samples:
+        for details, value in zip(interpreter.get_input_details(), sample, strict=True):
+            interpreter.set_tensor(details["index"], value)
+        interpreter.invoke()
+        for index in read:
+            total[index] = total[index] + interpreter.get_tensor(index).mean((0, 1, 2)) / len(samples)
+    return total
+
+
+def _convolutions(model: schema.ModelT) -> Iterable[tuple[schema.OperatorT, bool]]:
+    """Convolutions with a bias, and whether each is depthwise."""
+    for operation in model.subgraphs[0].operators:
+        code = model.operatorCodes[operation.opcodeIndex]
+        builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        if builtin in (OPERATORS.CONV_2D, OPERATORS.DEPTHWISE_CONV_2D) and len(operation.inputs) > 2 and operation.inputs[2] >= 0:
+            yield operation, builtin == OPERATORS.DEPTHWISE_CONV_2D
+
+
+def with_corrected_biases(content: bytes, means: Mapping[int, np.ndarray], kept: Iterable[str]) -> bytes:
+    """A float .tflite whose biases make up for what rounding the weights to int8 does to the mean of each channel.
+
+    Args:
+      content: with one subgraph; the weights of convolutions will be rounded to 127 steps of the largest of their output channel.
+      means: of every convolution's input by its index: the mean of each channel.
+      kept: names of outputs of the convolutions that stay in float32.
+    """
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
+    (subgraph,) = model.subgraphs
+    for operation, depthwise in _convolutions(model):
+        weights, bias = (subgraph.tensors[i] for i in operation.inputs[1:])
+        if subgraph.tensors[operation.outputs[0]].name.decode() in kept:
+            continue
+        values = np.frombuffer(bytes(model.buffers[weights.buffer].data), np.float32).reshape(weights.shape)
+        inside = (0, 1, 2) if depthwise else (1, 2, 3)  # axes of one output channel
+        step = np.maximum(np.abs(values).max(inside, keepdims=True) / 127, np.finfo(np.float32).tiny)
+        shift = ((np.round(values / step) * step - values) * means[int(operation.inputs[0])]).sum(inside)
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer((np.frombuffer(bytes(model.buffers[bias.buffer].data), np.float32) - shift).tobytes(), np.uint8)
+        model.buffers.append(buffer)
+        bias.buffer = len(model.buffers) - 1
+    builder = flatbuffers.Builder(len(content) + 65536)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
 
 
 def problems(graph: Graph) -> list[str]:
