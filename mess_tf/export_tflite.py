@@ -45,7 +45,6 @@ from mess_tf.model import FINAL, MultiExitNetwork, load_network
 CANDIDATES = "candidates"
 EXAMPLES = 8
 CALIBRATION_IMAGES = 64
-CORRECTION_IMAGES = 8  # of those, for the mean of each channel
 SHORT_SUM = 32  # products per value; XNNPACK's int8 convolutions of so few are slower than those of float32
 FP32, FP16, INT8 = PRECISIONS = bundles.PRECISIONS
 # Of float tensors, relative to the largest value; pixels whose two best classes are nearer than this may differ. int8 is judged by mIoU.
@@ -120,9 +119,7 @@ def convert(
         if precision == INT8:
             options = tf.lite.experimental.QuantizationDebugOptions(denylisted_nodes=names)
             debugger = tf.lite.experimental.QuantizationDebugger(converter=converter, debug_options=options)
-            every = [[sample[name] for name in sorted(inputs)] for sample in samples()]
-            few = every[:: math.ceil(len(every) / CORRECTION_IMAGES)]
-            means = graphs.channel_means(debugger.calibrated_model, few)
+            means = graphs.channel_means(debugger.calibrated_model, ([sample[name] for name in sorted(inputs)] for sample in samples()))
             debugger.calibrated_model = graphs.with_corrected_biases(debugger.calibrated_model, means, names)
             content = debugger.get_nondebug_quantized_model()
         else:

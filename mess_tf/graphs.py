@@ -174,7 +174,7 @@ def macs(graph: Graph) -> int:
     return total
 
 
-def channel_means(content: bytes, samples: Sequence[Sequence[np.ndarray]]) -> dict[int, np.ndarray]:
+def channel_means(content: bytes, samples: Iterable[Sequence[np.ndarray]]) -> dict[int, np.ndarray]:
     """Mean over samples and places of each channel that the convolutions of a float .tflite read, by the index of their input."""
     interpreter = Interpreter(
         model_content=content,
@@ -185,14 +185,14 @@ def channel_means(content: bytes, samples: Sequence[Sequence[np.ndarray]]) -> di
     interpreter.allocate_tensors()
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
     read = {int(operation.inputs[0]) for operation, _ in _convolutions(model)}
-    total = dict.fromkeys(read, 0.0)
+    means: dict[int, list[np.ndarray]] = {index: [] for index in read}
     for sample in samples:
         for details, value in zip(interpreter.get_input_details(), sample, strict=True):
             interpreter.set_tensor(details["index"], value)
         interpreter.invoke()
         for index in read:
-            total[index] = total[index] + interpreter.get_tensor(index).mean((0, 1, 2)) / len(samples)
-    return total
+            means[index].append(interpreter.get_tensor(index).mean((0, 1, 2)))
+    return {index: np.mean(values, axis=0) for index, values in means.items()}
 
 
 def _convolutions(model: schema.ModelT) -> Iterable[tuple[schema.OperatorT, bool]]:
