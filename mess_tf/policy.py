@@ -5,7 +5,7 @@ TFLite ops only, and those that runtimes vectorise:
 
 * A class is a plane, not a channel: [rows, classes, columns]. Maxima and sums over the classes then run along whole rows.
 * The image is worked on in strips of columns that stay in the processor's cache from the upsampling to the confidence.
-* The class of a pixel is the least of `index + distance below the largest logit`, the distance scaled so that it is 0 or above any index.
+* The class of a pixel is the least of `index + distance below the largest logit`, the index scaled so that it is below any distance but 0.
 * The median of the window reaches the threshold where at least half of the window does: a box sum of +1 and -1, no sorting. Boxes are
   pooled along the columns, then along the rows, the other axis standing in for the channels.
 
@@ -25,8 +25,8 @@ from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, Fidelity
 # What is computed at the size of the image, the rest at that of the logits: everything; the mask only; nothing.
 EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = get_args(Fidelity)
 
-# Logits are shifted to -1 or below, where neighbouring float32 are at least 2**-24 apart: scaled so, different ones differ by 256 or more.
-SPREAD = 2.0**32
+# Logits are shifted to -1 or below, where neighbouring float32 are at least 2**-24 apart: more than 255 of these.
+INDEX_STEP = 2.0**-32
 STRIP_VALUES = 150_000  # float32 in a strip; two of them fit a level 2 cache of 1.25 MiB
 
 
@@ -82,24 +82,24 @@ def _planes(logits: tf.Tensor, size: tuple[int, int], thresholds: Sequence[tuple
 
     That plane is +2 or -2, plus an offset that is less than 1 over a whole window: it makes a tie count for the confident half.
     """
-    index = np.arange(logits.shape[-1], dtype=np.float32)[:, None]
+    index = INDEX_STEP * np.arange(logits.shape[-1], dtype=np.float32)[:, None]
     classes, signs = [], [[] for _ in thresholds]
     for below in _strips(logits, size):
-        classes.append(tf.reduce_min(index - below, 2))
+        classes.append(tf.reduce_min(index - below, 2) * (1 / INDEX_STEP))
         if thresholds:
-            total = tf.reduce_sum(tf.exp(below * (1 / SPREAD)), 2)  # 1 / largest probability
+            total = tf.reduce_sum(tf.exp(below), 2)  # 1 / largest probability
             for (theta, _), strips in zip(thresholds, signs, strict=True):
                 strips.append(tf.clip_by_value((np.float32(1 / theta) - total) * 2.0**40 + 2.0, -2.0, 2.0) + 0.5 / window**2)
     return _joined(classes), [_joined(strips) for strips in signs]
 
 
 def _strips(logits: tf.Tensor, size: tuple[int, int]) -> Iterator[tf.Tensor]:
-    """Upsampled logits less the largest of the pixel, times SPREAD: float32 [1, H, C, n] for strips of n columns, left to right.
+    """Upsampled logits less the largest of the pixel: float32 [1, H, C, n] for strips of n columns, left to right.
 
     The shift before upsampling is the same for all classes of a pixel, so it changes neither the class nor the softmax.
     """
     height, classes = logits.shape[1], logits.shape[3]
-    shifted = (logits - tf.reduce_max(logits, -1, keepdims=True) - 1.0) * SPREAD
+    shifted = logits - tf.reduce_max(logits, -1, keepdims=True) - 1.0
     wide = tf.transpose(_resized(shifted, (height, size[1])), (0, 1, 3, 2))  # [1, h, C, W]
     strips = math.ceil(size[0] * size[1] * classes / STRIP_VALUES)
     step = 16 * math.ceil(size[1] / strips / 16)
