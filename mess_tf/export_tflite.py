@@ -114,9 +114,11 @@ def convert(
       ExportError: if it cannot be expressed so.
     """
     converter, outputs = _converter(function, inputs, precision, samples)
-    names = _in_float(convert(function, inputs), float_operations) if precision == INT8 else []
+    in_float32 = convert(function, inputs) if precision == INT8 else None
+    weighted = in_float32 is not None and any(graphs.products(operation) for operation in in_float32.operations)
+    names = _in_float(in_float32, float_operations) if weighted else []
     try:
-        if precision == INT8:
+        if weighted:
             options = tf.lite.experimental.QuantizationDebugOptions(denylisted_nodes=names)
             debugger = tf.lite.experimental.QuantizationDebugger(converter=converter, debug_options=options)
             means = graphs.channel_means(debugger.calibrated_model, ([sample[name] for name in sorted(inputs)] for sample in samples()))

@@ -202,6 +202,7 @@ def test_int8_candidates_hand_int8_on(made, tmp_path):
     prefix, head = exporter.prefix(tmp_path, "exit1"), exporter.head(tmp_path, f"exit1.{HEADS[0]}")
     assert {each.description.type for graph in (prefix.outputs, head.inputs) for each in graph.values()} == {graphs.INT8}
     assert [each.description.type for each in prefix.inputs.values()] == [graphs.FLOAT32]
+    exporter.head(tmp_path, FINAL)  # without weights
     for path in tmp_path.iterdir():
         interpreter = Interpreter(str(path))
         interpreter.allocate_tensors()
