@@ -10,7 +10,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from small_network import small_network
 
-from mess_runtime.bundle import Bundle, Cost, InputSpec, Predicted, file_sha256
+from mess_runtime.bundle import SIGNATURE, Bundle, Cost, InputSpec, Predicted, file_sha256
 from mess_runtime.runner import Runner
 from mess_tf import graphs, metrics
 from mess_tf.backbones import build_backbone
@@ -18,7 +18,7 @@ from mess_tf.calibrate import calibrate
 from mess_tf.configs import BackboneConfig, DataConfig, HeadSpec
 from mess_tf.data import open_split
 from mess_tf.evaluate import accuracies, confusion_matrices, keras_predictor
-from mess_tf.export_tflite import Exporter, ExportError, check_parity, convert, export_candidates, export_deployment
+from mess_tf.export_tflite import Exporter, ExportError, check_parity, convert, export_candidates, export_deployment, run_signature
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original
 from mess_tf.files import Predicted as Promise
 from mess_tf.model import FINAL
@@ -192,6 +192,19 @@ def test_first_convolutions_and_named_operations_stay_in_float(made):
     exporter.float_operations = ["*nowhere*"]
     with pytest.raises(ExportError, match=r"'\*nowhere\*' matches none"):
         in_float()
+
+
+def test_int8_keeps_the_mean_of_each_channel():
+    weights = np.full((1, 1, 32, 2), 0.4, np.float32)
+    weights[:, :, 0] = 127  # so 0.4 is rounded off: 31 * 0.4 * 0.5 = 6.2 on average
+    image = np.random.default_rng(0).uniform(0, 1, (1, 8, 8, 32)).astype(np.float32)
+
+    def function(x):
+        return {"y": tf.nn.bias_add(tf.nn.conv2d(x, weights, 1, "SAME"), [1.0, -2.0])}
+
+    graph = convert(function, {"x": image.shape}, "int8", lambda: iter([{"x": image}]))
+    made = run_signature(graphs.write({SIGNATURE: graph}), {"x": image})["y"].mean((0, 1, 2))
+    np.testing.assert_allclose(made, function(image)["y"].numpy().mean((0, 1, 2)), atol=0.5)
 
 
 def test_int8_candidates_hand_int8_on(made, tmp_path):
