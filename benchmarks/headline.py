@@ -1,7 +1,8 @@
 """The headline: the original network against the deployed multi-exit networks, and against what one would do instead.
 
 `python benchmarks/headline.py --bundle_dir B --data_dir D --split S [--statics DIR] [--plot FOLDER]`, B as `make_headline.py` writes it:
-B/PRECISION/original, ROW.SETTING, anytime, exits. DIR/PRECISION/NAME, as `statics.py` writes it, holds alternatives without early exits.
+B/PRECISION/original, ROW.SETTING, anytime, exits.SCALE. DIR/PRECISION/NAME, as `statics.py` writes it, holds alternatives without early
+exits.
 
 All bundles of a precision run in one process, in random order on every image, with the same threads. The latency of an image is the wall
 clock from the uint8 image to the mask of the image's size: resizing, conversion and Python included. mIoU is that of the masks returned.
@@ -86,8 +87,9 @@ def ways_of(folder: Path, kind: str, threads: int) -> dict[str, Callable[[np.nda
 
     if kind == ANYTIME:
         return {kind: anytime}
-    if kind == EXITS:
-        return {f"{name} alone": once(BUDGETED, name) for name in runner.manifest.exits[:-1]}
+    family, _, scale = kind.partition(".")
+    if family == EXITS:
+        return {f"{name} at {scale} alone": once(BUDGETED, name) for name in runner.manifest.exits}
     return {kind: once()}
 
 

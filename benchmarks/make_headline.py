@@ -1,38 +1,42 @@
 """The bundles that `headline.py` compares: the original network, and what the search chooses for each row, per precision.
 
-`python benchmarks/make_headline.py --workdir W --original O --output B [--data_dir D] [--precisions fp32,int8]` runs the project's own
-commands on a trained WORKDIR, leaves out those whose files are there already, and writes B/PRECISION/:
+`python benchmarks/make_headline.py --workdir W --original O --output B [--data_dir D] [--precisions fp32,int8] [--scales 1,0.75]` runs the
+project's own commands on a trained WORKDIR, leaves out those whose files are there already, and writes B/PRECISION/:
   original/        the same network without early exits, from the WORKDIR O where it was trained plainly (`--set stage1.exits=none`)
-  ROW.SETTING/     what the search chooses for each of `--rows` and `--settings`, beside its ROW.SETTING.json. Rows: `no_loss` and
-                   `minus_1pp`: least latency at the original's mIoU and one percentage point below; `equal_latency` and `share_X`: best
-                   mIoU at the original's latency and at X of it
-  anytime/         the best mean mIoU over the deadlines up to the original's latency
-  exits/           the most accurate head of every exit, to be run alone
+  ROW.SETTING/     what the search chooses for each of `--rows` and `--settings`, beside its ROW.SETTING.json, the best over all `--scales`
+                   (`backbone.input_scale`, one training for all of them). Rows: `no_loss` and `minus_1pp`: least latency at the
+                   original's mIoU and one percentage point below; `equal_latency` and `share_X`: best mIoU at the original's latency
+                   and at X of it
+  anytime/         the best mean mIoU over the deadlines up to the original's latency, at the first scale
+  exits.X/         the most accurate head of every exit at scale X, to be run alone
 Everything is chosen on the calibration split (val), where the original's mIoU is measured on its bundle. The rows ask for `--margin_pp`
 and `--margin_latency` more than their names say, so that they also hold on other images and days. A row without a folder has no
 configuration that meets it; the search's words are printed.
 
-Candidates, statistics and latencies lie in W for fp32, in W/PRECISION for the others; the latencies are those of an idle machine only
-if `python -m mess_runtime benchmark DIR/candidates --output=DIR/latency.json` was run on one.
+Candidates, statistics and latencies lie in W/PRECISION-scaleX; the latencies are those of an idle machine only if
+`python -m mess_runtime benchmark DIR/candidates --output=DIR/latency.json` was run on one.
 """
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 from common import most_accurate, searched
 from headline import DROPS_PP, EQUAL_LATENCY, EXITS, ORIGINAL, ROWS
 
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Cost, Predicted
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Cost, Predicted, write_atomically
 from mess_tf import configs
 from mess_tf.data import open_split
 from mess_tf.export_tflite import CANDIDATES, FP32, INT8, PRECISIONS, Exporter, calibration_images
-from mess_tf.files import Configuration, ExitChoice, Stats
+from mess_tf.files import Configuration, Deployment, ExitChoice, Stats
 from mess_tf.model import FINAL, load_network
-from mess_tf.search import table
+from mess_tf.search import arrival_costs, latency_costs, table
 
 SETTINGS = (INPUT_DEPENDENT, BUDGETED)
 
@@ -43,15 +47,16 @@ def command(*words: str) -> None:
     subprocess.run([sys.executable, "-m", *words], check=True)
 
 
-def prepare(precision: str) -> Path:
-    """The folder with candidates, statistics and latencies of a precision; makes what is missing."""
-    workdir = Path(FLAGS.workdir)
-    folder = workdir if precision == FP32 else workdir / precision
-    if folder != workdir:
-        folder.mkdir(exist_ok=True)
-        for name in ("config.json", "checkpoints"):
-            if not (folder / name).exists():
-                (folder / name).symlink_to(Path("..") / name)
+def prepare(precision: str, scale: float) -> Path:
+    """The folder with candidates, statistics and latencies of a precision and an input scale; makes what is missing."""
+    folder = Path(FLAGS.workdir) / f"{precision}-scale{scale:g}"
+    if not folder.exists():
+        config = configs.load_config(FLAGS.workdir)
+        data, backbone = dataclasses.replace(config.data, crop_size=(0, 0)), dataclasses.replace(config.backbone, input_scale=scale)
+        folder.mkdir()
+        (folder / "checkpoints").symlink_to(Path("..") / "checkpoints")
+        document = configs.to_json(dataclasses.replace(config, data=data, backbone=backbone))
+        write_atomically(folder / "config.json", lambda temporary: temporary.write_text(document))
     common = (f"--workdir={folder}", f"--data_dir={FLAGS.data_dir}")
     if not (folder / CANDIDATES).exists():
         command("mess_tf.export_tflite", *common, "--candidates", f"--precision={precision}")
@@ -63,14 +68,31 @@ def prepare(precision: str) -> Path:
     return folder
 
 
-def constraint(row: str, original_miou: float) -> str:
+def constraint(row: str, original_miou: float, original_ms: float) -> str:
     """The flag of the search that a row stands for."""
     name, _, share = row.partition("_")
     if name == "share" or row == EQUAL_LATENCY:
-        return f"--cost_share={(float(share) if name == 'share' else 1.0) * (1 - FLAGS.margin_latency)}"
+        return f"--max_cost={original_ms * (float(share) if name == 'share' else 1.0) * (1 - FLAGS.margin_latency)}"
     if row not in DROPS_PP:
         raise app.UsageError(f"--rows: must be of {', '.join(ROWS)} and share_X, got {row!r}")
     return f"--min_miou={original_miou - (DROPS_PP[row] - FLAGS.margin_pp) / 100}"
+
+
+def original_latency(folder: Path) -> float:
+    """Milliseconds of the network without early exits, from the latencies of its submodels."""
+    stats = Stats.load(folder / "stats.npz")
+    costs = latency_costs(stats, json.loads((folder / "latency.json").read_text())["rows"])
+    return float(arrival_costs(stats, costs, [stats.candidates.index(FINAL)], None)[0])
+
+
+def choose(folders: Sequence[Path], name: str, *words: str) -> tuple[int, Deployment] | None:
+    """The best of what the search finds in each folder, and in which; None where it finds nothing."""
+    found = [searched(folder, folder / f"{name}.json", f"--latency={folder / 'latency.json'}", *words) for folder in folders]
+    found = [(at, deployment) for at, deployment in enumerate(found) if deployment]
+    if not found:
+        return None
+    least = found[0][1].constraint.minimise is not None
+    return min(found, key=lambda pair: pair[1].predicted.cost_mean if least else -pair[1].predicted.miou)
 
 
 def main(argv) -> None:
@@ -79,13 +101,16 @@ def main(argv) -> None:
     config, plain = (configs.with_data_dir(configs.load_config(folder), FLAGS.data_dir) for folder in (FLAGS.workdir, FLAGS.original))
     examples = open_split(config.data, config.data.val_split)
     classes, size = examples.info.classes, config.data.input_size
+    scales = [float(scale) for scale in FLAGS.scales]
     network, original = (load_network(path, each, len(classes)) for path, each in ((FLAGS.workdir, config), (FLAGS.original, plain)))
     shapes = [[weight.shape for weight in each.original.weights] for each in (network, original)]
     if shapes[0] != shapes[1] or plain.data.input_size != size:
         raise app.UsageError(f"--original: must be of the same network and input size as --workdir, got {FLAGS.original}")
     for precision in FLAGS.precisions:
-        folder = prepare(precision)
+        folders = [prepare(precision, scale) for scale in scales]
+        networks = [load_network(str(folder), configs.load_config(str(folder)), len(classes)) for folder in folders]
         samples = calibration_images(config) if precision == INT8 else ()
+        exporters = [Exporter(network, size, precision=precision, samples=samples) for network in networks]
         output = Path(FLAGS.output) / precision
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
@@ -97,20 +122,22 @@ def main(argv) -> None:
 
         alone = Configuration(BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
         bundle = export(ORIGINAL, alone, None, Exporter(original, size, precision=precision, samples=samples))
-        reached = bundle.manifest.segments[-1].miou
-        wanted = {f"{row}.{setting}": (setting, constraint(row, reached)) for row in FLAGS.rows for setting in FLAGS.settings}
+        reached, milliseconds = bundle.manifest.segments[-1].miou, original_latency(prepare(precision, 1.0))
+        wanted = {f"{row}.{setting}": (setting, constraint(row, reached, milliseconds)) for row in FLAGS.rows for setting in FLAGS.settings}
         if FLAGS.anytime:
-            wanted[ANYTIME] = (ANYTIME, "--cost_share=1")
-        exporter = Exporter(network, size, precision=precision, samples=samples)
+            wanted[ANYTIME] = (ANYTIME, f"--max_cost={milliseconds}")
         for name, (setting, flag) in wanted.items():
-            words = (f"--latency={folder / 'latency.json'}", f"--setting={setting}", flag)
-            if deployment := searched(folder, output / f"{name}.json", *words):
-                print(f"{name}: {table(deployment)}")
+            searching = folders[:1] if setting == ANYTIME else folders
+            if chosen := choose(searching, name, f"--setting={setting}", flag):
+                at, deployment = chosen
+                deployment.save(output / f"{name}.json")
+                print(f"{name}, scale {scales[at]:g}: {table(deployment)}")
                 cost = Cost(deployment.predicted.cost_name, deployment.predicted.cost_mean)
-                export(name, deployment, Predicted(deployment.predicted.miou, cost), exporter)
+                export(name, deployment, Predicted(deployment.predicted.miou, cost), exporters[at])
         if FLAGS.exits:
-            best = most_accurate(Stats.load(folder / "stats.npz"))
-            export(EXITS, Configuration(ANYTIME, False, tuple(best), 1.0), None, exporter)
+            for folder, scale, exporter in zip(folders, scales, exporters, strict=True):
+                best = most_accurate(Stats.load(folder / "stats.npz"))
+                export(f"{EXITS}.{scale:g}", Configuration(ANYTIME, False, tuple(best), 1.0), None, exporter)
     print(FLAGS.output)
 
 
@@ -121,6 +148,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "folder to write", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_list("precisions", [FP32, INT8], f"of {', '.join(PRECISIONS)}")
+    flags.DEFINE_list("scales", ["1", "0.75"], "of the input inside the network")
     flags.DEFINE_list("rows", ["no_loss", "minus_1pp", "equal_latency", "share_0.3", "share_0.45", "share_0.6", "share_0.8"], "see above")
     flags.DEFINE_list("settings", list(SETTINGS), "of the rows")
     flags.DEFINE_bool("anytime", True, "write anytime/")

@@ -34,26 +34,23 @@ NAMES += ("stride32-deeplab",)
 def smaller(workdir: str, config: Config, name: str, num_classes: int) -> keras.Model:
     """The original network of a training as `name` says, with its weights wherever a layer has kept its shape."""
     trained = load_network(workdir, config, num_classes).original
-    backbone, head, scale = dataclasses.replace(config.backbone, weights="none"), config.exits.final_head, 1.0
+    backbone, head = dataclasses.replace(config.backbone, weights="none"), config.exits.final_head
     for part in name.split("-"):
         kind, number = re.fullmatch(r"([a-z]+)([\d.]*)", part).groups()
         if kind == "scale":
-            scale = float(number)
+            backbone = dataclasses.replace(backbone, input_scale=float(number))
         elif kind == "stride":
             backbone = dataclasses.replace(backbone, output_stride=int(number))
         else:
             head = HeadSpec(kind).name
-    exits = dataclasses.replace(config.exits, final_head=head)
-    network = build_network(dataclasses.replace(config, backbone=backbone, exits=exits), num_classes).original
+    data, exits = dataclasses.replace(config.data, crop_size=(0, 0)), dataclasses.replace(config.exits, final_head=head)
+    network = build_network(dataclasses.replace(config, data=data, backbone=backbone, exits=exits), num_classes).original
     if head == config.exits.final_head:
         network.set_weights(trained.get_weights())
     else:
         for layer in build_backbone(backbone).layers:
             network.get_layer(layer.name).set_weights(trained.get_layer(layer.name).get_weights())
-    height, width = config.data.input_size
-    image = keras.Input((height, width, 3), name="image")
-    size = (round(scale * height), round(scale * width))
-    return keras.Model(image, network(keras.layers.Resizing(*size)(image) if scale != 1 else image))
+    return network
 
 
 def train(folder: Path, config: Config, name: str, num_classes: int) -> Config:

@@ -39,7 +39,7 @@ def make_step(backbone: BackboneConfig, exits: int, kind: str, batch: int, size:
 
     def timed(number: int) -> float:
         started = time.perf_counter()
-        for value in step(images, labels, number).values():
+        for value in step((images, labels), number).values():
             value.numpy()  # waits for the result
         return time.perf_counter() - started
 

@@ -83,6 +83,8 @@ class BackboneConfig:
       output_stride: image size over feature size at the end; lost strides become dilation.
       weights: `none` (random), `imagenet` (download by keras.applications) or a file; of `keras_file`, the .keras file.
       batch_norm_momentum: of the moving statistics, in the backbone and in all heads.
+      input_scale: the network resizes its image to this share of `data.input_size` before the first layer, its logits straight to the
+        image's size: cheaper, and coarser. Needs no other weights: one training serves several scales.
     """
 
     name: str = "mobilenet_v2"
@@ -90,6 +92,7 @@ class BackboneConfig:
     output_stride: int = 16
     weights: str = "none"
     batch_norm_momentum: float = 0.95
+    input_scale: float = 1.0
 
     def __post_init__(self):
         names = ("mobilenet_v2", "efficientnet_lite0", "resnet50", "keras_file")
@@ -104,6 +107,7 @@ class BackboneConfig:
             self.width,
         )
         _check(0 < self.batch_norm_momentum < 1, "backbone.batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
+        _check(0 < self.input_scale <= 1, "backbone.input_scale", "in (0, 1]", self.input_scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +193,8 @@ class StageConfig:
       exits: which early exits a batch updates besides the final one: `round_robin` (exit dropout), `all` (joint deep supervision),
         `none` (plain training). With trains=`heads`: always all candidates.
       distillation: of early exits from the final one: `none`, `all` (everywhere) or `filtered` (where the final exit is right).
+      teacher: file of `mess_tf.teacher` whose soft targets every exit learns from in place of the final exit; the final one too with
+        trains=`network`. Empty: no such file.
       alpha: weight of distillation against cross-entropy.
       temperature: of both softmaxes in distillation.
       epochs: 0 leaves the stage out, as for a network that comes trained.
@@ -207,6 +213,7 @@ class StageConfig:
     trains: Literal["network", "heads"] = "network"
     exits: Literal["round_robin", "all", "none"] = "round_robin"
     distillation: Literal["none", "all", "filtered"] = "none"
+    teacher: str = ""
     alpha: float = 0.5
     temperature: float = 1.0
     epochs: int = 10
@@ -234,6 +241,7 @@ class StageConfig:
             ("precision", ("float32", "mixed_bfloat16")),
         ):
             _check(getattr(self, name) in options, f"stage.{name}", f"one of {options}", getattr(self, name))
+        _check(not self.teacher or self.distillation != "none", "stage.teacher", "empty without distillation", self.teacher)
         _check(self.epochs >= 0, "stage.epochs", "at least 0", self.epochs)
         for name in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps"):
             _check(getattr(self, name) >= 1, f"stage.{name}", "at least 1", getattr(self, name))

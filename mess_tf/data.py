@@ -25,6 +25,8 @@ PAD_COLOUR = 127.5
 CACHE_BYTES = 2**30
 _INVALID = -1  # in a label table: a stored value that must not occur
 _SHOWN_PROBLEMS = 5
+# Soft targets of a training image are made at this share of its size, per axis.
+SOFT_STRIDE = 4
 _LOGGED_SCAN = 1000  # labels from which on the scan announces itself
 
 
@@ -582,7 +584,15 @@ def _draw_litter(canvas: _Canvas, rng: np.random.Generator, x: float, y: float, 
 # ------------------------------------------------------------------------------------------------------------------------- pipelines
 
 
-def training_batches(examples: Examples, config: DataConfig, batch_size: int, seed: int, first_step: int, steps: int) -> tf.data.Dataset:
+def training_batches(
+    examples: Examples,
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    steps: int,
+    soft_targets: np.ndarray | None = None,
+) -> tf.data.Dataset:
     """Builds the augmented training batches number first_step .. first_step + steps - 1.
 
     Batch k depends on nothing but (seed, k, batch_size): a run resumed at step k sees what it would have seen without the break.
@@ -595,9 +605,11 @@ def training_batches(examples: Examples, config: DataConfig, batch_size: int, se
       seed: not negative.
       first_step: absolute number of the first batch.
       steps: number of batches.
+      soft_targets: float16 [N, h, w, C], of the whole images at any size, to be augmented with them.
 
     Returns:
-      A data set of (image, label): float32 [B, h, w, 3] RGB 0..255 and uint8 [B, h, w], (h, w) = config.training_size.
+      A data set of (image, label): float32 [B, h, w, 3] RGB 0..255 and uint8 [B, h, w], (h, w) = config.training_size; with soft
+      targets (image, label, soft target), the last one float32 [B, h, w, C] at 1 / SOFT_STRIDE of the training size.
     """
     start, stop = first_step * batch_size, (first_step + steps) * batch_size
     count = len(examples)
@@ -606,9 +618,13 @@ def training_batches(examples: Examples, config: DataConfig, batch_size: int, se
     indices = order[start - epochs[0] * count :][: stop - start]
 
     @tf.autograph.experimental.do_not_convert
-    def prepare(position: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def prepare(position: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
         image, label = _load(examples, index)
-        return augment(image, label, config, tf.stack([tf.constant(seed, tf.int64), position]))
+        soft = None
+        if soft_targets is not None:
+            soft = tf.numpy_function(lambda i: soft_targets[i].astype(np.float32), [index], tf.float32, stateful=False)
+            soft = tf.ensure_shape(soft, soft_targets.shape[1:])
+        return augment(image, label, config, tf.stack([tf.constant(seed, tf.int64), position]), soft)
 
     dataset = tf.data.Dataset.from_tensor_slices((np.arange(start, stop), indices))
     dataset = dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -632,7 +648,9 @@ def _load(examples: Examples, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.ensure_shape(image, [None, None, 3]), tf.ensure_shape(label, [None, None])
 
 
-def augment(image: tf.Tensor, label: tf.Tensor, config: DataConfig, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def augment(
+    image: tf.Tensor, label: tf.Tensor, config: DataConfig, seed: tf.Tensor, soft: tf.Tensor | None = None
+) -> tuple[tf.Tensor, ...]:
     """Scales, crops, flips and recolours one example at random.
 
     Scale 1 is the image resized to the input size, as in evaluation. Image pixels are interpolated once, label pixels never.
@@ -643,9 +661,11 @@ def augment(image: tf.Tensor, label: tf.Tensor, config: DataConfig, seed: tf.Ten
       label: uint8 [H, W].
       config: size and ranges.
       seed: int64 [2]; the result depends on nothing else that is random.
+      soft: float32 [h', w', C] of the whole image, if there are soft targets.
 
     Returns:
-      float32 [h, w, 3] in 0..255 and uint8 [h, w].
+      float32 [h, w, 3] in 0..255 and uint8 [h, w]; with soft targets also these, float32 [h / SOFT_STRIDE, w / SOFT_STRIDE, C], 0
+      where the image does not fill the crop.
     """
     dice = tf.unstack(tf.random.stateless_uniform([7], seed))
 
@@ -678,13 +698,21 @@ def augment(image: tf.Tensor, label: tf.Tensor, config: DataConfig, seed: tf.Ten
         image = grey + (image - grey) * (1 + between(-config.saturation, config.saturation))
     image = tf.clip_by_value(image, 0, 255)
 
-    if config.flip:
-        image, label = tf.cond(dice.pop() < 0.5, lambda: (image[:, ::-1], label[:, ::-1]), lambda: (image, label))
+    mirrored = dice.pop() < 0.5 if config.flip else tf.constant(False)
     before = tf.maximum(-offset, 0)
     margins = tf.stack([before, target - extent - before], axis=1)
     image = tf.pad(image, tf.concat([margins, [[0, 0]]], axis=0), constant_values=PAD_COLOUR)
     label = tf.pad(label, margins, constant_values=IGNORE)
-    return tf.ensure_shape(image, [*config.training_size, 3]), tf.ensure_shape(label, config.training_size)
+    result = [tf.ensure_shape(image, [*config.training_size, 3]), tf.ensure_shape(label, config.training_size)]
+    if soft is not None:
+        size = [side // SOFT_STRIDE for side in config.training_size]
+        scale = tf.cast(scaled, tf.float32) / SOFT_STRIDE / tf.cast(tf.shape(soft)[:2], tf.float32)
+        translation = -tf.cast(offset, tf.float32) / SOFT_STRIDE
+        soft = tf.raw_ops.ScaleAndTranslate(
+            images=soft[None], size=size, scale=scale, translation=translation, kernel_type="triangle", antialias=False
+        )[0]
+        result.append(tf.ensure_shape(soft, [*size, soft.shape[2]]))
+    return tuple(tf.cond(mirrored, lambda: [each[:, ::-1] for each in result], lambda: result))
 
 
 def resize_image(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:

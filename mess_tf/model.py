@@ -226,17 +226,21 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
             original = keras.models.load_model(path, compile=False)
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"backbone.weights: Keras cannot load {path!r}: {error}") from error
-        network = convert(original, config.exits.layers or config.exits.count, config.data.input_size)
-        if network.num_classes != num_classes:
-            raise ValueError(f"backbone.weights: {path!r} must have the data's {num_classes} classes, got {network.num_classes}")
-        return network
-    backbone = build_backbone(config.backbone)
-    point = final_point(backbone, config.data.input_size)
-    head = build_head(HeadSpec.parse(config.exits.final_head), point, num_classes, config.backbone.batch_norm_momentum)
-    tensors = {node.name: node.output for node in graph_nodes(backbone)}
-    original = keras.Model(
-        backbone.input, head([tensors[tensor.name.removeprefix(TAP)] for tensor in head.inputs]), name=config.backbone.name
-    )
+        if original.output.shape[3] != num_classes:
+            raise ValueError(f"backbone.weights: {path!r} must have the data's {num_classes} classes, got {original.output.shape[3]}")
+    else:
+        backbone = build_backbone(config.backbone)
+        point = final_point(backbone, config.data.input_size)
+        head = build_head(HeadSpec.parse(config.exits.final_head), point, num_classes, config.backbone.batch_norm_momentum)
+        tensors = {node.name: node.output for node in graph_nodes(backbone)}
+        logits = head([tensors[tensor.name.removeprefix(TAP)] for tensor in head.inputs])
+        original = keras.Model(backbone.input, logits, name=config.backbone.name)
+    if config.backbone.input_scale != 1:
+        if config.data.training_size != config.data.input_size:
+            raise ValueError(f"data.crop_size: must be (0, 0) with backbone.input_scale below 1, got {config.data.crop_size}")
+        image = keras.Input((*config.data.input_size, 3), name="image")
+        scaled = [round(config.backbone.input_scale * side) for side in config.data.input_size]
+        original = keras.Model(image, original(keras.layers.Resizing(*scaled)(image)), name=original.name)
     return convert(original, config.exits.layers or config.exits.count, config.data.input_size)
 
 

@@ -23,11 +23,13 @@ from mess_tf.configs import Config, HeadSpec, StageConfig
 from mess_tf.data import Examples, class_weights, evaluation_batches, open_split, palette, training_batches
 from mess_tf.evaluate import accuracies, confusion_matrices, keras_predictor
 from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network
+from mess_tf.teacher import SoftTargets
 
 LOG_STEPS = 10
 EXAMPLE_MASKS = 3
 
-Step = Callable[[tf.Tensor, tf.Tensor, int], dict[str, tf.Tensor]]
+# Images, labels and, with a teacher, its soft targets; the number of the step. Returns the loss of each exit.
+Step = Callable[[tuple[tf.Tensor, ...], int], dict[str, tf.Tensor]]
 
 
 def learning_rate(stage: StageConfig, step: int, total_steps: int) -> float:
@@ -74,12 +76,12 @@ def gradients(values: dict[str, tf.Tensor], variables: list[keras.Variable]) -> 
     return tf.gradients(list(values.values()), [variable.value for variable in variables], aggregation_method=pairwise)
 
 
-def early_exit_loss(stage: StageConfig, logits: tf.Tensor, teacher: tf.Tensor, target: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-    """Cross-entropy and, as the stage says, distillation from the final exit (mess.md, section 4): float32 scalar.
+def exit_loss(stage: StageConfig, logits: tf.Tensor, teacher: tf.Tensor, target: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+    """Cross-entropy and, as the stage says, distillation (mess.md, section 4): float32 scalar.
 
     Args:
       stage: says which, and how they are mixed.
-      logits, teacher: float32 [..., C] of the early and of the final exit.
+      logits, teacher: float32 [..., C] of the exit, and of the final exit or of the stage's teacher.
       target: integers [...], 0..C-1 or 255 for pixels that do not count.
       weights: float32 [C], of the classes in the cross-entropy.
     """
@@ -95,7 +97,7 @@ def network_step(
 ) -> Step:
     """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names.
 
-    Departure: early exits may learn from the final one here too (the paper distils in stage 2 only).
+    Departure: exits may learn from the final one or from a teacher here too (the paper distils in stage 2 only).
     """
     early = list(network.heads)
 
@@ -106,15 +108,20 @@ def network_step(
             trained += network.heads[name].trainable_variables
 
         @tf.function(autograph=False)
-        def step(images, labels, rows, columns):
+        def step(batch, rows, columns):
+            images, labels, *soft = batch
             target = pick(labels, rows, columns)
             features = features_of(images, training=True)
             final = losses.upsample_at(network.head_logits(FINAL, features, training=True), size, rows, columns)
+            teacher = losses.upsample_at(soft[0], size, rows, columns) if soft else final
             values = {}
             for name in candidates:
                 logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
-                values[name] = early_exit_loss(stage, logits, final, target, weights)
-            values[FINAL] = losses.cross_entropy(final, target, weights, stage.label_smoothing)
+                values[name] = exit_loss(stage, logits, teacher, target, weights)
+            if soft:
+                values[FINAL] = exit_loss(stage, final, teacher, target, weights)
+            else:
+                values[FINAL] = losses.cross_entropy(final, target, weights, stage.label_smoothing)
             optimizer.apply(gradients(values, trained), trained)
             return values
 
@@ -127,11 +134,11 @@ def network_step(
 
     steps: dict[tuple[str, ...], Callable] = {}
 
-    def run(images, labels, step):
+    def run(batch, step):
         candidates = chosen(step)
         if candidates not in steps:
             steps[candidates] = compiled(candidates)
-        return steps[candidates](images, labels, *sampled_pixels(stage, size, step))
+        return steps[candidates](batch, *sampled_pixels(stage, size, step))
 
     return run
 
@@ -144,9 +151,11 @@ def heads_step(
     features_of = network.features(network.candidates)
 
     @tf.function(autograph=False)
-    def frozen(images, labels, rows, columns):
+    def frozen(batch, rows, columns):
+        images, labels, *soft = batch
         features = features_of(images, training=False)
-        return features, pick(labels, rows, columns), losses.upsample_at(network.head_logits(FINAL, features), size, rows, columns)
+        teacher = soft[0] if soft else network.head_logits(FINAL, features)
+        return features, pick(labels, rows, columns), losses.upsample_at(teacher, size, rows, columns)
 
     def compiled(group: list[str]) -> Callable:
         trained = [variable for name in group for variable in network.heads[name].trainable_variables]
@@ -156,7 +165,7 @@ def heads_step(
             values = {}
             for name in group:
                 logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
-                values[name] = early_exit_loss(stage, logits, teacher, target, weights)
+                values[name] = exit_loss(stage, logits, teacher, target, weights)
             optimizer.apply(gradients(values, trained), trained)
             return values
 
@@ -164,9 +173,9 @@ def heads_step(
 
     steps = [compiled(names[start : start + stage.group_size]) for start in range(0, len(names), stage.group_size)]
 
-    def run(images, labels, step):
+    def run(batch, step):
         rows, columns = sampled_pixels(stage, size, step)
-        features, target, teacher = frozen(images, labels, rows, columns)
+        features, target, teacher = frozen(batch, rows, columns)
         values = {}
         for group in steps:
             values |= group(features, target, teacher, rows, columns)
@@ -258,14 +267,15 @@ def train_stage(
     batches = ()
     if first_step < total_steps:
         logging.info("%s: %d images, %d steps of %d images, %d heads", name, len(train), total_steps, stage.batch_size, len(network.heads))
-        batches = training_batches(train, config.data, stage.batch_size, stage.seed, first_step, total_steps - first_step)
+        soft = SoftTargets.load(stage.teacher, train).log_probability if stage.teacher else None
+        batches = training_batches(train, config.data, stage.batch_size, stage.seed, first_step, total_steps - first_step, soft)
     interval: list[dict[str, tf.Tensor]] = []
     pace: list[float] = []  # seconds per step of each interval; the first one compiles
     started = time.perf_counter()
-    for step, (images, labels) in enumerate(batches, first_step):
+    for step, batch in enumerate(batches, first_step):
         rate = learning_rate(stage, step, total_steps)
         optimizer.learning_rate.assign(rate)
-        interval.append(train_step(images, labels, step))
+        interval.append(train_step(batch, step))
         done = step + 1
         evaluate_now = done % (stage.eval_epochs * steps_per_epoch) == 0 or done == total_steps
         save_now = evaluate_now or done % stage.checkpoint_steps == 0

@@ -170,6 +170,8 @@ def test_no_heads_means_all_heads():
         (lambda: DataConfig(synthetic_hard=1.5), "data.synthetic_hard"),
         (lambda: BackboneConfig(name="resnet"), "backbone.name"),
         (lambda: BackboneConfig(name="keras_file", weights="imagenet"), "backbone.weights"),
+        (lambda: BackboneConfig(input_scale=1.5), "backbone.input_scale"),
+        (lambda: StageConfig(teacher="soft.npz"), "stage.teacher"),
         (lambda: BackboneConfig(output_stride=4), "backbone.output_stride"),
         (lambda: BackboneConfig(width=0.0), "backbone.width"),
         (lambda: BackboneConfig(name="resnet50", width=0.5), "backbone.width"),

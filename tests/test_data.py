@@ -368,6 +368,26 @@ def test_image_and_label_move_together(tmp_path):
     assert 0 < sum(left_is_bright) < 32  # some are flipped, some are not
 
 
+def test_soft_targets_move_with_the_image(tmp_path):
+    # A soft target that can be read off the image: how bright a pixel is, at a quarter of the size.
+    config = folder_config(tmp_path, brightness=0.0, scale_range=(0.6, 1.8), crop_size=(64, 128), input_size=(64, 128))
+    half = np.repeat([[0, 1]], 64, axis=1).repeat(64, axis=0).astype(np.uint8)
+    for i in range(3):
+        write_image(tmp_path / f"train/images/{i}.jpg", np.repeat(255 * half[..., None], 3, axis=2))
+        write_image(tmp_path / f"train/labels/{i}.png", 7 * half)
+    examples = data.open_split(config, "train")
+    soft = np.stack([1 - half[::4, ::4], half[::4, ::4]], axis=-1).astype(np.float16)[None].repeat(3, axis=0)
+    batches = list(data.training_batches(examples, config, 8, seed=0, first_step=0, steps=4, soft_targets=soft))
+    labels, targets = (np.concatenate([batch[k] for batch in batches]) for k in (1, 2))
+    assert (targets.shape, targets.dtype) == ((32, 16, 32, 2), np.float32)
+    inside = labels[:, 2::4, 2::4]
+    assert ((targets.sum(-1) > 0.5) == (inside != IGNORE)).mean() > 0.98  # all but the border, which lies between two cells
+    right = (targets[..., 1] > 0.5) == (inside == 7)
+    assert right[inside != IGNORE].mean() > 0.97  # all but the edge
+    _, plain = stack(data.training_batches(examples, config, 8, seed=0, first_step=0, steps=4))
+    np.testing.assert_array_equal(plain.reshape(labels.shape), labels)
+
+
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 def test_colour_changes_stay_in_range(tmp_path, name):
     plain = folder_config(tmp_path, scale_range=(1.0, 1.0), flip=False, brightness=0.0)

@@ -430,3 +430,22 @@ def grey() -> keras.Model:
 def test_models_that_cannot_be_converted_are_errors(build, message):
     with pytest.raises(ValueError, match=message):
         convert(build(), 20, SIZE)
+
+
+def test_input_scale_resizes_inside_the_network_with_the_same_weights():
+    full = Config(data=DataConfig(input_size=(64, 96)), backbone=BackboneConfig(width=0.35), exits=ExitsConfig(count=3))
+    half = dataclasses.replace(full, backbone=dataclasses.replace(full.backbone, input_scale=0.5))
+    networks = [build_network(config, 5) for config in (full, half)]
+    for network in networks:
+        network.add_heads([HeadSpec("fcn", 4)], 0.9)
+    for pair in zip(networks[0].heads.values(), networks[1].heads.values(), strict=True):
+        pair[1].set_weights(pair[0].get_weights())
+    networks[1].original.set_weights(networks[0].original.get_weights())
+    image = np.random.default_rng(0).uniform(0, 255, (1, 64, 96, 3)).astype(np.float32)
+    whole, reduced = (network.submodel(network.candidates) for network in networks)
+    expected, found = whole(tf.image.resize(image, (32, 48))), reduced(image)
+    assert [point.name for point in networks[0].exit_points] == [point.name for point in networks[1].exit_points]
+    for name in networks[0].candidates:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-4)
+    with pytest.raises(ValueError, match=r"data\.crop_size: must be \(0, 0\)"):
+        build_network(dataclasses.replace(half, data=dataclasses.replace(half.data, crop_size=(32, 32))), 5)

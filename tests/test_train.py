@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -187,7 +188,7 @@ def test_stage1_updates_the_original_and_the_exits_of_the_schedule(exits, expect
     step = make_step(network, StageConfig(exits=exits, weight_decay=0.1))
     for number, changing in expected.items():
         original, before = weights_of(network.original), {name: weights_of(head) for name, head in network.heads.items()}
-        values = step(*make_batch(), number)
+        values = step(make_batch(), number)
         assert {name for name, head in network.heads.items() if not same(before[name], weights_of(head))} == changing
         assert set(values) == changing | {FINAL}
         assert not any(same([a], [b]) for a, b in zip(original, weights_of(network.original), strict=True) if b.ndim == 4)
@@ -195,7 +196,7 @@ def test_stage1_updates_the_original_and_the_exits_of_the_schedule(exits, expect
 
 def test_stage1_distils_from_the_final_exit_as_the_stage_says():
     def losses_of(**values) -> dict[str, float]:
-        return {name: float(value) for name, value in make_step(make_network(), StageConfig(**values))(*make_batch(), 0).items()}
+        return {name: float(value) for name, value in make_step(make_network(), StageConfig(**values))(make_batch(), 0).items()}
 
     plain, distilled, mixed = losses_of(), losses_of(distillation="all", alpha=1.0), losses_of(distillation="all", alpha=0.25)
     early = "exit1.fcn-r2-b0"
@@ -205,7 +206,27 @@ def test_stage1_distils_from_the_final_exit_as_the_stage_says():
     assert losses_of(distillation="filtered", alpha=1.0)[early] < distilled[early]  # a random teacher is wrong at most pixels
 
 
-def train_heads(heads: tuple[str, ...], steps: int, teacher_factor: float = 1.0, **values) -> tuple[MultiExitNetwork, int]:
+def test_every_exit_learns_from_a_teacher():
+    def losses_of(soft: list[tf.Tensor], **values) -> dict[str, float]:
+        step = make_step(make_network(), StageConfig(exits="all", **values))
+        return {name: float(value) for name, value in step((*make_batch(), *soft), 0).items()}
+
+    uniform, labels = tf.zeros((2, SIZE[0] // 4, SIZE[1] // 4, CLASSES)), make_batch()[1]
+    plain, taught = losses_of([]), losses_of([uniform], distillation="all", alpha=1.0, teacher="soft.npz")
+    for name, value in taught.items():
+        assert value != pytest.approx(plain[name], rel=0.01)
+    mixed = losses_of([uniform], distillation="all", alpha=0.25, teacher="soft.npz")
+    assert mixed[FINAL] == pytest.approx(0.25 * taught[FINAL] + 0.75 * plain[FINAL], rel=1e-5)
+    # A teacher that is wrong everywhere teaches nothing if it is filtered.
+    wrong = tf.one_hot(tf.cast(labels + 1, tf.int32) % CLASSES, CLASSES, on_value=9.0)
+    assert losses_of([wrong], distillation="filtered", alpha=1.0, teacher="soft.npz") == dict.fromkeys(taught, 0.0)
+    heads = [train_heads(("fcn-r2-b0",), steps=1, soft=soft, distillation="all", teacher="soft.npz")[0] for soft in ([uniform], [wrong])]
+    assert largest_difference(*heads) > 1e-4
+
+
+def train_heads(
+    heads: tuple[str, ...], steps: int, teacher_factor: float = 1.0, soft: Sequence[tf.Tensor] = (), **values
+) -> tuple[MultiExitNetwork, int]:
     """A network after some steps of stage 2, and how often the original ran."""
     network, runs = make_network(heads), tf.Variable(0)
     kernel = network.original.layers[-1].kernel
@@ -224,7 +245,7 @@ def train_heads(heads: tuple[str, ...], steps: int, teacher_factor: float = 1.0,
     network.features = counted_features
     step = make_step(network, StageConfig(trains="heads", **values))
     for number in range(steps):
-        step(*make_batch(number), number)
+        step((*make_batch(number), *soft), number)
     return network, int(runs.numpy())
 
 
@@ -284,7 +305,7 @@ def test_mixed_precision_learns():
     network = make_network()
     step = make_step(network, StageConfig(exits="all", precision="mixed_bfloat16", label_smoothing=0.1))
     computed = {layer.compute_dtype for layer in network.original.layers}
-    values = [step(*make_batch(), number) for number in range(12)]
+    values = [step(make_batch(), number) for number in range(12)]
     assert computed == {"bfloat16", "float32"} and all(variable.dtype == "float32" for variable in network.original.weights)
     for name in values[0]:
         assert values[0][name].dtype == tf.float32 and float(values[-1][name]) < float(values[0][name]) - 0.05

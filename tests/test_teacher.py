@@ -1,0 +1,64 @@
+"""Soft targets: averaged views of trained networks, kept in a file that fits its images."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from mess_tf import configs, train
+from mess_tf.data import SOFT_STRIDE, open_split
+from mess_tf.model import load_network
+from mess_tf.teacher import SoftTargets, soft_targets
+
+SIZE = (16, 32)
+DATA = configs.DataConfig(input_size=SIZE, synthetic_train=3, synthetic_val=1)
+
+
+def colours(bias: float) -> keras.Model:
+    """Red, green and blue of a pixel as the logits of three classes, the first one raised."""
+    image = keras.Input((None, None, 3))
+    return keras.Model(image, keras.layers.Rescaling(1 / 50, [bias, 0.0, 0.0])(image))
+
+
+def test_the_targets_are_the_mean_over_networks_sizes_and_mirror_images():
+    examples = open_split(DATA, "train")
+    networks = [colours(0.0), colours(3.0)]
+    targets = soft_targets(networks, examples, SIZE, [1.0, 0.5])
+    assert targets.log_probability.shape == (3, SIZE[0] // SOFT_STRIDE, SIZE[1] // SOFT_STRIDE, 3)
+    for index, found in enumerate(targets.log_probability):
+        image = tf.cast(examples.load(index)[0], tf.float32)[None]
+        views = []
+        for network in networks:
+            for size in (SIZE, (8, 16)):
+                resized = tf.image.resize(image, size)
+                for view in (slice(None), slice(None, None, -1)):
+                    logits = tf.image.resize(network(resized[:, :, view]), (4, 8))
+                    views.append(tf.nn.softmax(logits)[0][:, view].numpy())
+        np.testing.assert_allclose(np.exp(found), np.mean(views, axis=0), atol=2e-3)
+
+
+def test_a_file_is_refused_for_other_images_or_classes(tmp_path):
+    examples = open_split(DATA, "train")
+    targets = SoftTargets(examples.names, np.zeros((3, 4, 8, examples.info.num_classes), np.float16))
+    path = str(tmp_path / "teacher.npz")
+    with pytest.raises(FileNotFoundError, match=r"teacher: there is no file .*mess_tf\.teacher"):
+        SoftTargets.load(path, examples)
+    targets.save(path)
+    np.testing.assert_array_equal(SoftTargets.load(path, examples).log_probability, targets.log_probability)
+    with pytest.raises(ValueError, match="must hold the 1 images"):
+        SoftTargets.load(path, open_split(DATA, "val"))
+    SoftTargets(examples.names, targets.log_probability[..., 1:]).save(path)
+    with pytest.raises(ValueError, match="and 7 classes"):
+        SoftTargets.load(path, examples)
+
+
+def test_a_training_learns_from_the_file(tmp_path):
+    config = configs.apply_overrides(configs.RECIPES["smoke"], ["stage1.epochs=1", "stage2.epochs=0"])
+    train.train(config, str(tmp_path / "teacher"))
+    examples = open_split(config.data, "train")
+    network = load_network(str(tmp_path / "teacher"), config, examples.info.num_classes).original
+    soft_targets([network], examples, config.data.input_size, [1.0]).save(str(tmp_path / "soft.npz"))
+    taught = configs.apply_overrides(config, [f"stage1.teacher={tmp_path / 'soft.npz'}", "stage1.distillation=all", "stage1.alpha=1.0"])
+    found = train.train(taught, str(tmp_path / "taught")).original.get_weights()
+    plain = train.train(config, str(tmp_path / "plain")).original.get_weights()
+    assert max(np.abs(a - b).max() for a, b in zip(found, plain, strict=True)) > 1e-3
