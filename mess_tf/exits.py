@@ -24,7 +24,7 @@ class Tap:
 
     Attributes:
       name: the layer that makes it.
-      stride: image size over its size.
+      stride: size of the image, as the first layer with weights reads it, over its size; a power of two.
       channels: its channels.
       macs: multiply-accumulates from the image to it, of everything it depends on.
     """
@@ -60,12 +60,12 @@ def find_exit_points(network: keras.Model, exits: int | Sequence[str], input_siz
     """
     nodes = graph_nodes(with_input_size(network, input_size))
     by_name = {node.name: node for node in nodes}
-    dominators = [_tap(node, by_name, input_size) for node in _dominators(nodes)]
+    dominators = [_tap(node, by_name) for node in _dominators(nodes)]
     if isinstance(exits, int):
-        taps = [_tap(node, by_name, input_size) for node in _boundaries(nodes, exits - 1)]
+        taps = [_tap(node, by_name) for node in _boundaries(nodes, exits - 1)]
         chosen = _at_equal_workload(taps, exits, sum(node.macs for node in nodes), network.name)
     else:
-        taps = [_tap(node, by_name, input_size) for node in _boundaries(nodes, 1)]
+        taps = [_tap(node, by_name) for node in _boundaries(nodes, 1)]
         names = [tap.name for tap in dominators]
         if not exits or [name for name in names if name in exits] != list(exits):
             raise ValueError(f"exits.layers: must be some of these, in this order: {names}; got {list(exits)}")
@@ -87,8 +87,8 @@ def final_point(backbone: keras.Model, input_size: tuple[int, int]) -> ExitPoint
     """The end of a backbone as the place of the original network's own head."""
     nodes = graph_nodes(with_input_size(backbone, input_size))
     by_name = {node.name: node for node in nodes}
-    boundaries, dominators = ([_tap(node, by_name, input_size) for node in part] for part in (_boundaries(nodes, 1), _dominators(nodes)))
-    end = _tap(nodes[-1], by_name, input_size)
+    boundaries, dominators = ([_tap(node, by_name) for node in part] for part in (_boundaries(nodes, 1), _dominators(nodes)))
+    end = _tap(nodes[-1], by_name)
     return ExitPoint("final", end, _shallow_tap(end, boundaries, dominators))
 
 
@@ -133,7 +133,7 @@ def _boundaries(nodes: list[Node], needed: int) -> list[Node]:
     return [node for node in dominators if any(isinstance(reader.operation, convolutions) for reader in readers[node.name])]
 
 
-def _tap(node: Node, by_name: dict[str, Node], input_size: tuple[int, int]) -> Tap:
+def _tap(node: Node, by_name: dict[str, Node]) -> Tap:
     seen, stack, macs = set(), [node.name], 0
     while stack:
         name = stack.pop()
@@ -141,8 +141,10 @@ def _tap(node: Node, by_name: dict[str, Node], input_size: tuple[int, int]) -> T
             seen.add(name)
             macs += by_name[name].macs
             stack.extend(by_name[name].inputs)
+    first = next(other for other in by_name.values() if other.macs)
+    image_height = by_name[first.inputs[0]].output.shape[1]
     height, channels = node.output.shape[1], node.output.shape[3]
-    return Tap(node.name, round(input_size[0] / height), channels, macs)
+    return Tap(node.name, 2 ** round(math.log2(image_height / height)), channels, macs)
 
 
 def _shallow_tap(tap: Tap, boundaries: list[Tap], dominators: list[Tap]) -> Tap:
