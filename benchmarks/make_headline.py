@@ -18,7 +18,6 @@ Candidates, statistics and latencies lie in W/PRECISION-scaleX; the latencies ar
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -30,7 +29,8 @@ from absl import app, flags, logging
 from common import most_accurate, searched
 from headline import DROPS_PP, EQUAL_LATENCY, EXITS, ORIGINAL, ROWS
 
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Cost, Predicted, write_atomically
+from mess_runtime.benchmark import LatencyTable
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Cost, Predicted, read_json, write_atomically
 from mess_tf import configs
 from mess_tf.data import open_split
 from mess_tf.export_tflite import CANDIDATES, FP32, INT8, PRECISIONS, Exporter, calibration_images
@@ -81,7 +81,8 @@ def constraint(row: str, original_miou: float, original_ms: float) -> str:
 def original_latency(folder: Path) -> float:
     """Milliseconds of the network without early exits, from the latencies of its submodels."""
     stats = Stats.load(folder / "stats.npz")
-    costs = latency_costs(stats, json.loads((folder / "latency.json").read_text())["rows"])
+    rows = read_json(folder / "latency.json", LatencyTable.from_json).rows
+    costs = latency_costs(stats, [dataclasses.asdict(row) for row in rows])
     return float(arrival_costs(stats, costs, [stats.candidates.index(FINAL)], None)[0])
 
 

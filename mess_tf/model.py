@@ -235,13 +235,15 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
         tensors = {node.name: node.output for node in graph_nodes(backbone)}
         logits = head([tensors[tensor.name.removeprefix(TAP)] for tensor in head.inputs])
         original = keras.Model(backbone.input, logits, name=config.backbone.name)
-    if config.backbone.input_scale != 1:
-        if config.data.training_size != config.data.input_size:
-            raise ValueError(f"data.crop_size: must be (0, 0) with backbone.input_scale below 1, got {config.data.crop_size}")
-        image = keras.Input((*config.data.input_size, 3), name="image")
-        scaled = [round(config.backbone.input_scale * side) for side in config.data.input_size]
-        original = keras.Model(image, original(keras.layers.Resizing(*scaled)(image)), name=original.name)
-    return convert(original, config.exits.layers or config.exits.count, config.data.input_size)
+    network = convert(original, config.exits.layers or config.exits.count, config.data.input_size)
+    if config.backbone.input_scale == 1:
+        return network
+    if config.data.training_size != config.data.input_size:
+        raise ValueError(f"data.crop_size: must be (0, 0) with backbone.input_scale below 1, got {config.data.crop_size}")
+    image = keras.Input((*config.data.input_size, 3), name="image")
+    scaled = [round(config.backbone.input_scale * side) for side in config.data.input_size]
+    resized = keras.Model(image, network.original(keras.layers.Resizing(*scaled)(image)), name=original.name)
+    return convert(resized, [point.tap.name for point in network.exit_points], config.data.input_size)  # the same exits at every scale
 
 
 def best_weights(workdir: str, stage: str) -> str:

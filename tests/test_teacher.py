@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from mess_tf import configs, train
 from mess_tf.data import SOFT_STRIDE, open_split
-from mess_tf.model import load_network
+from mess_tf.model import build_network
 from mess_tf.teacher import SoftTargets, soft_targets
 
 SIZE = (16, 32)
@@ -54,10 +54,9 @@ def test_a_file_is_refused_for_other_images_or_classes(tmp_path):
 
 def test_a_training_learns_from_the_file(tmp_path):
     config = configs.apply_overrides(configs.RECIPES["smoke"], ["stage1.epochs=1", "stage2.epochs=0"])
-    train.train(config, str(tmp_path / "teacher"))
     examples = open_split(config.data, "train")
-    network = load_network(str(tmp_path / "teacher"), config, examples.info.num_classes).original
-    soft_targets([network], examples, config.data.input_size, [1.0]).save(str(tmp_path / "soft.npz"))
+    untrained = build_network(config, examples.info.num_classes).original
+    soft_targets([untrained], examples, config.data.input_size, [1.0]).save(str(tmp_path / "soft.npz"))
     taught = configs.apply_overrides(config, [f"stage1.teacher={tmp_path / 'soft.npz'}", "stage1.distillation=all", "stage1.alpha=1.0"])
     found = train.train(taught, str(tmp_path / "taught")).original.get_weights()
     plain = train.train(config, str(tmp_path / "plain")).original.get_weights()
