@@ -242,7 +242,7 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
         raise ValueError(f"data.crop_size: must be (0, 0) with backbone.input_scale below 1, got {config.data.crop_size}")
     image = keras.Input((*config.data.input_size, 3), name="image")
     scaled = [round(config.backbone.input_scale * side) for side in config.data.input_size]
-    resized = keras.Model(image, network.original(keras.layers.Resizing(*scaled)(image)), name=original.name)
+    resized = keras.Model(image, network.original(keras.ops.image.resize(image, scaled)), name=original.name)
     return convert(resized, [point.tap.name for point in network.exit_points], config.data.input_size)  # the same exits at every scale
 
 
