@@ -2,9 +2,10 @@
 
 `python benchmarks/make_headline.py --workdir W --original O --output B [--data_dir D] [--precisions fp32,int8] [--scales 1,0.75]` runs the
 project's own commands on a trained WORKDIR, leaves out those whose files are there already, and writes B/PRECISION/:
-  original/        the same network without early exits, from the WORKDIR O where it was trained plainly (`--set stage1.exits=none`)
+  original/        the same network without early exits, from the WORKDIR O where it was trained plainly (`--set stage1.exits=none`);
+                   its latency comes from the submodels at scale 1, which are made for that if `--scales` lacks it
   ROW.SETTING/     what the search chooses for each of `--rows` and `--settings`, beside its ROW.SETTING.json, the best over all `--scales`
-                   (`backbone.input_scale`, one training for all of them). Rows: `no_loss` and `minus_1pp`: least latency at the
+                   (`backbone.input_scale`, the weights of W for all of them). Rows: `no_loss` and `minus_1pp`: least latency at the
                    original's mIoU and one percentage point below; `equal_latency` and `share_X`: best mIoU at the original's latency
                    and at X of it
   anytime/         the best mean mIoU over the deadlines up to the original's latency, at the first scale

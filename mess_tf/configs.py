@@ -195,6 +195,7 @@ class StageConfig:
       distillation: of early exits from the final one: `none`, `all` (everywhere) or `filtered` (where the final exit is right).
       teacher: file of `mess_tf.teacher` whose soft targets every exit learns from in place of the final exit; the final one too with
         trains=`network`. Empty: no such file.
+      initial: weights of the same network to start from, as checkpoints/STAGE/best.npz of another run; empty for those it comes with.
       alpha: weight of distillation against cross-entropy.
       temperature: of both softmaxes in distillation.
       epochs: 0 leaves the stage out, as for a network that comes trained.
@@ -214,6 +215,7 @@ class StageConfig:
     exits: Literal["round_robin", "all", "none"] = "round_robin"
     distillation: Literal["none", "all", "filtered"] = "none"
     teacher: str = ""
+    initial: str = ""
     alpha: float = 0.5
     temperature: float = 1.0
     epochs: int = 10

@@ -222,6 +222,7 @@ def train_stage(
     """Trains one stage to its end, from its last checkpoint if there is one, and leaves `network` with the best evaluation's weights.
 
     Raises:
+      FileNotFoundError, ValueError: for initial weights that are not there or of another network.
       FloatingPointError: if a loss is not finite; names the steps in question.
     """
     folder = os.path.join(workdir, "checkpoints", name)
@@ -234,13 +235,18 @@ def train_stage(
     make_step = heads_step if stage.trains == "heads" else network_step
     train_step = make_step(network, stage, optimizer, config.data.training_size, weights)
 
-    # ---- Restore policy: (1) the stage's last checkpoint, so that a stopped run ends as an unbroken one; (2) the network as it comes.
+    # ---- Restore policy: (1) the stage's last checkpoint, so that a stopped run ends as an unbroken one; (2) `initial`; (3) the network
+    # as it comes.
     step_variable, best_variable = tf.Variable(0, dtype=tf.int64), tf.Variable(-1.0)
     checkpoint = tf.train.Checkpoint(parts=parts, optimizer=optimizer, step=step_variable, best=best_variable)
     manager = tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
     if manager.latest_checkpoint:
         checkpoint.restore(manager.latest_checkpoint).assert_consumed()
         logging.info("%s: resumed at step %d of %d from %s", name, step_variable.numpy(), total_steps, manager.latest_checkpoint)
+    elif stage.initial:
+        if not os.path.exists(stage.initial):
+            raise FileNotFoundError(f"{name}.initial: there is no file {stage.initial!r}")
+        network.load_weights(stage.initial)
     first_step = int(step_variable.numpy())
     log = Log(os.path.join(workdir, "logs", name), first_step)
 

@@ -359,6 +359,24 @@ def test_the_best_evaluation_is_kept(tmp_path, monkeypatch):
     assert same(weights_of(network.original), seen[1])
 
 
+def test_a_stage_starts_from_the_weights_that_it_is_given(tmp_path):
+    given, path = make_network(seed=1), str(tmp_path / "given.npz")
+    given.save_weights(path)
+    network = make_network()
+    assert not same(weights_of(network.original), weights_of(given.original))
+    run_stage(tmp_path, network, epochs=1, eval_epochs=1, initial=path, learning_rate=1e-12, final_learning_rate=1e-12)
+    trained = [variable.numpy() for variable in network.original.trainable_variables]
+    wanted = [variable.numpy() for variable in given.original.trainable_variables]
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(trained, wanted, strict=True))
+
+    run_stage(tmp_path, network, epochs=2, eval_epochs=1, initial=str(tmp_path / "gone.npz"))  # it goes on from its checkpoint
+    with pytest.raises(FileNotFoundError, match=r"stage1\.initial: there is no file .*gone\.npz"):
+        run_stage(tmp_path / "other", make_network(), epochs=1, initial=str(tmp_path / "gone.npz"))
+    other = make_network(heads=("decoder-r4-b0",))
+    with pytest.raises(ValueError, match=r"given\.npz: does not fit this network"):
+        run_stage(tmp_path / "another", other, epochs=1, initial=path)
+
+
 def test_a_loss_that_is_not_finite_names_the_steps_and_is_not_kept(tmp_path):
     with pytest.raises(
         FloatingPointError, match=r"stage1: the loss of \[.*final\.original.*\] is not finite in steps 1 to 4; lower stage1\."
