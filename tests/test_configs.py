@@ -30,9 +30,10 @@ def test_a_configuration_with_no_default_value_survives_json():
         BackboneConfig("resnet50", 1.0, 8, "FILE", 0.9, 0.5),
         ExitsConfig(3, ("a", "b"), "fcn-r2-b0", "deeplab-r4-b1-d2", ("fcn-r8-b3-d4",)),
         StageConfig(
-            "network", "all", "filtered", "soft.npz", 0.1, 2.0, 3, 4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.11, "none", 5, 6, 7, 8, "mixed_bfloat16", 9
+            *("network", "all", "filtered", "soft.npz", "best.npz", 0.1, 2.0, 3, 4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.11, "none", 5, 6, 7, 8),
+            *("mixed_bfloat16", 9),
         ),
-        StageConfig("heads", "none", "all", "soft.npz", 0.2),
+        StageConfig("heads", "none", "all", "soft.npz", "best.npz", 0.2),
     )
     assert configs.from_json(configs.to_json(config)) == config
 
