@@ -195,7 +195,8 @@ class StageConfig:
       distillation: of early exits from the final one: `none`, `all` (everywhere) or `filtered` (where the final exit is right).
       teacher: file of `mess_tf.teacher` whose soft targets every exit learns from in place of the final exit; the final one too with
         trains=`network`. Empty: no such file.
-      initial: weights of the same network to start from, as checkpoints/STAGE/best.npz of another run; empty for those it comes with.
+      initial: weights to start from, checkpoints/STAGE/best.npz of another run of this network with the same first exits; heads that it
+        lacks start anew. Empty for the weights that the network comes with.
       alpha: weight of distillation against cross-entropy.
       temperature: of both softmaxes in distillation.
       epochs: 0 leaves the stage out, as for a network that comes trained.

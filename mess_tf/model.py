@@ -67,14 +67,22 @@ class MultiExitNetwork:
 
         write_atomically(path, write)
 
-    def load_weights(self, path: str) -> None:
+    def load_weights(self, path: str, other_heads: bool = False) -> None:
         """Reads a file of `save_weights` into a network of the same candidates.
+
+        Args:
+          path: of the file.
+          other_heads: the file may lack heads, which then stay as they are, and hold others, which are left out.
 
         Raises:
           ValueError: if a weight is missing, unknown or of another shape; nothing is loaded then.
         """
         saved = read_arrays(path)
         variables = dict(self._variables())
+        if other_heads:
+            shared = [{name.split("/")[0] for name in names} for names in (saved, variables)]
+            shared = shared[0] & shared[1] | {FINAL}
+            saved, variables = ({name: each[name] for name in each if name.split("/")[0] in shared} for each in (saved, variables))
         wrong = [name for name in variables if name not in saved or saved[name].shape != variables[name].shape]
         unknown = sorted(saved.keys() - variables.keys())
         if wrong or unknown:

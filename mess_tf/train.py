@@ -246,7 +246,7 @@ def train_stage(
     elif stage.initial:
         if not os.path.exists(stage.initial):
             raise FileNotFoundError(f"{name}.initial: there is no file {stage.initial!r}")
-        network.load_weights(stage.initial)
+        network.load_weights(stage.initial, other_heads=True)
     first_step = int(step_variable.numpy())
     log = Log(os.path.join(workdir, "logs", name), first_step)
 

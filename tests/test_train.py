@@ -372,9 +372,23 @@ def test_a_stage_starts_from_the_weights_that_it_is_given(tmp_path):
     run_stage(tmp_path, network, epochs=2, eval_epochs=1, initial=str(tmp_path / "gone.npz"))  # it goes on from its checkpoint
     with pytest.raises(FileNotFoundError, match=r"stage1\.initial: there is no file .*gone\.npz"):
         run_stage(tmp_path / "other", make_network(), epochs=1, initial=str(tmp_path / "gone.npz"))
-    other = make_network(heads=("decoder-r4-b0",))
-    with pytest.raises(ValueError, match=r"given\.npz: does not fit this network"):
-        run_stage(tmp_path / "another", other, epochs=1, initial=path)
+
+
+def test_weights_of_a_network_with_other_heads(tmp_path):
+    given, path = make_network(heads=("fcn-r2-b0", "fcn-r8-b0"), seed=1), str(tmp_path / "given.npz")
+    given.save_weights(path)
+    network = make_network(heads=("fcn-r2-b0", "decoder-r4-b0"))
+    fresh = weights_of(network.heads["exit2.decoder-r4-b0"])
+    with pytest.raises(ValueError, match=r"given\.npz: does not fit this network; .*exit1\.decoder-r4-b0.*unknown.*exit1\.fcn-r8-b0"):
+        network.load_weights(path)
+    assert not same(weights_of(network.original), weights_of(given.original))
+    network.load_weights(path, other_heads=True)
+    assert same(weights_of(network.original), weights_of(given.original))
+    assert same(weights_of(network.heads["exit2.fcn-r2-b0"]), weights_of(given.heads["exit2.fcn-r2-b0"]))
+    assert same(weights_of(network.heads["exit2.decoder-r4-b0"]), fresh)
+    np.savez(tmp_path / "empty.npz")
+    with pytest.raises(ValueError, match=r"empty\.npz: does not fit this network; .*final\.original"):
+        network.load_weights(str(tmp_path / "empty.npz"), other_heads=True)
 
 
 def test_a_loss_that_is_not_finite_names_the_steps_and_is_not_kept(tmp_path):
