@@ -84,7 +84,8 @@ class BackboneConfig:
       weights: `none` (random), `imagenet` (download by keras.applications) or a file; of `keras_file`, the .keras file.
       batch_norm_momentum: of the moving statistics, in the backbone and in all heads.
       input_scale: the network resizes its image to this share of `data.input_size` before the first layer, its logits straight to the
-        image's size: cheaper, and coarser. Needs no other weights: one training serves several scales.
+        image's size: cheaper, and coarser. The same weights fit every scale; they serve best near the one that they were trained at, and
+        where the scaled sides are multiples of the output stride.
     """
 
     name: str = "mobilenet_v2"
