@@ -80,8 +80,7 @@ class MultiExitNetwork:
         saved = read_arrays(path)
         variables = dict(self._variables())
         if other_heads:
-            shared = [{name.split("/")[0] for name in names} for names in (saved, variables)]
-            shared = shared[0] & shared[1] | {FINAL}
+            shared = {name.split("/")[0] for name in saved} & {*self.heads} | {FINAL}
             saved, variables = ({name: each[name] for name in each if name.split("/")[0] in shared} for each in (saved, variables))
         wrong = [name for name in variables if name not in saved or saved[name].shape != variables[name].shape]
         unknown = sorted(saved.keys() - variables.keys())
