@@ -84,8 +84,8 @@ class BackboneConfig:
       weights: `none` (random), `imagenet` (download by keras.applications) or a file; of `keras_file`, the .keras file.
       batch_norm_momentum: of the moving statistics, in the backbone and in all heads.
       input_scale: the network resizes its image to this share of `data.input_size` before the first layer, its logits straight to the
-        image's size: cheaper, and coarser. The same weights fit every scale; they serve best near the one that they were trained at, and
-        where the scaled sides are multiples of the output stride.
+        image's size: cheaper, and coarser. The scaled sides are rounded to multiples of 32, so that no stride meets an odd side and moves
+        its features by half a pixel; 1 leaves the image as it is. The same weights fit every scale, and serve best near their own.
     """
 
     name: str = "mobilenet_v2"
@@ -108,7 +108,7 @@ class BackboneConfig:
             self.width,
         )
         _check(0 < self.batch_norm_momentum < 1, "backbone.batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
-        _check(0 < self.input_scale <= 1, "backbone.input_scale", "in (0, 1]", self.input_scale)
+        _check(0 < self.input_scale <= 4, "backbone.input_scale", "in (0, 4]", self.input_scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,8 @@ class HeadSpec:
     """One point of the head space of mess.md, section 3. Its name is the word used in files, tables and flags, e.g. `decoder-r4-b1-d2`.
 
     Attributes:
-      kind: `fcn`, `deeplab` (ASPP) or `decoder` (ASPP and a shallower tap).
+      kind: `fcn`, `deeplab` (ASPP), `decoder` (ASPP and a shallower tap), or `rest` (the rest of the original network at half the
+        resolution, see `exits.build_rest`; it has none of the other knobs).
       reduction: the tap's channels are divided by this.
       blocks: extra trainable blocks.
       dilation: block j of 1..blocks is dilated by dilation**j; 1 without blocks, since there it means nothing.
@@ -128,26 +129,31 @@ class HeadSpec:
     dilation: int = 1
 
     def __post_init__(self):
-        _check(self.kind in ("fcn", "deeplab", "decoder"), "head.kind", "fcn, deeplab or decoder", self.kind)
+        _check(self.kind in ("fcn", "deeplab", "decoder", "rest"), "head.kind", "fcn, deeplab, decoder or rest", self.kind)
         _check(self.reduction in (1, 2, 4, 8), "head.reduction", "1, 2, 4 or 8", self.reduction)
         _check(self.blocks in (0, 1, 2, 3), "head.blocks", "0, 1, 2 or 3", self.blocks)
         _check(self.dilation in ((1, 2, 4) if self.blocks else (1,)), "head.dilation", "1, 2 or 4, and 1 without blocks", self.dilation)
+        plain = self.kind != "rest" or (self.reduction, self.blocks) == (1, 0)
+        _check(plain, "head", "without reduction and blocks if its kind is rest", (self.reduction, self.blocks))
 
     @property
     def name(self) -> str:
+        if self.kind == "rest":
+            return self.kind
         return f"{self.kind}-r{self.reduction}-b{self.blocks}" + (f"-d{self.dilation}" if self.blocks else "")
 
     @classmethod
     def parse(cls, name: str) -> "HeadSpec":
         """Reads a name back; an unknown one raises a ValueError that lists the nearest."""
-        specs = {spec.name: spec for spec in HEAD_SPACE}
+        specs = {spec.name: spec for spec in (*HEAD_SPACE, HeadSpec("rest"))}
         if name not in specs:
             raise ValueError(
-                f"head: must be one of the {len(specs)} heads, nearest {difflib.get_close_matches(name, specs, 3, 0)}, got {name!r}"
+                f"head: must be rest or one of the {len(HEAD_SPACE)} others, nearest {difflib.get_close_matches(name, specs, 3, 0)}, got {name!r}"
             )
         return specs[name]
 
 
+# The heads that start from random weights. `rest`, which starts from the original's, is one more.
 HEAD_SPACE = tuple(
     HeadSpec(kind, reduction, blocks, dilation)
     for kind in ("fcn", "deeplab", "decoder")
@@ -164,7 +170,7 @@ class ExitsConfig:
     Attributes:
       count: number of exits, the final one included (the paper's N); early exits are put at equal workload.
       layers: names of the backbone's layers to put early exits at instead, shallow to deep; count means nothing then.
-      final_head: the original network's own head.
+      final_head: the original network's own head; not `rest`.
       plain_head: the head of every early exit in stage 1.
       heads: the candidate heads of stage 2 at every exit point; empty for the whole space of 120.
     """
@@ -179,6 +185,7 @@ class ExitsConfig:
         _check(self.count >= 2, "exits.count", "at least 2", self.count)
         for name in (self.final_head, self.plain_head, *self.heads):
             HeadSpec.parse(name)
+        _check(self.final_head != "rest", "exits.final_head", "a head with weights of its own", self.final_head)
 
     @property
     def head_specs(self) -> tuple[HeadSpec, ...]:

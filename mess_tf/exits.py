@@ -196,6 +196,59 @@ def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum
     return keras.Model(inputs, logits, name=f"{exit_point.name}.{spec.name}")
 
 
+def build_rest(original: keras.Model, exit_point: ExitPoint) -> keras.Model:
+    """Builds the head that is the rest of the original network at half the resolution, starting from the original's weights.
+
+    The tap is averaged over 2x2 pixels and every dilation behind it is halved: where all of them are even, the layers see the same
+    neighbourhood of the image as in the original, at a quarter of the work. A decoder gets its resolution back from the shallower tap.
+    Departure: the paper's heads all start from random weights.
+
+    Args:
+      original: functional model, image to logits, with the weights to start from.
+      exit_point: the tap it reads, beside whatever else of the original the layers behind the tap read.
+
+    Returns:
+      Functional model named `exitK.rest`: [tap float32 [B, h, w, channels], ...] to raw logits float32 [B, h', w', C].
+
+    Raises:
+      ValueError: if layers behind the tap only work at the original's resolution.
+    """
+    nodes = graph_nodes(original)
+    tensors = {node.name: node.output for node in nodes}
+    behind = {exit_point.tap.name}
+    for node in nodes:
+        if behind.intersection(node.inputs):
+            behind.add(node.name)
+    sources = {source for node in nodes if node.name in behind - {exit_point.tap.name} for source in node.inputs}
+    taps = [exit_point.tap.name, *(node.name for node in nodes if node.name in sources - behind)]
+    inputs = [keras.Input(tensors[name].shape[1:], name=TAP + name) for name in taps]
+    pooled = keras.layers.AveragePooling2D(2, padding="same")(inputs[0])
+
+    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
+        config = layer.get_config()
+        if "dilation_rate" in config:
+            config["dilation_rate"] = tuple(max(1, rate // 2) for rate in layer.dilation_rate)
+        return layer.__class__.from_config(config)
+
+    def call(layer: keras.layers.Layer, *args, **kwargs):
+        return layer(*keras.tree.map_structure(lambda x: pooled if x is inputs[0] else x, args), **kwargs)
+
+    rest = keras.Model([tensors[name] for name in taps], original.output, name=f"{exit_point.name}.rest")
+    try:
+        head = keras.models.clone_model(rest, input_tensors=inputs, clone_function=clone, call_function=call)
+    except ValueError as error:
+        raise ValueError(f"head: rest does not fit {exit_point.name}, the layers behind it depend on their size: {error}") from error
+    copy_rest(original, head)
+    return head
+
+
+def copy_rest(original: keras.Model, head: keras.Model) -> None:
+    """Gives a head of `build_rest` the weights that the original has now."""
+    for layer in head.layers:
+        if layer.weights:
+            layer.set_weights(original.get_layer(layer.name).get_weights())
+
+
 def _conv(x: keras.KerasTensor, channels: int, momentum: float, activation: str | None = "relu6") -> keras.KerasTensor:
     x = keras.layers.Conv2D(channels, 1, use_bias=False)(x)
     x = BatchNormalization(momentum=momentum)(x)

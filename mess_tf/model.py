@@ -12,7 +12,7 @@ from mess_runtime.bundle import write_atomically
 from mess_tf.backbones import build_backbone, read_arrays
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.costs import graph_nodes
-from mess_tf.exits import TAP, ExitPoint, build_head, final_point, find_exit_points
+from mess_tf.exits import TAP, ExitPoint, build_head, build_rest, copy_rest, final_point, find_exit_points
 from mess_tf.layers import LogProbability
 
 FINAL = "final.original"
@@ -47,7 +47,12 @@ class MultiExitNetwork:
         for point in self.exit_points:
             for spec in specs:
                 name = f"{point.name}.{spec.name}"
-                self.heads[name] = kept.get(name) or build_head(spec, point, self.num_classes, momentum)
+                if name in kept:
+                    self.heads[name] = kept[name]
+                elif spec.kind == "rest":
+                    self.heads[name] = build_rest(self.original, point)
+                else:
+                    self.heads[name] = build_head(spec, point, self.num_classes, momentum)
 
     def taps(self, candidate: str) -> tuple[str, ...]:
         """Names of the layers whose outputs a candidate reads; for the original, its last layer."""
@@ -72,7 +77,8 @@ class MultiExitNetwork:
 
         Args:
           path: of the file.
-          other_heads: the file may lack heads, which then stay as they are, and hold others, which are left out.
+          other_heads: the file may lack heads, which then stay as they are (those that are the rest of the original start from its weights
+            in the file), and hold others, which are left out.
 
         Raises:
           ValueError: if a weight is missing, unknown or of another shape; nothing is loaded then.
@@ -88,6 +94,9 @@ class MultiExitNetwork:
             raise ValueError(f"{path}: does not fit this network; missing or of another shape: {wrong[:3]}, unknown: {unknown[:3]}")
         for name, variable in variables.items():
             variable.assign(saved[name])
+        for name, head in self.heads.items():
+            if name.endswith(".rest") and not any(variable.startswith(f"{name}/") for variable in variables):
+                copy_rest(self.original, head)
 
     def _variables(self) -> list[tuple[str, keras.Variable]]:
         """Every weight with a name that does not depend on how many layers a process has made before."""
@@ -246,9 +255,9 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
     if config.backbone.input_scale == 1:
         return network
     if config.data.training_size != config.data.input_size:
-        raise ValueError(f"data.crop_size: must be (0, 0) with backbone.input_scale below 1, got {config.data.crop_size}")
+        raise ValueError(f"data.crop_size: must be (0, 0) with another backbone.input_scale than 1, got {config.data.crop_size}")
     image = keras.Input((*config.data.input_size, 3), name="image")
-    scaled = [round(config.backbone.input_scale * side) for side in config.data.input_size]
+    scaled = [32 * max(1, round(config.backbone.input_scale * side / 32)) for side in config.data.input_size]
     resized = keras.Model(image, network.original(keras.ops.image.resize(image, scaled)), name=original.name)
     return convert(resized, [point.tap.name for point in network.exit_points], config.data.input_size)  # the same exits at every scale
 

@@ -148,7 +148,7 @@ def heads_step(
 ) -> Step:
     """Makes the step of stage 2: the frozen original runs once, then the heads are trained on its features, one group after the other."""
     names = list(network.heads)
-    features_of = network.features(network.candidates)
+    features_of = network.features(names if stage.teacher else network.candidates)
 
     @tf.function(autograph=False)
     def frozen(batch, rows, columns):

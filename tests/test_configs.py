@@ -144,11 +144,12 @@ def test_head_names_are_read_back():
     assert [HeadSpec.parse(spec.name) for spec in HEAD_SPACE] == list(HEAD_SPACE)
     assert HeadSpec("decoder", 4, 1, 2).name == "decoder-r4-b1-d2"
     assert HeadSpec("fcn", 1, 0).name == "fcn-r1-b0"
+    assert HeadSpec.parse("rest") == HeadSpec("rest")
 
 
 @pytest.mark.parametrize("name", ["fcn-r3-b0", "fcn-r1-b0-d2", "", "FCN-r1-b0"])
 def test_an_unknown_head_name_lists_the_nearest(name):
-    with pytest.raises(ValueError, match=r"head: must be one of the 120 heads, nearest \['.*', '.*', '.*'\], got"):
+    with pytest.raises(ValueError, match=r"head: must be rest or one of the 120 others, nearest \['.*', '.*', '.*'\], got"):
         HeadSpec.parse(name)
 
 
@@ -173,7 +174,7 @@ def test_no_heads_means_all_heads():
         (lambda: DataConfig(synthetic_hard=1.5), "data.synthetic_hard"),
         (lambda: BackboneConfig(name="resnet"), "backbone.name"),
         (lambda: BackboneConfig(name="keras_file", weights="imagenet"), "backbone.weights"),
-        (lambda: BackboneConfig(input_scale=1.5), "backbone.input_scale"),
+        (lambda: BackboneConfig(input_scale=0), "backbone.input_scale"),
         (lambda: StageConfig(teacher="soft.npz"), "stage.teacher"),
         (lambda: BackboneConfig(output_stride=4), "backbone.output_stride"),
         (lambda: BackboneConfig(width=0.0), "backbone.width"),
@@ -184,7 +185,9 @@ def test_no_heads_means_all_heads():
         (lambda: HeadSpec(blocks=4), "head.blocks"),
         (lambda: HeadSpec(blocks=1, dilation=3), "head.dilation"),
         (lambda: HeadSpec(blocks=0, dilation=2), "head.dilation"),
+        (lambda: HeadSpec(kind="rest", reduction=2), "head"),
         (lambda: ExitsConfig(count=1), "exits.count"),
+        (lambda: ExitsConfig(final_head="rest"), "exits.final_head"),
         (lambda: ExitsConfig(final_head="x"), "head"),
         (lambda: ExitsConfig(plain_head="x"), "head"),
         (lambda: ExitsConfig(heads=("x",)), "head"),

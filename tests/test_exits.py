@@ -8,7 +8,9 @@ import tensorflow as tf
 from mess_tf.backbones import build_backbone
 from mess_tf.configs import HEAD_SPACE, BackboneConfig, HeadSpec
 from mess_tf.costs import graph_nodes, model_cost, with_input_size
-from mess_tf.exits import TAP, ExitPoint, Tap, build_head, final_point, find_exit_points
+from mess_tf.exits import TAP, ExitPoint, Tap, build_head, build_rest, copy_rest, final_point, find_exit_points
+from mess_tf.layers import BatchNormalization
+from mess_tf.model import convert
 
 LAYERS = keras.layers
 SIZE = (32, 64)
@@ -190,3 +192,65 @@ def test_reduction_makes_a_head_cheaper():
         sizes = {TAP + "deep": (4, 8), TAP + "shallow": (8, 16)}
         macs = [model_cost(head, {tensor.name: sizes[tensor.name] for tensor in head.inputs}).macs for head in heads]
         assert macs == sorted(set(macs), reverse=True)
+
+
+# === The rest of the original at half the resolution ===
+
+
+def dilated_network(tail: list[LAYERS.Layer]) -> keras.Model:
+    """Image to logits: a strided convolution to `tap`, then `tail`."""
+    image = keras.Input((None, None, 3), name="image")
+    x = LAYERS.Conv2D(6, 3, strides=2, padding="same", name="tap")(image)
+    for layer in tail:
+        x = layer(x)
+    return keras.Model(image, LAYERS.Conv2D(CLASSES, 1, name="logits")(x))
+
+
+def test_rest_computes_at_half_resolution_what_the_original_computes():
+    tail = [LAYERS.Conv2D(8, 3, padding="same", dilation_rate=2), BatchNormalization(), LAYERS.Activation("relu6")]
+    tail += [LAYERS.DepthwiseConv2D(3, padding="same", dilation_rate=4)]
+    original = dilated_network(tail)
+    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)))
+    coarse = np.random.default_rng(0).normal(size=(2, 6, 8, 6)).astype(np.float32)
+    fine = coarse.repeat(2, axis=1).repeat(2, axis=2)
+    expected = keras.Model(original.get_layer("tap").output, original.output)(fine)[:, ::2, ::2]
+    assert rest.name == "exit1.rest"
+    np.testing.assert_allclose(rest([fine]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rest_starts_from_the_weights_that_the_original_has_and_shares_none():
+    original = dilated_network([LAYERS.Conv2D(8, 3, padding="same")])
+    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)))
+    for variable in original.trainable_variables:
+        variable.assign(variable + 1)
+    before = [array.copy() for array in rest.get_weights()]
+    copy_rest(original, rest)
+    for old, new, kept in zip(before, rest.get_weights(), original.get_weights()[2:], strict=True):
+        np.testing.assert_array_equal(new, kept)
+        np.testing.assert_allclose(new, old + 1, rtol=1e-6)
+
+
+def test_rest_of_a_decoder_keeps_its_resolution():
+    config = BackboneConfig("efficientnet_lite0")
+    backbone = build_backbone(config)
+    end = final_point(backbone, SIZE)
+    head = build_head(HeadSpec("decoder"), end, CLASSES, momentum=0.9)
+    tensors = {node.name: node.output for node in graph_nodes(backbone)}
+    original = keras.Model(backbone.input, head([tensors[tensor.name.removeprefix(TAP)] for tensor in head.inputs]))
+    network = convert(original, ("block4c_add", "block5c_add"), SIZE)
+    for point in network.exit_points:
+        rest = build_rest(network.original, point)
+        deep, shallow = rest.inputs
+        sizes = {deep.name: (2, 4), shallow.name: (4, 8)}  # strides 16 and 8
+        assert deep.name == TAP + point.tap.name
+        assert rest([keras.KerasTensor((1, *sizes[tensor.name], tensor.shape[-1])) for tensor in rest.inputs]).shape == (1, 4, 8, CLASSES)
+        assert model_cost(rest, sizes).macs < 0.4 * (model_cost(network.original, SIZE).macs - point.tap.macs)
+
+
+def test_rest_of_layers_that_depend_on_their_size_is_an_error():
+    image = keras.Input((32, 32, 3), name="image")
+    x = LAYERS.Conv2D(6, 3, strides=2, padding="same", name="tap")(image)
+    y = LAYERS.UpSampling2D(2)(LAYERS.Conv2D(6, 3, padding="same")(x))
+    original = keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(LAYERS.Concatenate()([y, LAYERS.Conv2D(2, 1)(image)])))
+    with pytest.raises(ValueError, match="rest does not fit exit1"):
+        build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)))

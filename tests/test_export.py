@@ -27,7 +27,7 @@ from mess_tf.policy import decide
 from mess_tf.search import arrival_costs, evaluate_configuration, macs_costs
 
 SIZE = (32, 64)
-HEADS = ("fcn-r1-b0", "decoder-r2-b1-d2")
+HEADS = ("fcn-r1-b0", "decoder-r2-b1-d2", "rest")
 
 
 @pytest.fixture(scope="module")

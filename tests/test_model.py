@@ -124,6 +124,17 @@ def check_hand_over(segments: list[keras.Model]) -> None:
         known |= handed
 
 
+def test_segments_with_the_rest_of_the_original_as_a_head(network):
+    other = MultiExitNetwork(network.original, network.exit_points)
+    other.add_heads([HeadSpec("rest"), HeadSpec("decoder", 8)], 0.9)
+    scramble(*other.heads.values())
+    candidates, x = ["exit1.rest", "exit2.decoder-r8-b0", "exit3.rest", FINAL], image()
+    segments, expected = other.segments(candidates), other.submodel(candidates)(x, training=False)
+    for logits, name in zip(chain(segments, x), candidates, strict=True):
+        np.testing.assert_allclose(logits, expected[name], atol=1e-5)
+    check_hand_over(segments)
+
+
 def test_a_shallow_tap_passes_across_a_segment(network):
     """The decoder of exit3 reads a tensor of the first segment that the second one does not need."""
     first, second, third = network.exit_points
@@ -443,7 +454,7 @@ def test_input_scale_resizes_inside_the_network_with_the_same_weights():
     networks[1].original.set_weights(networks[0].original.get_weights())
     image = np.random.default_rng(0).uniform(0, 255, (1, 64, 96, 3)).astype(np.float32)
     whole, reduced = (network.submodel(network.candidates) for network in networks)
-    expected, found = whole(tf.image.resize(image, (32, 48))), reduced(image)
+    expected, found = whole(tf.image.resize(image, (32, 64))), reduced(image)  # 32 x 48, in multiples of 32
     assert all(networks[0].taps(name) == networks[1].taps(name) for name in networks[0].heads)
     for name in networks[0].candidates:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-4)

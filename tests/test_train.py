@@ -377,7 +377,7 @@ def test_a_stage_starts_from_the_weights_that_it_is_given(tmp_path):
 def test_weights_of_a_network_with_other_heads(tmp_path):
     given, path = make_network(heads=("fcn-r2-b0", "fcn-r8-b0"), seed=1), str(tmp_path / "given.npz")
     given.save_weights(path)
-    network = make_network(heads=("fcn-r2-b0", "decoder-r4-b0"))
+    network = make_network(heads=("fcn-r2-b0", "decoder-r4-b0", "rest"))
     fresh = weights_of(network.heads["exit2.decoder-r4-b0"])
     with pytest.raises(ValueError, match=r"given\.npz: does not fit this network; .*exit1\.decoder-r4-b0.*unknown.*exit1\.fcn-r8-b0"):
         network.load_weights(path)
@@ -386,6 +386,8 @@ def test_weights_of_a_network_with_other_heads(tmp_path):
     assert same(weights_of(network.original), weights_of(given.original))
     assert same(weights_of(network.heads["exit2.fcn-r2-b0"]), weights_of(given.heads["exit2.fcn-r2-b0"]))
     assert same(weights_of(network.heads["exit2.decoder-r4-b0"]), fresh)
+    rest = weights_of(network.heads["exit1.rest"])
+    assert rest and same(rest, weights_of(given.original)[-len(rest) :])
     np.savez(tmp_path / "empty.npz")
     with pytest.raises(ValueError, match=r"empty\.npz: does not fit this network; .*final\.original"):
         network.load_weights(str(tmp_path / "empty.npz"), other_heads=True)
