@@ -14,8 +14,8 @@ Everything is chosen on the calibration split (val), where the original's mIoU i
 and `--margin_latency` more than their names say, so that they also hold on other images and days. A row without a folder has no
 configuration that meets it; the search's words are printed.
 
-Candidates, statistics and latencies lie in W/PRECISION-scaleX; the latencies are those of an idle machine only if
-`python -m mess_runtime benchmark DIR/candidates --output=DIR/latency.json` was run on one.
+Candidates and statistics lie in W/PRECISION-scaleX, the latencies of all scales, measured in turns, in W/PRECISION.latency.json: run it
+on an idle machine.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def command(*words: str) -> None:
 
 
 def prepare(precision: str, scale: float) -> Path:
-    """The folder with candidates, statistics and latencies of a precision and an input scale; makes what is missing."""
+    """The folder with candidates and statistics of a precision and an input scale; makes what is missing."""
     folder = Path(FLAGS.workdir) / f"{precision}-scale{scale:g}"
     if not folder.exists():
         config = configs.load_config(FLAGS.workdir)
@@ -63,9 +63,6 @@ def prepare(precision: str, scale: float) -> Path:
         command("mess_tf.export_tflite", *common, "--candidates", f"--precision={precision}")
     if not (folder / "stats.npz").exists():
         command("mess_tf.calibrate", *common)
-    if not (folder / "latency.json").exists():
-        threads = f"--threads={FLAGS.threads}"
-        command("mess_runtime", "benchmark", str(folder / CANDIDATES), f"--output={folder / 'latency.json'}", threads)
     return folder
 
 
@@ -79,17 +76,17 @@ def constraint(row: str, original_miou: float, original_ms: float) -> str:
     return f"--min_miou={original_miou - (DROPS_PP[row] - FLAGS.margin_pp) / 100}"
 
 
-def original_latency(folder: Path) -> float:
+def original_latency(folder: Path, latency: Path) -> float:
     """Milliseconds of the network without early exits, from the latencies of its submodels."""
     stats = Stats.load(folder / "stats.npz")
-    rows = read_json(folder / "latency.json", LatencyTable.from_json).rows
+    rows = read_json(latency, LatencyTable.from_json).rows
     costs = latency_costs(stats, [dataclasses.asdict(row) for row in rows])
     return float(arrival_costs(stats, costs, [stats.candidates.index(FINAL)], None)[0])
 
 
-def choose(folders: Sequence[Path], name: str, *words: str) -> tuple[int, Deployment] | None:
+def choose(folders: Sequence[Path], latency: Path, name: str, *words: str) -> tuple[int, Deployment] | None:
     """The best of what the search finds in each folder, and in which; None where it finds nothing."""
-    found = [searched(folder, folder / f"{name}.json", f"--latency={folder / 'latency.json'}", *words) for folder in folders]
+    found = [searched(folder, folder / f"{name}.json", f"--latency={latency}", *words) for folder in folders]
     found = [(at, deployment) for at, deployment in enumerate(found) if deployment]
     if not found:
         return None
@@ -109,7 +106,11 @@ def main(argv) -> None:
     if shapes[0] != shapes[1] or plain.data.input_size != size:
         raise app.UsageError(f"--original: must be of the same network and input size as --workdir, got {FLAGS.original}")
     for precision in FLAGS.precisions:
-        folders = [prepare(precision, scale) for scale in scales]
+        folders, whole = [prepare(precision, scale) for scale in scales], prepare(precision, 1.0)
+        latency = Path(FLAGS.workdir) / f"{precision}.latency.json"
+        if not latency.exists():
+            measured = [str(folder / CANDIDATES) for folder in dict.fromkeys([whole, *folders])]
+            command("mess_runtime", "benchmark", *measured, f"--output={latency}", f"--threads={FLAGS.threads}", "--rounds=10")
         networks = [load_network(str(folder), configs.load_config(str(folder)), len(classes)) for folder in folders]
         samples = calibration_images(config) if precision == INT8 else ()
         exporters = [Exporter(network, size, precision=precision, samples=samples) for network in networks]
@@ -124,13 +125,13 @@ def main(argv) -> None:
 
         alone = Configuration(BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
         bundle = export(ORIGINAL, alone, None, Exporter(original, size, precision=precision, samples=samples))
-        reached, milliseconds = bundle.manifest.segments[-1].miou, original_latency(prepare(precision, 1.0))
+        reached, milliseconds = bundle.manifest.segments[-1].miou, original_latency(whole, latency)
         wanted = {f"{row}.{setting}": (setting, constraint(row, reached, milliseconds)) for row in FLAGS.rows for setting in FLAGS.settings}
         if FLAGS.anytime:
             wanted[ANYTIME] = (ANYTIME, f"--max_cost={milliseconds}")
         for name, (setting, flag) in wanted.items():
             searching = folders[:1] if setting == ANYTIME else folders
-            if chosen := choose(searching, name, f"--setting={setting}", flag):
+            if chosen := choose(searching, latency, name, f"--setting={setting}", flag):
                 at, deployment = chosen
                 deployment.save(output / f"{name}.json")
                 print(f"{name}, scale {scales[at]:g}: {table(deployment)}")
