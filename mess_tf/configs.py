@@ -147,9 +147,8 @@ class HeadSpec:
         """Reads a name back; an unknown one raises a ValueError that lists the nearest."""
         specs = {spec.name: spec for spec in (*HEAD_SPACE, HeadSpec("rest"))}
         if name not in specs:
-            raise ValueError(
-                f"head: must be rest or one of the {len(HEAD_SPACE)} others, nearest {difflib.get_close_matches(name, specs, 3, 0)}, got {name!r}"
-            )
+            nearest = difflib.get_close_matches(name, specs, 3, 0)
+            raise ValueError(f"head: must be rest or one of the {len(HEAD_SPACE)} others, nearest {nearest}, got {name!r}")
         return specs[name]
 
 
