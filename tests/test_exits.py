@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 
 from mess_tf.backbones import build_backbone
-from mess_tf.configs import HEAD_SPACE, BackboneConfig, HeadSpec
+from mess_tf.configs import HEAD_SPACE, BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
 from mess_tf.costs import graph_nodes, model_cost, with_input_size
 from mess_tf.exits import TAP, ExitPoint, Tap, build_head, build_rest, copy_rest, final_point, find_exit_points
 from mess_tf.layers import BatchNormalization
-from mess_tf.model import convert
+from mess_tf.model import build_network
 
 LAYERS = keras.layers
 SIZE = (32, 64)
@@ -231,13 +231,8 @@ def test_rest_starts_from_the_weights_that_the_original_has_and_shares_none():
 
 
 def test_rest_of_a_decoder_keeps_its_resolution():
-    config = BackboneConfig("efficientnet_lite0")
-    backbone = build_backbone(config)
-    end = final_point(backbone, SIZE)
-    head = build_head(HeadSpec("decoder"), end, CLASSES, momentum=0.9)
-    tensors = {node.name: node.output for node in graph_nodes(backbone)}
-    original = keras.Model(backbone.input, head([tensors[tensor.name.removeprefix(TAP)] for tensor in head.inputs]))
-    network = convert(original, ("block4c_add", "block5c_add"), SIZE)
+    exits = ExitsConfig(layers=("block4c_add", "block5c_add"))
+    network = build_network(Config(data=DataConfig(input_size=SIZE), backbone=BackboneConfig("efficientnet_lite0"), exits=exits), CLASSES)
     for point in network.exit_points:
         rest = build_rest(network.original, point)
         deep, shallow = rest.inputs
