@@ -14,8 +14,6 @@ ROUNDING = 1e-12
 SLACK = 1e-10
 # Parts of a loop that run side by side. Their results are put together in a fixed order, so the number of cores does not change them.
 CHUNKS = 4
-# Last candidates that `sweep` follows side by side.
-LANES = 8
 MEAN, P90, TOTAL, PEAK = range(4)
 P90_SHARE = 0.9
 
@@ -311,100 +309,6 @@ def bonuses(tp, fp, per_tp, per_fp, goes, can, must, order, position, candidate,
 
 
 @njit(cache=True, nogil=True)
-def sweep(w, constant, prices, order, first, second, lasts, budget, needed, hopeful, highest, chunk):
-    """Largest linear worth, over all cuts, of every pair of orders with every last candidate whose reduced costs fit the budget.
-
-    For a first order, images leave one after another from a tree over the cuts of the second order. A node of the tree holds the sum
-    of what its images gain by leaving at the second decision and not at the last, and the best sum up to one of its cuts. Lanes are last
-    candidates.
-
-    Args:
-      w, constant: see `optimum.Relaxation`, the constant with the limits' worth.
-      prices: (leave, stay, leave_last, fixed, fixed_last), float64 [K] each.
-      first, second: (candidate, theta, bonus, reduced cost) of the orders; lasts: (candidate, bonus, reduced cost).
-      needed: mIoU.
-      hopeful: bool [n of first, lasts, n of second], set where the needed mIoU is reached.
-      highest: float64 [CHUNKS], raised to the largest worth.
-    """
-    leave, stay, leave_last, fixed, fixed_last = prices
-    images = w.shape[1]
-    size = 1
-    while size < images:
-        size *= 2
-    total, most = np.zeros((2 * size, LANES)), np.zeros((2 * size, LANES))
-    full_total, full_most = np.zeros((2 * size, LANES)), np.zeros((2 * size, LANES))
-    leaf, extra = np.empty(images, np.int64), np.empty(images)
-    gain, ends = np.zeros((images, LANES)), np.zeros((images, LANES))
-    lacks, value, start, best = np.empty(LANES), np.empty(LANES), np.empty(LANES), np.empty(LANES)
-    for n2 in range(chunk, second[0].size, CHUNKS):
-        k2 = second[0][n2]
-        cuts = 0
-        for a in range(images):
-            leaf[order[k2, second[1][n2], a]] = cuts
-            if second[2][n2, a] > -np.inf:
-                extra[cuts] = second[2][n2, a]
-                cuts += 1
-        size = 1
-        while size < cuts:
-            size *= 2
-        for block in range(0, lasts[0].size, LANES):
-            lanes = min(LANES, lasts[0].size - block)
-            lacks[:] = np.inf
-            start[:] = 0.0
-            for q in range(lanes):
-                k = lasts[0][block + q]
-                lacks[q] = lasts[2][block + q] + second[3][n2]
-                start[q] = constant - fixed[k2] - fixed_last[k] + lasts[1][block + q]
-                for i in range(images):
-                    ends[i, q] = w[k, i] - leave_last[k] - stay[k2]
-                    gain[i, q] = w[k2, i] - leave[k2] - ends[i, q]
-                    start[q] += ends[i, q]
-            least = lacks.min()
-            full_total[: 2 * size] = 0.0
-            full_most[size : 2 * size] = -np.inf
-            for i in range(images):
-                if leaf[i] < cuts:
-                    full_total[size + leaf[i]] += gain[i]
-            for cut in range(cuts):
-                full_most[size + cut] = full_total[size + cut] + extra[cut]
-            for node in range(size - 1, 0, -1):
-                for q in range(LANES):
-                    full_total[node, q] = full_total[2 * node, q] + full_total[2 * node + 1, q]
-                    full_most[node, q] = max(full_most[2 * node, q], full_total[2 * node, q] + full_most[2 * node + 1, q])
-            for n1 in range(first[0].size):
-                if least + first[3][n1] > budget:
-                    continue
-                k1 = first[0][n1]
-                total[: 2 * size] = full_total[: 2 * size]
-                most[: 2 * size] = full_most[: 2 * size]
-                value[:] = start - fixed[k1] - images * stay[k1]
-                best[:] = -np.inf
-                for a in range(images):
-                    i = order[k1, first[1][n1], a]
-                    left = w[k1, i] - leave[k1] + stay[k1]
-                    for q in range(LANES):
-                        value[q] += left - ends[i, q]
-                    if leaf[i] < cuts:
-                        node = size + leaf[i]
-                        for q in range(LANES):
-                            total[node, q] -= gain[i, q]
-                            most[node, q] = total[node, q] + extra[leaf[i]]
-                        while node > 1:
-                            node //= 2
-                            for q in range(LANES):
-                                before = total[2 * node, q]
-                                total[node, q] = before + total[2 * node + 1, q]
-                                most[node, q] = max(most[2 * node, q], before + most[2 * node + 1, q])
-                    if first[2][n1, a] > -np.inf:
-                        for q in range(LANES):
-                            best[q] = max(best[q], value[q] + first[2][n1, a] + most[1, q])
-                for q in range(lanes):
-                    if lacks[q] + first[3][n1] <= budget:
-                        highest[chunk] = max(highest[chunk], best[q])
-                        hopeful[n1, block + q, n2] = best[q] >= needed - SLACK
-
-
-@njit(cache=True, nogil=True)
 def leaving_range(kind, none, everyone, reached, limits):
     """Least and most of the images that reached a decision which can leave there within the limits, as far as costs are linear in that.
 
@@ -441,7 +345,6 @@ def scan(
     lasts,
     inner,
     bonus,
-    hopeful,
     budget,
     best,
     found,
@@ -460,11 +363,10 @@ def scan(
       limits, target, second: see `optimum.Problem`; floor: mIoU that is needed.
       fixed: (who, counts, chain) of the decisions before: candidate of each image that has left (-1: none yet), images per decision,
         candidates.
-      outer: (candidate, theta, cut, reduced cost, bonus, row in `hopeful`) of the last but one decision; a candidate of -1 stands for
+      outer: (candidate, theta, cut, reduced cost, bonus) of the last but one decision; a candidate of -1 stands for
         none.
       lasts: (candidate, bonus, reduced cost) of the last exit.
       inner: (candidate, theta, smallest reduced cost) of the orders of the last decision; bonus: float64 [n, I], of their cuts.
-      hopeful: bool [rows, lasts, n], which orders are worth a pass.
       best: float64 [CHUNKS, 2], value and tie-breaker to beat, smaller is better; found: int64 [CHUNKS, 7].
       tally: int64 [CHUNKS, 3], scored and failed by limit and by linear bound.
     """
@@ -520,7 +422,7 @@ def scan(
                     t_last += tp[last, i]
                     f_last += fp[last, i]
             for n in range(chunk if by_order else 0, inner[0].size, CHUNKS if by_order else 1):
-                if spent + inner[2][n] > budget or not hopeful[outer[5][o], q, n]:
+                if spent + inner[2][n] > budget:
                     continue
                 k = inner[0][n]
                 chain[length - 2] = k

@@ -13,9 +13,10 @@ three steps make it tractable:
    its best decision by itself in one pass over the sorted images. Any prices and potentials give a valid bound, `_descend` looks for the
    best ones. What a decision lacks to the best of its exit is a reduced cost: they add up, so `_reduce` drops what lacks more than the
    node has to spare.
-3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly. With two
-   early exits, `_sweep` first drops whole pairs of orders, all their cuts at once, by their largest linear worth.
-4. `_branch`: what is too much to score is halved where the bonus is largest: by cut, by head, by threshold or by last candidate.
+3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly.
+4. With two early exits, `_pairs` bounds what is too much for that: every pair of orders and all last candidates, by blocks of cuts. Which
+   images reach which decision is then known but for a few, so neither potentials nor a bonus for what may reach it are needed.
+5. With more, `_branch` halves it where the bonus is largest: by cut, by head, by threshold or by last candidate.
 
 `_solve` takes these steps for one node, `run` for all that are left, best bound first. `_climb` finds the good configurations that the
 bounds are compared with.
@@ -36,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from mess_tf import kernels
+from mess_tf import kernels, pairs
 from mess_tf.kernels import CHUNKS, MEAN, P90, P90_SHARE, PEAK, ROUNDING, SLACK, TOTAL
 
 # Shorter loops, in steps over sorted images, run on one core.
@@ -263,6 +264,12 @@ class Wish(NamedTuple):
     limits: np.ndarray
     weight: float
     prices: np.ndarray
+
+
+def _runs(values: np.ndarray) -> np.ndarray:
+    """Where the runs of equal values begin and end, int64 [runs, 2]."""
+    begins = np.flatnonzero(np.diff(values, prepend=values[0] - 1))
+    return np.stack([begins, np.append(begins[1:], values.size)], axis=1)
 
 
 class PrunedError(Exception):
@@ -638,6 +645,8 @@ class Optimiser:
             return []
         if time.perf_counter() > self.deadline:
             return [node]
+        if len(node.potentials) == 2:
+            return self._pairs(node, relaxation, values)
         if stalls:
             return self._branch(node, values)
         return [node]
@@ -698,37 +707,26 @@ class Optimiser:
         lacking = self._reduce(node, relaxation, values)
         if not node.count():
             return True
-        hopeful = np.ones((1, node.lasts.size, node.candidate.size), bool)
-        if m == 2:
-            lacks = [lacking[node.position == p].min(axis=1) for p in range(m)] + [values.tops[m] - values.lasts]
-            if self._steps(lacks, max(spare, SLACK)) > most_steps:
-                return False
-            lacking, hopeful = self._sweep(node, relaxation, values, lacking, lacks, spare)
-            if not node.count():
-                return True
         decisions = []
         for p in range(m - 1):
             n, a = np.nonzero(np.isfinite(lacking) & (node.position == p)[:, None])
             ranked = np.argsort(lacking[n, a], kind="stable")
             n, a = n[ranked], a[ranked]
-            decisions.append((node.candidate[n], node.theta[n], a + 1, lacking[n, a], values.bonus[n, a], n if m == 2 else 0 * n))
+            decisions.append((node.candidate[n], node.theta[n], a + 1, lacking[n, a], values.bonus[n, a]))
         here = node.position == m - 1
         inner = node.candidate[here], node.theta[here], lacking[here].min(axis=1, initial=np.inf)
         lasts = node.lasts, values.bonus_last, values.tops[m] - values.lasts
         lists = [each[3] for each in decisions] + ([inner[2]] if m else []) + [lasts[2]]
-        steps = self.images * hopeful.sum(axis=(1, 2))[decisions[0][5]].sum() if m == 2 else self._steps(lists, max(spare, SLACK))
-        if steps > most_steps:
+        if self._steps(lists, max(spare, SLACK)) > most_steps:
             return False
 
         before = self.proof.scored + self.proof.cut["limit"] + self.proof.cut["linear_bound"]
         if m:
-            cuts = [node.allowed[side].sum(axis=1) for side in (~here, here)]
-            self.proof.cut["linear_bound"] += int(cuts[0] @ (~hopeful).sum(axis=1) @ cuts[1]) if m == 2 else 0
-            none = np.array([-1]), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1), np.zeros(1), np.zeros(1, np.int64)
+            none = np.array([-1]), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
             outer = decisions[-1] if m > 1 else none
             for early, less, more in self._fixed(decisions[:-1], spare):
                 planes = relaxation.w, relaxation.constant + more
-                self._scan_pattern(node, early, outer, lasts, inner, values.bonus[here], hopeful, spare - less, planes)
+                self._scan_pattern(node, early, outer, lasts, inner, values.bonus[here], spare - less, planes)
         else:
             for k in node.lasts:
                 self._offer(self._score(node.root, (), k))
@@ -736,34 +734,6 @@ class Optimiser:
         done = self.proof.scored + self.proof.cut["limit"] + self.proof.cut["linear_bound"] - before
         self.proof.cut["reduced_cost"] += node.count() - done
         return True
-
-    def _sweep(self, node: Node, relaxation: Relaxation, values: Values, lacking: np.ndarray, lacks, spare: float):
-        """Bounds every pair of orders with every last candidate of a node by their best linear worth; drops what is in no hopeful triple.
-
-        Args:
-          lacking: of the cuts, see `_reduce`.
-          lacks: smallest reduced cost of each first order, second order and last candidate.
-
-        Returns:
-          `lacking` of the orders that are left; bool [first orders, lasts, second orders], which triples may hold something better.
-        """
-        first, count = node.position == 0, node.count()
-        sides = [(node.candidate[p], node.theta[p], values.bonus[p], lack) for p, lack in zip((first, ~first), lacks[:2], strict=True)]
-        rows = relaxation.leave, relaxation.stay, relaxation.leave_last, relaxation.fixed, relaxation.fixed_last
-        constant = relaxation.constant + float(node.prices @ relaxation.limit)
-        hopeful = np.zeros([lack.size for lack in (lacks[0], lacks[2], lacks[1])], bool)
-        highest = np.full(CHUNKS, -np.inf)
-        self._spread(
-            *(kernels.sweep, hopeful.size, relaxation.w, constant, tuple(node.prices @ row for row in rows)),
-            *(self.problem.roots[node.root].order, *sides, (node.lasts, values.bonus_last, lacks[2]), spare, self.floor, hopeful, highest),
-        )
-        node.upper = min(node.upper, max(highest.max(), self.floor))
-        lasts, orders = hopeful.any(axis=(0, 2)), np.concatenate([hopeful.any(axis=(1, 2)), hopeful.any(axis=(0, 1))])
-        hopeful = hopeful[orders[: lacks[0].size]][:, lasts][:, :, orders[lacks[0].size :]]
-        values.keep(orders, lasts)
-        node.keep(orders, lasts)
-        self.proof.cut["linear_bound"] += count - node.count()
-        return lacking[orders], hopeful
 
     def _steps(self, lists: Sequence[np.ndarray], spare: float) -> float:
         """How many steps over sorted images a scan takes at most, by histograms of the reduced costs of all that is combined."""
@@ -789,7 +759,7 @@ class Optimiser:
                     break
                 yield (*rest, (int(k), int(t), int(cut))), less + lacking, more + bonus
 
-    def _scan_pattern(self, node: Node, early, outer, lasts, inner, bonus, hopeful, budget: float, planes) -> None:
+    def _scan_pattern(self, node: Node, early, outer, lasts, inner, bonus, budget: float, planes) -> None:
         problem, root = self.problem, node.root
         fixed = *self._leave(root, early), np.array([k for k, _, _ in early], np.int64)
         best, found, tally = np.tile(self.value, (CHUNKS, 1)), np.zeros((CHUNKS, 7), np.int64), np.zeros((CHUNKS, 3), np.int64)
@@ -797,7 +767,7 @@ class Optimiser:
             *(kernels.scan, outer[0].size * lasts[0].size * inner[0].size),
             *((problem.tp, problem.fp, problem.labelled, problem.exit_of), self._resources(root)),
             *(problem.roots[root].order, planes, self.limits),
-            *(problem.target, problem.second, self.floor, fixed, outer, lasts, inner, bonus, hopeful, budget, best, found, tally),
+            *(problem.target, problem.second, self.floor, fixed, outer, lasts, inner, bonus, budget, best, found, tally),
         )
         self.proof.scored += int(tally[:, 0].sum())
         self.proof.cut["limit"] += int(tally[:, 1].sum())
@@ -805,6 +775,96 @@ class Optimiser:
         for chunk in np.flatnonzero((best < self.value).any(axis=1)):
             k0, t0, cut0, k1, t1, cut1, last = found[chunk].tolist()
             self._offer(self._score(root, (*early, *([(k0, t0, cut0)] if k0 >= 0 else []), (k1, t1, cut1)), last))
+
+    # --- Two early exits: pairs of orders ---
+
+    def _terms(self, node: Node) -> tuple[tuple, tuple, np.ndarray]:
+        """Linear function that is equal to mIoU at the expected configuration of a node, and what mIoU can be above it, by image.
+
+        As in `_tangent`, but the sum over the images whose square bounds that is kept as it is: one vector for each image and candidate.
+
+        Returns:
+          (w, constant), see `Relaxation`, with the rounding of sums of float32 in the constant; (terms of the candidates, of a last
+          candidate, doubt), see `pairs.bound_pairs`; what the sum of the terms starts from.
+        """
+        problem, images, classes = self.problem, np.arange(self.images), self.problem.labelled.size
+        early, last = node.expected
+        who, _ = self._leave(node.root, early)
+        who[who < 0] = last
+        union = problem.labelled + problem.fp[who, images].sum(axis=0)
+        iou = problem.tp[who, images].sum(axis=0) / union
+        used = np.unique(np.concatenate([node.candidate, node.lasts]))
+        least = problem.labelled + self.least_fp[np.unique(problem.exit_of[used])].min(axis=0).sum(axis=0)
+        scale = 1 / math.sqrt(4 * classes)
+        per_tp, per_fp = scale * -BALANCE / union, scale * (BALANCE * iou / union + 1 / (BALANCE * least))
+        start = scale * (BALANCE * iou * problem.labelled / union - (union - problem.labelled) / (BALANCE * least))
+        w, of_candidate = np.zeros(problem.tp.shape[:2]), np.zeros(problem.tp.shape, np.float32)
+        w[used] = (problem.tp[used] @ (1 / union) - problem.fp[used] @ (iou / union)) / classes
+        of_candidate[used] = problem.tp[used] * per_tp + problem.fp[used] * per_fp
+        of_last = of_candidate[node.lasts].mean(axis=0)
+        apart = of_candidate[node.lasts] - of_last
+        doubt = np.maximum(np.maximum(apart, 0).sum(axis=1), np.maximum(-apart, 0).sum(axis=1)).max(axis=0)
+        rounding = 4 * self.images * np.finfo(np.float32).eps
+        doubt += rounding * np.abs(of_candidate[used]).max(axis=0).sum(axis=0)
+        constant = float((iou - iou * problem.labelled / union).mean() + rounding * np.abs(w[used]).max(axis=0).sum())
+        return (w, constant), (of_candidate, of_last, doubt.astype(np.float32)), start
+
+    def _middle(self, node: Node) -> tuple[list[tuple[int, int, int]], int]:
+        """The heads of a node that are best alone, each of which an equal share of the images leaves at."""
+        early = []
+        for p in range(m := len(node.potentials)):
+            here = node.position == p
+            k = node.candidate[here][self.alone[node.candidate[here]].argmax()]
+            thetas = node.theta[here & (node.candidate == k)]
+            early.append((int(k), int(thetas[thetas.size // 2]), self.images * (p + 1) // (m + 1)))
+        return early, int(node.lasts[self.alone[node.lasts].argmax()])
+
+    def _pairs(self, node: Node, relaxation: Relaxation, values: Values) -> list[Node]:
+        """Bounds every pair of orders of a node with two early exits, and scores what is left; returns what the time was too short for."""
+        problem, spare = self.problem, values.bound - self.floor + SLACK
+        lacking, order = self._reduce(node, relaxation, values).min(axis=1, initial=np.inf), problem.roots[node.root].order
+        if not node.count():
+            return []
+        node.expected = self._climb(node.root, *self._middle(node), stay=True)
+        plane, terms, start = self._terms(node)
+        first, second = (self._blocks(order, node, np.flatnonzero(node.position == p), lacking) for p in range(2))
+        leaves = np.empty((first[0].size, pairs.BLOCKS, start.size + 1))
+        pairs.leave_vectors(order, first, plane[0], terms[0], start, leaves)
+        less = values.tops[2] - values.lasts
+        ranked = np.argsort(less, kind="stable")
+        lasts = node.lasts[ranked], less[ranked]
+        of_first, of_second = (_runs(side[0]) for side in (first, second))
+        orders, left = first[0].size, np.ones(node.candidate.size, bool)
+        for low, high in sorted(of_second.tolist(), key=lambda run: second[6][slice(*run)].min()):
+            if time.perf_counter() > self.deadline:
+                break
+            groups = np.concatenate([of_first, np.broadcast_to([low, high], of_first.shape)], axis=1)
+            best, found, tally = np.tile(self.value, (CHUNKS, 1)), np.zeros((CHUNKS, 5), np.int64), np.zeros((CHUNKS, 2), np.int64)
+            self._spread(
+                *(pairs.bound_pairs, orders * (high - low), (problem.tp, problem.fp, problem.labelled, problem.exit_of)),
+                *(self._resources(node.root), plane, terms, order, first, leaves, second, groups, lasts, spare),
+                *((problem.target, problem.second), self.floor, self.limits, best, found, tally),
+            )
+            scored, limit = tally.sum(axis=0).tolist()
+            self.proof.scored += scored
+            self.proof.cut["limit"] += limit
+            self.proof.cut["linear_bound"] += int(first[4][:, -1].sum() * second[4][low:high, -1].sum()) * lasts[0].size - scored - limit
+            left[orders + low : orders + high] = False
+            for chunk in np.flatnonzero((best < self.value).any(axis=1)):
+                n1, n2, cut1, cut2, last = found[chunk].tolist()
+                chosen = (n1, cut1), (orders + n2, cut2)
+                early = [(int(node.candidate[n]), int(node.theta[n]), int(np.flatnonzero(node.allowed[n])[cut]) + 1) for n, cut in chosen]
+                self._offer(self._score(node.root, early, last))
+        node.keep(left, np.ones(node.lasts.size, bool))
+        return [node] if left[orders:].any() else []
+
+    def _blocks(self, order: np.ndarray, node: Node, here: np.ndarray, lacking: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What `pairs.bound_pairs` needs of some orders of a node."""
+        side = node.candidate[here], node.theta[here]
+        indices, rows = np.empty((here.size, self.images), np.int32), np.empty((here.size, self.images), np.int8)
+        begins, blocks = np.empty((here.size, pairs.BLOCKS + 1), np.int64), np.empty(here.size, np.int64)
+        pairs.cut_blocks(order, *side, node.allowed[here], indices, rows, begins, blocks)
+        return *side, indices, rows, begins, blocks, lacking[here]
 
     # --- Good configurations to start from ---
 
@@ -834,8 +894,8 @@ class Optimiser:
             if len(early) >= self.problem.roots[root].least:
                 self._offer(self._score(root, early, last))
 
-    def _climb(self, root: int, early, last: int) -> tuple[list[tuple[int, int, int]], int]:
-        """Changes one exit at a time, adds and drops exits, for as long as the configuration gets better."""
+    def _climb(self, root: int, early, last: int, stay: bool = False) -> tuple[list[tuple[int, int, int]], int]:
+        """Changes one exit at a time, adds and drops exits unless they shall stay, for as long as the configuration gets better."""
         part, exit_of = self.problem.roots[root], self.problem.exit_of
         current, value, improved = (early, last), self._judge(self._score(root, early, last)), True
         while improved and time.perf_counter() < self.deadline:
@@ -846,8 +906,8 @@ class Optimiser:
                 position = sum(exit < e for exit in exits)
                 if e in exits:
                     others = chosen[:position] + chosen[position + 1 :]
-                    options = [(others, last)] if len(others) >= part.least else []
-                elif e < exit_of[last] and len(chosen) < part.most:
+                    options = [(others, last)] if len(others) >= part.least and not stay else []
+                elif e < exit_of[last] and len(chosen) < part.most and not stay:
                     others, options = chosen, []
                 else:
                     continue
@@ -858,7 +918,7 @@ class Optimiser:
                         current, value, improved = option, new, True
             chosen, last = current
             behind = int(exit_of[chosen[-1][0]]) if chosen else -1
-            for k in np.flatnonzero(exit_of > behind).tolist():
+            for k in np.flatnonzero(exit_of == exit_of[last] if stay else exit_of > behind).tolist():
                 if (new := self._judge(self._score(root, chosen, k))) < value:
                     current, value, improved = (chosen, k), new, True
         return current

@@ -15,7 +15,7 @@ import pytest
 
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
-from mess_tf import guarantee, optimum
+from mess_tf import guarantee, optimum, pairs
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
 from mess_tf.search import (
     Costs,
@@ -200,6 +200,18 @@ def test_bounds_and_branches_equal_brute_force(monkeypatch):
     for seed in range(20):
         shape, early_exits = SHAPES[seed % 4]
         check_against_brute_force(make_stats(seed, **shape), "input-dependent", early_exits, None, asked=2)
+
+
+def test_blocks_of_cuts_equal_brute_force(monkeypatch):
+    """With two early exits and so many images that a block holds several cuts."""
+    monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
+    monkeypatch.setattr(optimum, "CHEAP_PASSES", 0)
+    found = 0
+    for seed in range(4):
+        stats = make_stats(seed, heads=(1, 1, 2), images=40, thetas=1, largest=40)
+        assert len(stats.images) > 3 * pairs.BLOCKS
+        found += check_against_brute_force(stats, "input-dependent", 2, 20, asked=2)
+    assert found
 
 
 @pytest.mark.parametrize("setting", ["budgeted", "anytime"])
