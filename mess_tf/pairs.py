@@ -55,19 +55,17 @@ def cut_blocks(order, candidate, theta, allowed, indices, rows, begins, blocks):
 
 
 @njit(cache=True, nogil=True)
-def affordable(resources, exit_of, limits, chain, counts):
-    """Whether the mean costs of a chain of candidates are within the limits; counts: images that leave at each."""
-    kind, prefix, head, decision = resources
+def affordable(kind, arrival, head_last, limits, counts):
+    """Whether mean costs are within the limits.
+
+    Args:
+      arrival: float64 [R, 3], cost of an image that leaves at each exit of a chain, without the last head; head_last: float64 [R], of that.
+      counts: images that leave at each exit.
+    """
     for r in range(kind.size):
         if kind[r] == MEAN:
-            heads, total, images = 0.0, 0.0, 0
-            for j in range(chain.size):
-                heads += head[r, chain[j]]
-                if j < chain.size - 1:
-                    heads += decision[r, chain[j]]
-                total += counts[j] * (prefix[r, exit_of[chain[j]]] + heads)
-                images += counts[j]
-            if total > limits[r] * images * (1 + SLACK):
+            total = counts[0] * arrival[r, 0] + counts[1] * arrival[r, 1] + counts[2] * (arrival[r, 2] + head_last[r])
+            if total > limits[r] * counts.sum() * (1 + SLACK):
                 return False
     return True
 
@@ -321,15 +319,15 @@ def bound_pairs(
       found: int64 [CHUNKS, 5], places of the two orders, indices of their cuts, last candidate.
       tally: int64 [CHUNKS, 2], configurations scored and failed by limit.
     """
-    exit_of, head = problem[3], resources[2]
+    exit_of, (kind, prefix, head, decision) = problem[3], resources
     w, constant = plane
     of_candidate, of_last, doubt = terms
     needed, bounds = floor, limits.copy()
     images, depth, many = w.shape[1], doubt.size, lasts[0].size
     go, gain = many + depth, many + 2 * depth  # where the terms of k2 begin in `passes`, and the worth in `passes` and `bands`
-    cheapest = lasts[0][0]
-    for k in lasts[0]:
-        cheapest = k if head[0, k] < head[0, cheapest] else cheapest
+    arrival, head_least = np.empty((kind.size, 3)), np.empty(kind.size)
+    for r in range(kind.size):
+        head_least[r] = head[r][lasts[0]].min()
     passes, opens = np.empty((images, gain + 2), np.float32), np.empty((images, go), np.float32)
     bands = np.empty((images, gain + 2), np.float32)
     # Sums over the images with the same row by the second order: of those that pass the first decision, or may; of those of them that may
@@ -346,7 +344,10 @@ def bound_pairs(
             pass_vectors(w, (of_candidate, of_last), k2, lasts[0], passes, opens)
         k1 = first[0][low1]
         band_vectors(w, (of_candidate, of_last), k1, k2, lasts[0], bands)
-        chain[0], chain[1], chain[2] = k1, k2, cheapest
+        chain[0], chain[1] = k1, k2
+        arrival[:, 0] = prefix[:, exit_of[k1]] + head[:, k1] + decision[:, k1]
+        arrival[:, 1] = prefix[:, exit_of[k2]] - prefix[:, exit_of[k1]] + arrival[:, 0] + head[:, k2] + decision[:, k2]
+        arrival[:, 2] = prefix[:, exit_of[lasts[0][0]]] - prefix[:, exit_of[k2]] + arrival[:, 1]
         for n2 in range(low2, high2):
             row2, begin2, blocks2 = second[3][n2], second[4][n2], second[5][n2]
             end2 = 2 * blocks2
@@ -386,7 +387,7 @@ def bound_pairs(
                             column = 2 * block2 + 1
                             # Cheapest is that whoever may leave does.
                             counts[1] = images - counts[0] - counts[2]
-                            if not affordable(resources, exit_of, bounds, chain, counts):
+                            if not affordable(kind, arrival, head_least, bounds, counts):
                                 break
                             reached = True
                             for c in range(depth):
@@ -397,7 +398,7 @@ def bound_pairs(
                                 bonus = squares(middle, spread, doubt)
                                 for q in range(lanes):
                                     chain[2], worth = lasts[0][q], upper + ends[q] + open_[block2, q]
-                                    if worth + bonus < needed or not affordable(resources, exit_of, bounds, chain, counts):
+                                    if worth + bonus < needed or not affordable(kind, arrival, head[:, chain[2]], bounds, counts):
                                         continue
                                     own = bonus_with(chain[2], middle, spread, of_candidate, of_last, ranked, rank, before, row2, column)
                                     if worth + own >= needed:
@@ -407,7 +408,6 @@ def bound_pairs(
                                             (second[2][n2], begin2[block2], begin2[block2 + 1] - begin2[block2]),
                                             *(objective, needed, bounds, (n1, n2), best, found, tally, chunk),
                                         )
-                                chain[2] = cheapest
                             # With the block before, two columns more go on, and one more may.
                             for here in range(column, column - 2, -1):
                                 add(ends, passing[here, :go])
