@@ -64,6 +64,25 @@ def within(costs, limits):
 
 
 @njit(cache=True, nogil=True)
+def take(miou, costs, target, second, best, bounds):
+    """Keeps a score if it is better; returns whether it is.
+
+    Args:
+      target, second: see `optimum.Problem`.
+      best: float64 [2], value and tie-breaker to beat, smaller is better.
+      bounds: float64 [R], limits on costs, of which that of the target falls.
+    """
+    value = costs[target] if target >= 0 else -miou
+    tie = -miou if target >= 0 else costs[second]
+    if value > best[0] or (value == best[0] and tie >= best[1]):
+        return False
+    best[0], best[1] = value, tie
+    if target >= 0:
+        bounds[target] = min(bounds[target], value)
+    return True
+
+
+@njit(cache=True, nogil=True)
 def mean_iou(tp, fp, labelled):
     """mIoU of sums over the images, [C] each."""
     total = 0.0
@@ -363,8 +382,7 @@ def scan(
       limits, target, second: see `optimum.Problem`; floor: mIoU that is needed.
       fixed: (who, counts, chain) of the decisions before: candidate of each image that has left (-1: none yet), images per decision,
         candidates.
-      outer: (candidate, theta, cut, reduced cost, bonus) of the last but one decision; a candidate of -1 stands for
-        none.
+      outer: (candidate, theta, cut, reduced cost, bonus) of the last but one decision; a candidate of -1 stands for none.
       lasts: (candidate, bonus, reduced cost) of the last exit.
       inner: (candidate, theta, smallest reduced cost) of the orders of the last decision; bonus: float64 [n, I], of their cuts.
       best: float64 [CHUNKS, 2], value and tie-breaker to beat, smaller is better; found: int64 [CHUNKS, 7].
@@ -471,16 +489,10 @@ def scan(
                     miou = mean_iou(t, f, labelled)
                     if miou < needed - ROUNDING:
                         continue
-                    value = costs[target] if target >= 0 else -miou
-                    tie = -miou if target >= 0 else costs[second]
-                    if value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1]):
-                        best[chunk, 0] = value
-                        best[chunk, 1] = tie
+                    if take(miou, costs, target, second, best[chunk], bounds):
                         found[chunk, 0], found[chunk, 1], found[chunk, 2] = outer[0][o], outer[1][o], outer[2][o]
                         found[chunk, 3], found[chunk, 4], found[chunk, 5], found[chunk, 6] = k, inner[1][n], a + 1, last
-                        if target >= 0:
-                            bounds[target] = min(bounds[target], value)
-                        else:
+                        if target < 0:
                             needed = max(needed, miou)
 
 
@@ -606,16 +618,10 @@ def anytime(first, exit_of, mious, resources, limits, floor, target, most, horiz
         chain_costs(kind, prefix, head, no_decision, exit_of, chain[: depth + 1], counts[: depth + 1], costs)
         mean = (area[depth + 1] + mious[k] * (horizon - arrives)) / horizon
         scored += 1
-        fits = mean >= floor - ROUNDING and within(costs, bounds)
-        value = costs[target] if target >= 0 else -mean
-        tie = -mean if target >= 0 else costs[0]
-        if fits and (value < best[0] or (value == best[0] and tie < best[1])):
-            best[0], best[1] = value, tie
+        if mean >= floor - ROUNDING and within(costs, bounds) and take(mean, costs, target, 0, best, bounds):
             best_chain[:] = -1
             best_chain[: depth + 1] = chain[: depth + 1]
-            if target >= 0:
-                bounds[target] = min(bounds[target], value)
-            else:
+            if target < 0:
                 floor = max(floor, mean)
         # Whatever goes on from here has at most the best mIoU that can stand at each time.
         upper, stands, time_ = area[depth + 1], mious[k], arrives

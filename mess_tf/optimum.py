@@ -586,13 +586,13 @@ class Optimiser:
                 for early in itertools.combinations(range(last), m):
                     k = np.concatenate([np.repeat(candidates[e], thetas) for e in early] or [candidates[0][:0]])
                     t = np.concatenate([np.tile(np.arange(thetas), candidates[e].size) for e in early] or [candidates[0][:0]])
-                    heads = [candidates[e][self.alone[candidates[e]].argmax()] for e in (*early, last)]
                     node = Node(
                         *(root, np.searchsorted(early, problem.exit_of[k]), k, t, part.allowed[k, t], candidates[last]),
-                        expected=([(int(head), thetas // 2, self.images // (m + 1)) for head in heads[:-1]], int(heads[-1])),
+                        expected=([], 0),
                         potentials=np.zeros((m, self.images)),
                         prices=np.zeros(problem.limits.size),
                     )
+                    node.expected = self._middle(node)
                     self.proof.covered += (whole := node.count())
                     node.keep(decides[node.candidate], ends[node.lasts])
                     self.proof.cut["limit"] += whole - node.count()
@@ -754,7 +754,7 @@ class Optimiser:
             yield (), 0.0, 0.0
             return
         for rest, less, more in self._fixed(decisions[:-1], spare):
-            for k, t, cut, lacking, bonus in zip(*decisions[-1][:5], strict=True):
+            for k, t, cut, lacking, bonus in zip(*decisions[-1], strict=True):
                 if less + lacking > spare:
                     break
                 yield (*rest, (int(k), int(t), int(cut))), less + lacking, more + bonus
@@ -785,7 +785,7 @@ class Optimiser:
 
         Returns:
           (w, constant), see `Relaxation`, with the rounding of sums of float32 in the constant; (terms of the candidates, of a last
-          candidate, doubt), see `pairs.bound_pairs`; what the sum of the terms starts from.
+          candidate, doubt, rounding), see `pairs.bound_pairs`; what the sum of the terms starts from.
         """
         problem, images, classes = self.problem, np.arange(self.images), self.problem.labelled.size
         early, last = node.expected
@@ -805,9 +805,9 @@ class Optimiser:
         apart = of_candidate[node.lasts] - of_last
         doubt = np.maximum(np.maximum(apart, 0).sum(axis=1), np.maximum(-apart, 0).sum(axis=1)).max(axis=0)
         rounding = 4 * self.images * np.finfo(np.float32).eps
-        doubt += rounding * np.abs(of_candidate[used]).max(axis=0).sum(axis=0)
-        constant = float((iou - iou * problem.labelled / union).mean() + rounding * np.abs(w[used]).max(axis=0).sum())
-        return (w, constant), (of_candidate, of_last, doubt.astype(np.float32)), start
+        of_terms = rounding * np.abs(of_candidate[used]).max(axis=0).sum(axis=0)
+        constant = float((iou - iou * problem.labelled / union).mean() + rounding * np.abs(w[used]).max(axis=0).sum()) + SLACK
+        return (w, constant), (of_candidate, of_last, doubt, of_terms.astype(np.float32)), start
 
     def _middle(self, node: Node) -> tuple[list[tuple[int, int, int]], int]:
         """The heads of a node that are best alone, each of which an equal share of the images leaves at."""

@@ -8,7 +8,7 @@ followed exactly, and what it does not rule out is scored. `optimum` says what l
 import numpy as np
 from numba import njit
 
-from mess_tf.kernels import CHUNKS, MEAN, ROUNDING, SLACK, chain_costs, mean_iou, within
+from mess_tf.kernels import CHUNKS, MEAN, ROUNDING, SLACK, chain_costs, mean_iou, take, within
 
 # Blocks of cuts of an order, at most.
 BLOCKS = 12
@@ -268,14 +268,9 @@ def look_into(problem, resources, plane, bonus, chain, one, two, objective, need
             miou = mean_iou(t, f, labelled)
             if miou < needed - ROUNDING:
                 continue
-            value = costs[target] if target >= 0 else -miou
-            tie = -miou if target >= 0 else costs[second]
-            if value < best[chunk, 0] or (value == best[chunk, 0] and tie < best[chunk, 1]):
-                best[chunk, 0], best[chunk, 1] = value, tie
+            if take(miou, costs, target, second, best[chunk], bounds):
                 found[chunk, 0], found[chunk, 1], found[chunk, 2], found[chunk, 3], found[chunk, 4] = *places, one[1] + a, two[1] + b, last
-                if target >= 0:
-                    bounds[target] = min(bounds[target], value)
-                else:
+                if target < 0:
                     needed = max(needed, miou)
     return needed
 
@@ -307,8 +302,9 @@ def bound_pairs(
       problem: (tp, fp, labelled, exit_of).
       resources: (kind, prefix, head, decision).
       plane: (w, constant), see `optimum.Relaxation`; with the rounding of sums of float32 in the constant.
-      terms: (of the candidates, of a last candidate, doubt), float32 [K, I, D], [I, D], [D]. The bonus is the sum of the squares of a sum
-        over the images of the terms where they leave; by what the terms of one last candidate or another can change that is the doubt.
+      terms: (of the candidates, of a last candidate, doubt, rounding), float32 [K, I, D], [I, D], [D], [D]. The bonus is the sum of the
+        squares of a sum over the images of the terms where they leave; by what the terms of one last candidate or another can change that
+        is the doubt, and the rounding that of its sum.
       order: see `optimum.Root`.
       first, second: (candidate, theta, cut indices, rows, where blocks begin, blocks, reduced cost) of the orders, see `cut_blocks`.
       leaves: of the first orders, see `leave_vectors`.
@@ -321,7 +317,7 @@ def bound_pairs(
     """
     exit_of, (kind, prefix, head, decision) = problem[3], resources
     w, constant = plane
-    of_candidate, of_last, doubt = terms
+    of_candidate, of_last, doubt, rounding = terms
     needed, bounds = floor, limits.copy()
     images, depth, many = w.shape[1], doubt.size, lasts[0].size
     go, gain = many + depth, many + 2 * depth  # where the terms of k2 begin in `passes`, and the worth in `passes` and `bands`
@@ -379,7 +375,7 @@ def bound_pairs(
                         for c in range(depth):
                             leave[c] = leaves[n1, block1, c]
                         sure = constant + leaves[n1, block1, depth]
-                        counts[0], counts[1], counts[2] = before, 0, passing[end2, gain + 1] - band[end2, gain + 1]
+                        counts[0], counts[2] = before, passing[end2, gain + 1] - band[end2, gain + 1]
                         for column in range(end2 - 1):
                             add(leave, passing[column, go:gain])
                             sure += passing[column, gain] + band[column, gain]
@@ -392,10 +388,10 @@ def bound_pairs(
                             reached = True
                             for c in range(depth):
                                 middle[c] = ends[many + c] + leave[c] + HALF * (passing[column, many + c] + passing[column, go + c])
-                                spread[c] = open_[block2, many + c] + in_band[depth + c]
+                                spread[c] = open_[block2, many + c] + in_band[depth + c] + rounding[c]
                             upper = sure + band[column, gain]
-                            if upper + largest_sum(ends[:many], open_[block2, :many]) + squares(middle, spread, doubt) >= needed:
-                                bonus = squares(middle, spread, doubt)
+                            bonus = squares(middle, spread, doubt)
+                            if upper + largest_sum(ends[:many], open_[block2, :many]) + bonus >= needed:
                                 for q in range(lanes):
                                     chain[2], worth = lasts[0][q], upper + ends[q] + open_[block2, q]
                                     if worth + bonus < needed or not affordable(kind, arrival, head[:, chain[2]], bounds, counts):
