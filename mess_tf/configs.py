@@ -210,7 +210,8 @@ class StageConfig:
       batch_size, learning_rate, final_learning_rate, power, momentum, weight_decay: SGD with Nesterov momentum, polynomial
         schedule, decoupled decay.
       label_smoothing: share of the target spread over all classes.
-      class_weights: `none` or `sqrt_median_frequency`.
+      class_weights: `none` or `sqrt_median_frequency`. Weights move the logits towards rare classes, further than is good for mIoU: the
+        best evaluation's are moved back, as far as is best on the validation split.
       pixel_stride: the loss is taken on every n-th row and column of the full-resolution output, from a random first one each step.
       group_size: heads trained in one call with trains=`heads`; memory grows with this number, not with that of all heads.
       eval_epochs: epochs between evaluations on the validation split.

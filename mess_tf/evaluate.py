@@ -5,7 +5,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -16,26 +16,34 @@ from mess_tf import configs, metrics
 from mess_tf.data import Examples, evaluation_batches, open_split
 from mess_tf.model import MultiExitNetwork, load_network
 
-Predictor = Callable[[np.ndarray], dict[str, np.ndarray]]
+Predictor = Callable[[np.ndarray], dict[Hashable, np.ndarray]]
 
 
-def keras_predictor(network: MultiExitNetwork, candidates: Sequence[str]) -> Predictor:
-    """Makes a function from an image float32 [1, H, W, 3] in 0..255 to a dict of masks uint8 [1, H, W], one per candidate."""
+def keras_predictor(network: MultiExitNetwork, candidates: Sequence[str], shifts: Mapping[Hashable, np.ndarray] | None = None) -> Predictor:
+    """Makes a function from an image float32 [1, H, W, 3] in 0..255 to a dict of masks uint8 [1, H, W], one per candidate.
+
+    Args:
+      network: says what the candidates are.
+      candidates: names of what predicts.
+      shifts: float32 [C] each, to be subtracted from the logits; with them, a mask per (candidate, key of the shift).
+    """
     features_of = network.features(candidates)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def predict(image):
         features = features_of(image, training=False)
         size = tf.shape(image)[1:3]
-        logits = {name: tf.cast(network.head_logits(name, features), tf.float32) for name in candidates}
-        return {name: tf.cast(tf.argmax(tf.image.resize(x, size), -1, tf.int32), tf.uint8) for name, x in logits.items()}
+        logits = {name: tf.image.resize(tf.cast(network.head_logits(name, features), tf.float32), size) for name in candidates}
+        if shifts is not None:
+            logits = {(name, key): x - shift for name, x in logits.items() for key, shift in shifts.items()}
+        return {name: tf.cast(tf.argmax(x, -1, tf.int32), tf.uint8) for name, x in logits.items()}
 
     return lambda image: {name: mask.numpy() for name, mask in predict(tf.convert_to_tensor(image)).items()}
 
 
-def confusion_matrices(predict: Predictor, examples: Examples) -> dict[str, np.ndarray]:
+def confusion_matrices(predict: Predictor, examples: Examples) -> dict[Hashable, np.ndarray]:
     """Sums confusion matrices over a split: name to int64 [C, C] (see `metrics.confusion_matrix`)."""
-    total: dict[str, np.ndarray] = {}
+    total: dict[Hashable, np.ndarray] = {}
     for image, label in evaluation_batches(examples).as_numpy_iterator():
         for name, mask in predict(image).items():
             matrix = metrics.confusion_matrix(label, mask, examples.info.num_classes)
@@ -52,7 +60,7 @@ class Accuracy:
     class_iou: tuple[float, ...]
 
 
-def accuracies(matrices: dict[str, np.ndarray]) -> dict[str, Accuracy]:
+def accuracies(matrices: Mapping[Hashable, np.ndarray]) -> dict[Hashable, Accuracy]:
     """Turns confusion matrices into accuracies."""
     result = {}
     for name, matrix in matrices.items():

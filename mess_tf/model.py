@@ -118,6 +118,16 @@ class MultiExitNetwork:
         tensors = [features[name] for name in self.taps(candidate)]
         return tensors[0] if candidate == FINAL else self.heads[candidate](tensors, training=training)
 
+    def logit_bias(self, candidate: str) -> keras.Variable | None:
+        """The bias, float32 [C], by which a candidate's logits can be moved; None if the layer that makes them has none."""
+        nodes = {node.name: node for node in graph_nodes(self.original if candidate == FINAL else self.heads[candidate])}
+        *_, node = nodes.values()
+        while not getattr(node.operation, "weights", ()) and len(node.inputs) == 1:  # such as resizing or a softmax
+            node = nodes[node.inputs[0]]
+        bias, activation = (getattr(node.operation, name, None) for name in ("bias", "activation"))
+        moves = activation in (None, keras.activations.linear, keras.activations.softmax)
+        return bias if moves and bias is not None and tuple(bias.shape) == (self.num_classes,) else None
+
     def submodel(self, candidates: Sequence[str]) -> keras.Model:
         """Image to a dict of the raw logits of some candidates: the full model, or the sub-model of one exit."""
         features = self.features(candidates)

@@ -26,6 +26,8 @@ from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network
 from mess_tf.teacher import SoftTargets
 
 LOG_STEPS = 10
+# Of the logarithm of the class weights, tried on the validation split.
+LOGIT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 EXAMPLE_MASKS = 3
 
 # Images, labels and, with a teacher, its soft targets; the number of the step. Returns the loss of each exit.
@@ -252,22 +254,35 @@ def train_stage(
 
     # ---- Evaluation of what this stage trains. Best weights are written before the checkpoint, so a kill in between only repeats work.
     candidates = list(network.heads) if stage.trains == "heads" else [FINAL] if stage.exits == "none" else network.candidates
-    predict = keras_predictor(network, candidates)
+    biases = {key: network.logit_bias(key) for key in candidates}
+    log_weights = np.log(np.where(weights > 0, weights, 1))
+    shifts = {share: share * log_weights for share in (LOGIT_SHARES if log_weights.any() else LOGIT_SHARES[:1])}
+    predict = keras_predictor(network, candidates, shifts)
     examples = list(zip(val.names, evaluation_batches(val).take(EXAMPLE_MASKS).as_numpy_iterator(), strict=False))
 
     def evaluate(done: int) -> None:
-        result = {key: accuracy.miou for key, accuracy in accuracies(confusion_matrices(predict, val)).items()}
+        """Evaluates, and keeps the weights if they are the best, with the logits moved back by the best share of the class weights'
+        logarithm, by which training has moved them (logit adjustment, Menon et al., ICLR 2021)."""
+        found = accuracies(confusion_matrices(predict, val))
+        tried = {key: list(shifts) if biases[key] is not None else LOGIT_SHARES[:1] for key in candidates}
+        best_share = {key: max(tried[key], key=lambda share, key=key: found[key, share].miou) for key in candidates}
+        result = {key: found[key, share].miou for key, share in best_share.items()}
         mean = float(np.mean(list(result.values())))
         best_of_exit = [max(keys, key=result.get) for _, keys in itertools.groupby(result, lambda key: key.split(".")[0])]
         shown = " ".join(f"{key} {100 * result[key]:.2f}" for key in best_of_exit)
         logging.info("%s: step %d val mIoU mean %.2f best %s", name, done, 100 * mean, shown)
-        log.write(done, epoch=done / steps_per_epoch, miou=result)
+        log.write(done, epoch=done / steps_per_epoch, miou=result, logit_share=best_share)
         for example, (image, _) in examples:
             masks = predict(image)
-            log.masks(done, example, image, {key: masks[key] for key in best_of_exit}, val.info.num_classes)
+            log.masks(done, example, image, {key: masks[key, best_share[key]] for key in best_of_exit}, val.info.num_classes)
         if mean > float(best_variable.numpy()):
             best_variable.assign(mean)
+            trained = {key: bias.numpy() for key, bias in biases.items() if bias is not None}
+            for key, bias in trained.items():
+                biases[key].assign(bias - shifts[best_share[key]])
             network.save_weights(best_weights(workdir, name))
+            for key, bias in trained.items():
+                biases[key].assign(bias)
 
     # ---- Loop. A reported interval ends at every checkpoint: resumed and unbroken runs report the same, and no checkpoint follows a NaN.
     batches = ()

@@ -162,6 +162,29 @@ def test_nothing_deeper_than_needed_is_computed(network):
     assert len(network.features([FINAL]).layers) == len(network.original.layers)
 
 
+def test_the_bias_of_the_logits_moves_them():
+    layers = {"plain": LAYERS.Conv2D(CLASSES, 1), "softmax": LAYERS.Conv2D(CLASSES, 1, activation="softmax")}
+    layers |= {"resized": LAYERS.Conv2D(CLASSES, 1), "none": LAYERS.Conv2D(CLASSES, 1, use_bias=False)}
+    layers |= {"relu": LAYERS.Conv2D(CLASSES, 1, activation="relu"), "normalised": LAYERS.Conv2D(CLASSES, 1)}
+    shift, x = np.array([1, -2, 0, 3, 0.5], np.float32), image()
+    for name, layer in layers.items():
+        model = plain_network()
+        logits = layer(model.layers[-2].output)
+        if name == "resized":
+            logits = LAYERS.UpSampling2D(2, interpolation="bilinear")(logits)
+        elif name == "normalised":
+            logits = LAYERS.BatchNormalization()(logits)
+        network = convert(keras.Model(model.input, logits), 2, SIZE)
+        bias = network.logit_bias(FINAL)
+        if name in ("none", "relu", "normalised"):
+            assert bias is None, name
+            continue
+        before = network.original(x).numpy()
+        bias.assign(bias.numpy() + shift)
+        moved = network.original(x).numpy() - before - shift
+        np.testing.assert_allclose(moved - moved.mean(axis=-1, keepdims=True), 0, atol=1e-3, err_msg=name)
+
+
 def test_unknown_candidates_are_errors(network):
     with pytest.raises(KeyError, match=r"candidate: must be one of \['exit1\.fcn-r8-b0', .*, got 'exit9\.fcn-r8-b0'"):
         network.submodel(["exit9.fcn-r8-b0"])

@@ -19,7 +19,7 @@ from conftest import SINGLE_THREAD
 
 from mess_tf import configs, train
 from mess_tf.configs import Config, DataConfig, HeadSpec, StageConfig
-from mess_tf.data import open_split
+from mess_tf.data import class_weights, open_split
 from mess_tf.evaluate import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.layers import BatchNormalization
 from mess_tf.metrics import class_counts, confusion_matrix, miou
@@ -357,6 +357,29 @@ def test_the_best_evaluation_is_kept(tmp_path, monkeypatch):
     assert same(weights_of(network.original), seen[1]) and not same(seen[1], seen[2])
     network.load_weights(best_weights(str(tmp_path), "stage1"))
     assert same(weights_of(network.original), seen[1])
+
+
+def test_class_weights_are_taken_back_as_far_as_validation_wants(tmp_path):
+    network, path = make_network(), str(tmp_path / "given.npz")
+    run_stage(tmp_path / "plain", network, images=32, exits="all", epochs=12, eval_epochs=12, class_weights="none")
+    assert set(rows_of(tmp_path / "plain", "miou")[-1]["logit_share"].values()) == {0}
+
+    config = DataConfig(input_size=SIZE, synthetic_train=16, synthetic_val=4)
+    weights = class_weights(open_split(config, "train").class_pixels(), "sqrt_median_frequency")
+    shift, val = np.log(np.where(weights > 0, weights, 1)), open_split(config, "val")
+    for name in network.candidates:
+        network.logit_bias(name).assign_add(2 * shift)
+    network.save_weights(path)
+    run_stage(tmp_path, network, exits="all", epochs=1, eval_epochs=1, initial=path, learning_rate=1e-12, final_learning_rate=1e-12)
+    row = rows_of(tmp_path, "miou")[-1]
+    assert 0 < max(row["logit_share"].values()) <= 1 and set(row["logit_share"]) == set(network.candidates)
+    for name, taken in row["logit_share"].items():
+        bias, reached = network.logit_bias(name), {}
+        trained = bias.numpy() + taken * shift
+        for share in train.LOGIT_SHARES:
+            bias.assign(trained - share * shift)
+            reached[share] = accuracies(confusion_matrices(keras_predictor(network, [name]), val))[name].miou
+        assert row["miou"][name] == pytest.approx(reached[taken]) == pytest.approx(max(reached.values()))
 
 
 def test_a_stage_starts_from_the_weights_that_it_is_given(tmp_path):
