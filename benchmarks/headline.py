@@ -93,7 +93,9 @@ def ways_of(folder: Path, kind: str, threads: int) -> dict[str, Callable[[np.nda
     return {kind: once()}
 
 
-def measure(ways: Mapping[str, Callable[[np.ndarray], Masks]], examples: Examples, rounds: int) -> dict[str, list[Measured]]:
+def measure(
+    ways: Mapping[str, Callable[[np.ndarray], Masks]], examples: Examples, rounds: int, brightness: float
+) -> dict[str, list[Measured]]:
     """Runs every way over a split, image by image, in random order; a list of results per way, in the order of their arrival."""
     names, classes = list(ways), examples.info.num_classes
     latency: dict[str, list] = {name: [] for name in names}  # [images][rounds][results]
@@ -101,6 +103,7 @@ def measure(ways: Mapping[str, Callable[[np.ndarray], Masks]], examples: Example
     order = np.random.default_rng(0)
     for i in range(len(examples)):
         image, label = examples.load(i)
+        image = np.clip(np.round(brightness * image), 0, 255).astype(np.uint8)
         for name in names:
             latency[name].append([])
         for turn in range(rounds):
@@ -165,7 +168,7 @@ def mean_over_deadlines(results: list[Measured], horizon_ms: float) -> float:
 
 
 def precision_figures(
-    folder: Path, statics: Path | None, examples: Examples, threads: int, rounds: int
+    folder: Path, statics: Path | None, examples: Examples, threads: int, rounds: int, brightness: float = 1.0
 ) -> tuple[dict[str, object], dict[str, list[Measured]]]:
     """Measures one precision.
 
@@ -183,7 +186,7 @@ def precision_figures(
     alternatives = sorted(path for path in statics.iterdir() if path.is_dir()) if statics and statics.is_dir() else []
     for path in alternatives:
         ways |= ways_of(path, f"static {path.name}", threads)
-    measured = measure(ways, examples, rounds)
+    measured = measure(ways, examples, rounds, brightness)
     original = measured[ORIGINAL][0]
 
     rows, figures = [], {}
@@ -293,10 +296,11 @@ def main(argv) -> None:
         raise app.UsageError(f"--bundle_dir: must hold PRECISION/{ORIGINAL} for one of {', '.join(PRECISIONS)}, got {root}")
     config = DataConfig(source=FLAGS.data, data_dir=FLAGS.data_dir, ignore_value=FLAGS.ignore_value)
     examples = open_split(config, FLAGS.split)
-    document = {"split": FLAGS.split, "images": len(examples), "threads": FLAGS.threads, "rounds": FLAGS.rounds, "precision": found[0]}
+    document = {"split": FLAGS.split, "images": len(examples), "brightness": FLAGS.brightness}
+    document |= {"threads": FLAGS.threads, "rounds": FLAGS.rounds, "precision": found[0]}
     for precision in found:
         statics = Path(FLAGS.statics) / precision if FLAGS.statics else None
-        figures, measured = precision_figures(root / precision, statics, examples, FLAGS.threads, FLAGS.rounds)
+        figures, measured = precision_figures(root / precision, statics, examples, FLAGS.threads, FLAGS.rounds, FLAGS.brightness)
         title = f"{precision}, {len(examples)} images of {FLAGS.split}, {FLAGS.threads} thread(s)"
         print(f"\n{title}\n{table(figures)}", flush=True)
         if FLAGS.plot:
@@ -314,6 +318,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("ignore_value", 11, "label value of pixels without a class; 11 is CamVid's")
     flags.DEFINE_string("statics", "", "folder of statics.py")
     flags.DEFINE_string("plot", "", "folder for a picture per precision")
+    flags.DEFINE_float("brightness", 1.0, "factor of the pixels, to see what a darker drive does to the choices", lower_bound=0.0)
     flags.DEFINE_integer("threads", 1, "interpreter threads")
     flags.DEFINE_integer("rounds", 3, "runs of each image", lower_bound=1)
     app.run(main)

@@ -47,6 +47,17 @@ def test_result_that_stands_at_a_deadline():
     assert headline.mean_over_deadlines([first], 4.0) == pytest.approx(first.miou_pct / 2)
 
 
+def test_every_way_sees_the_images_of_a_darker_drive():
+    image, label = np.full((2, 3, 3), 100, np.uint8), np.ones((2, 3), np.uint8)
+    examples = SimpleNamespace(info=SimpleNamespace(num_classes=2), load=lambda index: (image, label))
+    examples = type("Examples", (SimpleNamespace,), {"__len__": lambda self: 1})(**vars(examples))
+    ways = {"bright": lambda seen: [((seen[..., 0] == 100).astype(np.uint8), 1.0)]}
+    ways["dark"] = lambda seen: [((seen[..., 0] == 40).astype(np.uint8), 1.0)]
+    for brightness, right in ((1.0, "bright"), (0.4, "dark")):
+        found = headline.measure(ways, examples, 1, brightness)
+        assert {name for name in ways if found[name][0].counts[0, 0, 1] == label.size} == {right}
+
+
 def manifest(miou, mean):
     predicted = SimpleNamespace(miou=miou, cost=SimpleNamespace(mean=mean))
     return SimpleNamespace(manifest=SimpleNamespace(predicted=predicted, classes=("a", "b"), segments=[SimpleNamespace(miou=miou)]))
@@ -65,7 +76,7 @@ def conclude(tmp_path, monkeypatch):
         done |= {name: [measured([ms] * 3, right)] for name, (ms, right) in dict(statics).items()}
         monkeypatch.setattr(headline.Bundle, "load", lambda path: manifest(*bundles[path.name][0]))
         monkeypatch.setattr(headline, "ways_of", lambda path, kind, threads: {kind: None})
-        monkeypatch.setattr(headline, "measure", lambda ways, examples, rounds: {name: done[name] for name in ways})
+        monkeypatch.setattr(headline, "measure", lambda ways, examples, rounds, brightness: {name: done[name] for name in ways})
         examples = SimpleNamespace(info=SimpleNamespace(classes=("a", "b")))
         return headline.precision_figures(tmp_path / "B", tmp_path / "S", examples, 1, 1)[0]
 
