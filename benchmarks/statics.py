@@ -57,7 +57,7 @@ def train(folder: Path, config: Config, name: str, num_classes: int) -> Config:
     """Fine-tunes one alternative in `folder` and returns its configuration."""
     if not (folder / "config.json").exists():
         start = folder / "start.keras"
-        stage = dataclasses.replace(config.stage1, exits="none", epochs=FLAGS.epochs, learning_rate=FLAGS.learning_rate)
+        stage = dataclasses.replace(config.stage1, exits="none", initial="", epochs=FLAGS.epochs, learning_rate=FLAGS.learning_rate)
         own = Config(
             data=dataclasses.replace(config.data, crop_size=(0, 0)),
             backbone=dataclasses.replace(config.backbone, name="keras_file", width=1.0, weights=str(start)),
