@@ -262,7 +262,7 @@ def train_stage(
 
     def evaluate(done: int) -> None:
         """Evaluates, and keeps the weights if they are the best, with the logits moved back by the best share of the class weights'
-        logarithm, by which training has moved them (logit adjustment, Menon et al., ICLR 2021)."""
+        logarithm, by which training has moved them (logit adjustment, Menon et al., ICLR 2021). Departure: the paper says nothing of it."""
         found = accuracies(confusion_matrices(predict, val))
         tried = {key: list(shifts) if biases[key] is not None else LOGIT_SHARES[:1] for key in candidates}
         best_share = {key: max(tried[key], key=lambda share, key=key: found[key, share].miou) for key in candidates}
