@@ -168,7 +168,7 @@ def mean_over_deadlines(results: list[Measured], horizon_ms: float) -> float:
 
 
 def precision_figures(
-    folder: Path, statics: Path | None, examples: Examples, threads: int, rounds: int, brightness: float = 1.0
+    folder: Path, statics: Path | None, examples: Examples, threads: int, rounds: int, brightness: float
 ) -> tuple[dict[str, object], dict[str, list[Measured]]]:
     """Measures one precision.
 

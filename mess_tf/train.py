@@ -257,6 +257,7 @@ def train_stage(
     biases = {key: network.logit_bias(key) for key in candidates}
     log_weights = np.log(np.where(weights > 0, weights, 1))
     shifts = {share: share * log_weights for share in (LOGIT_SHARES if log_weights.any() else LOGIT_SHARES[:1])}
+    tried = {key: list(shifts) if biases[key] is not None else LOGIT_SHARES[:1] for key in candidates}
     predict = keras_predictor(network, candidates, shifts)
     examples = list(zip(val.names, evaluation_batches(val).take(EXAMPLE_MASKS).as_numpy_iterator(), strict=False))
 
@@ -264,7 +265,6 @@ def train_stage(
         """Evaluates, and keeps the weights if they are the best, with the logits moved back by the best share of the class weights'
         logarithm, by which training has moved them (logit adjustment, Menon et al., ICLR 2021). Departure: the paper says nothing of it."""
         found = accuracies(confusion_matrices(predict, val))
-        tried = {key: list(shifts) if biases[key] is not None else LOGIT_SHARES[:1] for key in candidates}
         best_share = {key: max(tried[key], key=lambda share, key=key: found[key, share].miou) for key in candidates}
         result = {key: found[key, share].miou for key, share in best_share.items()}
         mean = float(np.mean(list(result.values())))

@@ -78,7 +78,7 @@ def conclude(tmp_path, monkeypatch):
         monkeypatch.setattr(headline, "ways_of", lambda path, kind, threads: {kind: None})
         monkeypatch.setattr(headline, "measure", lambda ways, examples, rounds, brightness: {name: done[name] for name in ways})
         examples = SimpleNamespace(info=SimpleNamespace(classes=("a", "b")))
-        return headline.precision_figures(tmp_path / "B", tmp_path / "S", examples, 1, 1)[0]
+        return headline.precision_figures(tmp_path / "B", tmp_path / "S", examples, 1, 1, 1.0)[0]
 
     return run
 
