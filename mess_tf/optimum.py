@@ -562,7 +562,7 @@ class Optimiser:
         spare, count = values.bound - self.floor + SLACK, node.count()
         lacking = np.full(node.allowed.shape, np.inf)
         if len(node.potentials):
-            passes = self._passes(node, relaxation, node.prices, node.potentials)
+            passes = self._passes(node, relaxation._replace(bonus=values.bonus), node.prices, node.potentials)
             self._spread(kernels.worths, len(lacking), *passes, lacking)
             lacking = values.tops[node.position][:, None] - lacking
             node.allowed &= lacking <= spare

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.paper_space import drawn_stats
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
 from mess_tf import guarantee, optimum, pairs
@@ -212,6 +213,27 @@ def test_blocks_of_cuts_equal_brute_force(monkeypatch):
         assert len(stats.images) > 3 * pairs.BLOCKS
         found += check_against_brute_force(stats, "input-dependent", 2, 20, asked=2)
     assert found
+
+
+def test_reducing_again_drops_nothing_more(monkeypatch):
+    """The same bounds say the same of what is left, so that a node can be reduced before each step that profits from it."""
+    monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
+    monkeypatch.setattr(optimum, "CHEAP_PASSES", 0)
+    reduce, dropped = optimum.Optimiser._reduce, []
+
+    def twice(self, node, relaxation, values):
+        before = node.candidate.size
+        lacking = reduce(self, node, relaxation, values)
+        again = reduce(self, node, relaxation, values)
+        assert again == pytest.approx(lacking, abs=1e-12)
+        dropped.append(before - node.candidate.size if node.candidate.size else 0)
+        return again
+
+    monkeypatch.setattr(optimum.Optimiser, "_reduce", twice)
+    stats = drawn_stats(exits=3, heads=6, images=60, classes=4, thetas=3)
+    costs = macs_costs(stats)
+    search(stats, costs, Objective(limits={"macs": 0.6 * original(stats, costs).cost}), "input-dependent", 2, 20)
+    assert max(dropped) > 0
 
 
 @pytest.mark.parametrize("setting", ["budgeted", "anytime"])
