@@ -323,6 +323,13 @@ RECIPES = {
         stage1=StageConfig(distillation="filtered", epochs=36, eval_epochs=6, weight_decay=1e-4),
         stage2=StageConfig(trains="heads", distillation="filtered", epochs=16, pixel_stride=4, eval_epochs=8),
     ),
+    # The same scenes at 180x240, MobileNetV2 from scratch, all 120 heads at five exit points:
+    # `--recipe=camvid_mobilenet_v2 --data_dir=CAMVID`.
+    "camvid_mobilenet_v2": Config(
+        data=DataConfig(source="folder", input_size=(180, 240), ignore_value=11, scale_range=(0.7, 1.6), contrast=0.3, saturation=0.3),
+        stage1=StageConfig(distillation="filtered", epochs=120, eval_epochs=10, weight_decay=1e-4),
+        stage2=StageConfig(trains="heads", distillation="filtered", epochs=4, pixel_stride=4, eval_epochs=4),
+    ),
 }
 
 

@@ -49,8 +49,11 @@ CHEAP_STEPS = 1e6
 CHEAP_PASSES = 200
 # What is scored at once rather than branched.
 SCAN_STEPS = 3e8
-# A part where mIoU may be above its tangent by this share of what its bound has to spare is split.
-BRANCH_SHARE = 0.4
+# A part where mIoU may be above its tangent by this share of what its bound has to spare is split, unless it has so few pairs of orders.
+BRANCH_SHARE = 0.5
+CHEAP_PAIRS = 1e5
+# Heads of the second exit whose pairs are bounded between two looks at the clock.
+HEADS = 8
 # Configurations with one early exit that the search of each part of the space starts from.
 STARTS = 3
 # Orders of each exit whose mean is the middle of a part.
@@ -435,15 +438,16 @@ class Optimiser:
         sampled = order, *(each[sample] for each in orders[1:])
 
         def contributions(per_tp: np.ndarray, per_fp: np.ndarray) -> tuple[np.ndarray, ...]:
-            """What orders (at their middle cut) and last candidates add to sums over the images, [n + lasts, C], the doubt; the terms."""
+            """What orders (at their middle cut) and last candidates add to sums over the images, [n + lasts, C], the doubt (of the orders
+            alone), and the terms."""
             terms = problem.tp, problem.fp, per_tp, per_fp, per_tp * expected_tp + per_fp * expected_fp
             sums, spread = np.empty((2, sample.size + node.lasts.size, classes))
             self._spread(kernels.middles, sample.size, *terms, can, must, *sampled, sums, spread)
-            for row, k in enumerate(node.lasts, start=sample.size):
-                change = per_tp * problem.tp[k] + per_fp * problem.fp[k] - terms[-1][m]
-                sums[row], spread[row] = weight @ change, doubt @ np.abs(change)
+            of_lasts = slice(sample.size, None)
+            sums[of_lasts] = per_tp * lasts_tp + per_fp * lasts_fp - weight @ terms[-1][m]
             return sums, spread, terms
 
+        lasts_tp, lasts_fp = (weight @ counts[node.lasts] for counts in (problem.tp, problem.fp))
         expected_tp, expected_fp = problem.tp[goes, images], problem.fp[goes, images]
         of = np.append(node.position[sample], np.full(node.lasts.size, m))
         mean_of = np.equal.outer(np.arange(m + 1), of) / np.bincount(of, minlength=m + 1)[:, None]
@@ -456,6 +460,8 @@ class Optimiser:
         per_tp, per_fp = -BALANCE / union, BALANCE * iou / union + 1 / (BALANCE * least)
         center = per_tp * center_tp + per_fp * center_fp
         sums, spread, terms = contributions(per_tp, per_fp)
+        for row, k in enumerate(node.lasts, start=sample.size):
+            spread[row] = doubt @ np.abs(per_tp * problem.tp[k] + per_fp * problem.fp[k] - terms[-1][m])
         squares = ((np.abs(sums - center[of]) + spread) ** 2).sum(axis=1)
         typical = np.sqrt(mean_of @ squares)
         typical += 0.05 * typical.sum() + 1e-12
@@ -635,18 +641,20 @@ class Optimiser:
         values = self._descend(node, relaxation)
         self.prices = node.prices
         node.expected = self._relaxed(node, values), int(node.lasts[values.lasts.argmax()])
-        if node.visits <= 2:
+        if node.visits == 1:
             self._improve(node.root, *node.expected)
         self.known.setdefault(pattern, (node.potentials, node.prices, node.expected))
         spare = values.bound - self.floor
-        stalls = node.visits > 1 and (spare > 0.7 * node.spare - SLACK or self._bonus(node, values) > BRANCH_SHARE * spare)
+        curved = self._bonus(node, values) > BRANCH_SHARE * spare
+        stalls = node.visits > 1 and (spare > 0.7 * node.spare - SLACK or curved)
         node.spare = spare
-        if self._scan(node, relaxation, values, SCAN_STEPS if stalls else cheap):
+        if self._scan(node, relaxation, values, SCAN_STEPS if stalls and len(node.potentials) != 2 else cheap):
             return []
         if time.perf_counter() > self.deadline:
             return [node]
         if len(node.potentials) == 2:
-            return self._pairs(node, relaxation, values)
+            few = self._count_pairs(node, values) <= CHEAP_PAIRS
+            return self._pairs(node, relaxation, values) if few or not curved else self._branch(node, values)
         if stalls:
             return self._branch(node, values)
         return [node]
@@ -819,37 +827,47 @@ class Optimiser:
             early.append((int(k), int(thetas[thetas.size // 2]), self.images * (p + 1) // (m + 1)))
         return early, int(node.lasts[self.alone[node.lasts].argmax()])
 
+    def _count_pairs(self, node: Node, values: Values) -> int:
+        """How many pairs of orders of a node with two early exits its reduced costs allow."""
+        less = values.tops[node.position] - values.orders
+        first, second = (np.sort(less[node.position == p]) for p in range(2))
+        return int(np.searchsorted(second, values.bound - self.floor + SLACK - first, "right").sum())
+
     def _pairs(self, node: Node, relaxation: Relaxation, values: Values) -> list[Node]:
         """Bounds every pair of orders of a node with two early exits, and scores what is left; returns what the time was too short for."""
         problem, spare = self.problem, values.bound - self.floor + SLACK
-        lacking, order = self._reduce(node, relaxation, values).min(axis=1, initial=np.inf), problem.roots[node.root].order
+        lacking, order = self._reduce(node, relaxation, values), problem.roots[node.root].order
         if not node.count():
             return []
         node.expected = self._climb(node.root, *self._middle(node), stay=True)
         plane, terms, start = self._terms(node)
-        first, second = (self._blocks(order, node, np.flatnonzero(node.position == p), lacking) for p in range(2))
-        leaves = np.empty((first[0].size, pairs.BLOCKS, start.size + 1))
-        pairs.leave_vectors(order, first, plane[0], terms[0], start, leaves)
+        first, second = (self._blocks(order, node, np.flatnonzero(node.position == p), lacking, values.bonus) for p in range(2))
+        joint = self._joint(node, relaxation, values)
+        leaves = np.empty((first[0].size, pairs.BLOCKS, start.size + 3))
+        pairs.leave_vectors(order, first, plane[0], terms[0], start, joint[0], leaves)
         less = values.tops[2] - values.lasts
         ranked = np.argsort(less, kind="stable")
         lasts = node.lasts[ranked], less[ranked]
         of_first, of_second = (_runs(side[0]) for side in (first, second))
+        rooms = pairs.make_rooms(self.images, start.size, node.lasts.size)
         orders, left = first[0].size, np.ones(node.candidate.size, bool)
-        for low, high in sorted(of_second.tolist(), key=lambda run: second[6][slice(*run)].min()):
+        runs = np.array(sorted(of_second.tolist(), key=lambda run: second[6][slice(*run)].min()))
+        for some in np.array_split(runs, math.ceil(len(runs) / HEADS)):
             if time.perf_counter() > self.deadline:
                 break
-            groups = np.concatenate([of_first, np.broadcast_to([low, high], of_first.shape)], axis=1)
+            groups = np.concatenate([np.tile(of_first, (len(some), 1)), np.repeat(some, len(of_first), axis=0)], axis=1)
+            these = np.concatenate([np.arange(*run) for run in some])
             best, found, tally = np.tile(self.value, (CHUNKS, 1)), np.zeros((CHUNKS, 5), np.int64), np.zeros((CHUNKS, 2), np.int64)
             self._spread(
-                *(pairs.bound_pairs, orders * (high - low), (problem.tp, problem.fp, problem.labelled, problem.exit_of)),
-                *(self._resources(node.root), plane, terms, order, first, leaves, second, groups, lasts, spare),
-                *((problem.target, problem.second), self.floor, self.limits, best, found, tally),
+                *(pairs.bound_pairs, orders * these.size, (problem.tp, problem.fp, problem.labelled, problem.exit_of)),
+                *(self._resources(node.root), plane, terms, joint, order, first, leaves, second, groups, lasts, spare),
+                *((problem.target, problem.second), self.floor, self.limits, best, found, tally, rooms),
             )
             scored, limit = tally.sum(axis=0).tolist()
             self.proof.scored += scored
             self.proof.cut["limit"] += limit
-            self.proof.cut["linear_bound"] += int(first[4][:, -1].sum() * second[4][low:high, -1].sum()) * lasts[0].size - scored - limit
-            left[orders + low : orders + high] = False
+            self.proof.cut["linear_bound"] += int(first[4][:, -1].sum() * second[4][these, -1].sum()) * lasts[0].size - scored - limit
+            left[orders + these] = False
             for chunk in np.flatnonzero((best < self.value).any(axis=1)):
                 n1, n2, cut1, cut2, last = found[chunk].tolist()
                 chosen = (n1, cut1), (orders + n2, cut2)
@@ -858,13 +876,65 @@ class Optimiser:
         node.keep(left, np.ones(node.lasts.size, bool))
         return [node] if left[orders:].any() else []
 
-    def _blocks(self, order: np.ndarray, node: Node, here: np.ndarray, lacking: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _joint(self, node: Node, relaxation: Relaxation, values: Values) -> tuple:
+        """The plane of the potentials for `pairs.bound_pairs`: those of the node, and some for a few to many images that go on.
+
+        Given how often each image goes on, and a weight of each last candidate, the tightest potential of an image is a quantile of what it
+        is worth at the last candidates. The weights are those that make the bound largest, as far as a few multiplicative steps find them.
+        """
+        prices, last = node.prices, node.lasts
+        leave, stay, fixed = prices @ relaxation.leave, prices @ relaxation.stay, prices @ relaxation.fixed
+        ends = relaxation.w[last] - (prices @ relaxation.leave_last)[last, None]
+        chosen = values.bonus_last - (prices @ relaxation.fixed_last)[last]
+        ranked = np.argsort(-ends, axis=0)
+        ordered = np.take_along_axis(ends, ranked, axis=0)
+        onward, weight = [], np.full(last.size, 1 / last.size)
+        for share in self._going_on(node, values):
+            best, rate = math.inf, 3000.0
+            for _ in range(12):
+                above = (np.cumsum(weight[ranked], axis=0) < share - 1e-12).sum(axis=0)
+                potential = np.take_along_axis(ordered, np.minimum(above, last.size - 1)[None], axis=0)[0]
+                worth = chosen + np.maximum(ends - potential, 0).sum(axis=1)
+                if (bound := share @ potential + worth.max()) < best:
+                    best, tightest = bound, potential
+                weight *= np.exp(rate * (worth - worth.max()))
+                weight = 0.98 * weight / weight.sum() + 0.02 / last.size
+                rate *= 0.9
+            onward.append(tightest)
+        onward = np.array([*onward, node.potentials[1] - prices @ relaxation.to_go])
+        tops = np.zeros(pairs.WIDTH, np.float32)
+        tops[: pairs.POTENTIALS] = [(chosen + np.maximum(ends - potential, 0).sum(axis=1)).max() for potential in onward]
+        middle = onward.mean(axis=0)
+        worth = relaxation.w - leave[:, None] + stay[:, None] - middle
+        onward = np.ascontiguousarray((onward - middle).T, np.float32)
+        used = np.unique(node.candidate)
+        largest = np.maximum(np.abs(onward).max(axis=1), np.abs(worth[used]).max(axis=0)) + np.abs(stay[used]).max()
+        rounding = 4 * self.images * np.finfo(np.float32).eps * (largest.sum() + np.abs(tops).max())
+        constant = relaxation.constant + float(prices @ relaxation.limit) + middle.sum() + rounding + SLACK
+        return worth, stay, fixed, onward, tops, constant
+
+    def _going_on(self, node: Node, values: Values) -> list[np.ndarray]:
+        """How often each image goes on from both early exits, float64 [I], from few to many: of the best orders, at some of their cuts."""
+        order, ranks, spans = self.problem.roots[node.root].order, [], []
+        for p in range(2):
+            here = np.flatnonzero(node.position == p)
+            here = here[np.argsort(-values.orders[here], kind="stable")][:SAMPLE]
+            ranks.append(np.argsort(order[node.candidate[here], node.theta[here]], axis=1))
+            open_ = np.flatnonzero(node.allowed[here].any(axis=0))
+            spans.append(np.linspace(open_[0], open_[-1], 8))
+        size = min(len(rank) for rank in ranks)
+        goes = [((ranks[0][:size] > a) & (ranks[1][:size] > b)).mean(axis=0) for a, b in itertools.product(*spans)]
+        goes.sort(key=lambda often: often.sum())
+        return [np.mean(some, axis=0) for some in np.array_split(goes, pairs.POTENTIALS - 1)]
+
+    def _blocks(self, order: np.ndarray, node: Node, here: np.ndarray, lacking: np.ndarray, bonus: np.ndarray) -> tuple[np.ndarray, ...]:
         """What `pairs.bound_pairs` needs of some orders of a node."""
         side = node.candidate[here], node.theta[here]
         indices, rows = np.empty((here.size, self.images), np.int32), np.empty((here.size, self.images), np.int8)
         begins, blocks = np.empty((here.size, pairs.BLOCKS + 1), np.int64), np.empty(here.size, np.int64)
-        pairs.cut_blocks(order, *side, node.allowed[here], indices, rows, begins, blocks)
-        return *side, indices, rows, begins, blocks, lacking[here]
+        largest, least = np.empty((2, here.size, pairs.BLOCKS))
+        pairs.cut_blocks(order, *side, node.allowed[here], bonus[here], lacking[here], indices, rows, begins, blocks, largest, least)
+        return *side, indices, rows, begins, blocks, least.min(axis=1, initial=np.inf), largest, least
 
     # --- Good configurations to start from ---
 

@@ -1,8 +1,10 @@
 """Networks with two early exits: every pair of orders with every last candidate, bounded in blocks of cuts, then scored. Numba kernels.
 
 The cuts of an order fall into blocks. Within a block of both orders most images leave at the same exit whatever the cuts; the others count
-with the best that they can be worth. By that, few blocks can hold what is needed. In these, the linear worth of every pair of cuts is
-followed exactly, and what it does not rule out is scored. `optimum` says what linear worth and bonus are.
+with the best that they can be worth. A pair is bounded first with potentials in place of the last candidates, several for each image, of
+which the tightest counts; then, if that does not rule it out, with every last candidate. By that, few blocks can hold what is needed. In
+these, the linear worth of every pair of cuts is followed exactly, and what it does not rule out is scored. `optimum` says what linear
+worth, bonus and potentials are.
 """
 
 import numpy as np
@@ -12,22 +14,29 @@ from mess_tf.kernels import CHUNKS, MEAN, ROUNDING, SLACK, chain_costs, mean_iou
 
 # Blocks of cuts of an order, at most.
 BLOCKS = 12
+# Potentials of each image.
+POTENTIALS = 15
+# Columns of `joint_vectors`, the last one unused.
+LEAVE, OPEN, WIDTH = POTENTIALS, POTENTIALS + 1, 2 * POTENTIALS + 2
 # The terms of a bound may be added in any order: rounding is allowed for.
 FAST = {"reassoc", "nsz", "nnan", "ninf", "contract"}
 ZERO, HALF = np.float32(0.0), np.float32(0.5)
 
 
 @njit(cache=True, nogil=True)
-def cut_blocks(order, candidate, theta, allowed, indices, rows, begins, blocks):
+def cut_blocks(order, candidate, theta, allowed, bonus, lacking, indices, rows, begins, blocks, largest, least):
     """Puts the open cuts of each order into blocks, none of which covers more than a share of the images.
 
     Args:
       order, candidate, theta, allowed: see `optimum.Node`.
+      bonus, lacking: float64 [n, I], bonus and reduced cost of the cuts.
       indices: int32 [n, I], set to the first open cut with which an image leaves, or to the number of cuts if there is none.
       rows: int8 [n, I], set to at most 2 b if an image leaves with all cuts of block b, to 2 b + 1 if with some, to more if with none.
       begins: int64 [n, BLOCKS + 1], set to the first cut of each block, and behind the last one to the number of cuts.
       blocks: int64 [n], set to their number.
+      largest, least: float64 [n, BLOCKS], set to the largest bonus and the least reduced cost of each block.
     """
+    largest[:], least[:] = -np.inf, np.inf
     images = allowed.shape[1]
     span = (images + BLOCKS - 1) // BLOCKS
     for n in range(candidate.size):
@@ -46,6 +55,8 @@ def cut_blocks(order, candidate, theta, allowed, indices, rows, begins, blocks):
                         if indices[n, other] < cut:
                             break
                         rows[n, other] = 2 * block
+                largest[n, block] = max(largest[n, block], bonus[n, a])
+                least[n, block] = min(least[n, block], lacking[n, a])
                 cut += 1
         blocks[n] = block + 1
         begins[n, block + 1 :] = cut
@@ -72,21 +83,21 @@ def affordable(kind, arrival, head_last, limits, counts):
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def add(sums, values):
-    """sums += values."""
+    """sums += values, of which there may be more."""
     for q in range(sums.size):
         sums[q] += values[q]
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def subtract(sums, values):
-    """sums -= values."""
+    """sums -= values, of which there may be more."""
     for q in range(sums.size):
         sums[q] -= values[q]
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def largest_sum(one, other):
-    """The largest of one + other."""
+    """The largest of one + other, which may be longer."""
     most = np.float32(-1e30)
     for q in range(one.size):
         most = max(most, one[q] + other[q])
@@ -107,61 +118,148 @@ def pass_vectors(w, terms, k2, lasts, passes, opens):
     """What each image adds that passes the first decision.
 
     Args:
-      passes: float32 [I, L + 2 D + 2], set to the worth at each last candidate, the terms of a last candidate and of k2, the worth at k2,
-        and 1.
-      opens: float32 [I, L + D], set to the larger worth of k2 and each last candidate, and half of what is between their terms.
+      passes: float32 [I, 2 D + 2 + L], set to the terms of k2, the worth at k2, 1, the terms of a last candidate, the worth at each.
+      opens: float32 [I, D + L], set to half of what is between these terms, and the larger worth of k2 and each last candidate.
     """
     of_candidate, of_last = terms
-    many, depth = lasts.size, of_last.shape[1]
+    depth = of_last.shape[1]
     for i in range(of_last.shape[0]):
-        for q in range(many):
-            passes[i, q] = w[lasts[q], i]
-            opens[i, q] = max(w[lasts[q], i], w[k2, i])
         for c in range(depth):
-            passes[i, many + c], passes[i, many + depth + c] = of_last[i, c], of_candidate[k2, i, c]
-            opens[i, many + c] = HALF * abs(of_last[i, c] - of_candidate[k2, i, c])
-        passes[i, many + 2 * depth], passes[i, many + 2 * depth + 1] = w[k2, i], 1
+            passes[i, c], passes[i, depth + 2 + c] = of_candidate[k2, i, c], of_last[i, c]
+            opens[i, c] = HALF * abs(of_last[i, c] - of_candidate[k2, i, c])
+        passes[i, depth], passes[i, depth + 1] = w[k2, i], 1
+        for q in range(lasts.size):
+            passes[i, 2 * depth + 2 + q] = w[lasts[q], i]
+            opens[i, depth + q] = max(w[lasts[q], i], w[k2, i])
 
 
-@njit(cache=True, nogil=True)
-def band_vectors(w, terms, k1, k2, lasts, bands):
+@njit(cache=True, nogil=True, fastmath=FAST)
+def band_vectors(w, terms, k1, k2, passes, bands):
     """What each image can add to that which may also leave at the first decision.
 
     Args:
-      bands: float32 [I, L + 2 D + 2], set to what it is worth more at k1 than at each last candidate, the middle and half the width of how
-        its terms may change, what it is worth more at k1 than at k2, and 1.
+      passes: see `pass_vectors`, of k2.
+      bands: float32 [I, 2 D + 2 + L], set to half the width of how its terms may change, what it is worth more at k1 than at k2, 1, the
+        middle of how its terms may change, what it is worth more at k1 than at each last candidate.
     """
     of_candidate, of_last = terms
-    many, depth = lasts.size, of_last.shape[1]
+    depth = of_last.shape[1]
     for i in range(of_last.shape[0]):
-        for q in range(many):
-            bands[i, q] = max(w[k1, i] - w[lasts[q], i], 0.0)
+        worth = np.float32(w[k1, i])
         for c in range(depth):
             second, last = of_candidate[k1, i, c] - of_candidate[k2, i, c], of_candidate[k1, i, c] - of_last[i, c]
             low, high = min(second, last, ZERO), max(second, last, ZERO)
-            bands[i, many + c], bands[i, many + depth + c] = HALF * (low + high), HALF * (high - low)
-        bands[i, many + 2 * depth], bands[i, many + 2 * depth + 1] = max(w[k1, i] - w[k2, i], 0.0), 1
+            bands[i, c], bands[i, depth + 2 + c] = HALF * (high - low), HALF * (low + high)
+        bands[i, depth], bands[i, depth + 1] = max(worth - passes[i, depth], ZERO), 1
+        for q in range(2 * depth + 2, passes.shape[1]):
+            bands[i, q] = max(worth - passes[i, q], ZERO)
 
 
 @njit(cache=True, nogil=True)
-def leave_vectors(order, first, w, of_candidate, start, vectors):
-    """What the images that leave at the first decision with every cut of a block add, terms and worth, into float64 [n, BLOCKS, D + 1].
+def leave_vectors(order, first, w, of_candidate, start, worth, vectors):
+    """What the images add that leave at the first decision with every cut of a block.
 
     Args:
-      start: of the sums of the terms.
+      start: of the sums of the terms, float64 [D].
+      worth: float64 [K, I], see `joint_bound`.
+      vectors: float64 [n, BLOCKS, D + 3], set to the terms, the worth w, the other worth, and their number.
     """
     candidate, theta, _, rows = first[:4]
     depth = start.size
     for n in range(candidate.size):
-        k, rank, sums = candidate[n], 0, np.append(start, 0.0)
+        k, rank, sums = candidate[n], 0, np.append(start, np.zeros(3))
         for block in range(BLOCKS):
             while rank < rows.shape[1] and rows[n, order[k, theta[n], rank]] <= 2 * block:
                 i = order[k, theta[n], rank]
                 for c in range(depth):
                     sums[c] += of_candidate[k, i, c]
                 sums[depth] += w[k, i]
+                sums[depth + 1] += worth[k, i]
+                sums[depth + 2] += 1
                 rank += 1
             vectors[n, block] = sums
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def joint_vectors(onward, first, second, passes, bands):
+    """What each image adds to the bounds of `joint_bound`.
+
+    Args:
+      onward: float32 [I, POTENTIALS]; first, second: worth of leaving at each decision, float64 [I].
+      passes: float32 [I, WIDTH], of an image that passes the first decision: its potentials if it goes on, its worth if it leaves at the
+        second, the larger of the two if that is open.
+      bands: float32 [I, WIDTH], the same where it may also leave at the first.
+    """
+    for i in range(onward.shape[0]):
+        leaves1, leaves2 = np.float32(first[i]), np.float32(second[i])
+        for s in range(POTENTIALS):
+            passes[i, s], passes[i, OPEN + s] = onward[i, s], max(onward[i, s], leaves2)
+        passes[i, LEAVE], passes[i, WIDTH - 1] = leaves2, ZERO
+        for s in range(WIDTH):
+            bands[i, s] = max(passes[i, s], leaves1)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def tightest(on, open_):
+    """The smallest of on + open_ over the potentials."""
+    least = np.float32(1e30)
+    for s in range(POTENTIALS):
+        least = min(least, on[s] + open_[OPEN + s])
+    return least
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def joint_bound(passes, bands, tops, ranked, leaving, one, two, budget, needed, hopeful, sums, totals, ends):
+    """A bound on all cuts of a pair of orders, with potentials in place of the last candidates.
+
+    Args:
+      passes, bands: see `joint_vectors`.
+      tops: float32 [WIDTH], what the best last candidate adds to each of the potentials.
+      ranked: images by the first order.
+      leaving: float64 [BLOCKS], worth of all that leave at the first decision with every cut of a block.
+      one, two: (rows, number of blocks, largest bonus of each, least reduced cost of each) of the orders.
+      budget: of reduced costs; needed: mIoU.
+      hopeful: bool [BLOCKS, BLOCKS], set to whether the bound of a pair of blocks reaches that.
+      sums, totals, ends: float32 [2 BLOCKS + 1, WIDTH] twice and [WIDTH], room to work in.
+
+    Returns:
+      Whether any of them is hopeful; their largest bound by the last of the potentials alone.
+    """
+    row1, blocks1, bonus1, less1 = one
+    row2, blocks2, bonus2, less2 = two
+    rank, some, alone, end, cheapest = ranked.size, False, -1e30, 2 * blocks2, less2[:blocks2].min()
+    sums[:] = 0
+    for block1 in range(blocks1 - 1, -1, -1):
+        hopeful[block1] = False
+        if less1[block1] + cheapest > budget:
+            continue
+        while rank > 0 and row1[ranked[rank - 1]] > 2 * block1 + 1:
+            rank -= 1
+            i = ranked[rank]
+            add(sums[row2[i]], passes[i])
+        totals[:] = sums
+        band = rank
+        while band > 0 and row1[ranked[band - 1]] == 2 * block1 + 1:
+            band -= 1
+            i = ranked[band]
+            add(totals[row2[i]], bands[i])
+        sure = leaving[block1] + bonus1[block1]
+        for column in range(end - 1):
+            sure += totals[column, LEAVE]
+        ends[:] = tops
+        add(ends, totals[end])
+        for block2 in range(blocks2 - 1, -1, -1):
+            column = 2 * block2 + 1
+            here = sure + bonus2[block2]
+            if less1[block1] + less2[block2] <= budget and here + tightest(ends, totals[column]) >= needed:
+                hopeful[block1, block2] = some = True
+                alone = max(alone, here + ends[POTENTIALS - 1] + totals[column, OPEN + POTENTIALS - 1])
+            add(ends, totals[column])
+            add(ends, totals[column - 1])
+            sure -= totals[column - 1, LEAVE]
+            if block2 > 0:
+                sure -= totals[column - 2, LEAVE]
+    return some, alone
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -275,12 +373,27 @@ def look_into(problem, resources, plane, bonus, chain, one, two, objective, need
     return needed
 
 
+def make_rooms(images: int, depth: int, lasts: int) -> tuple[np.ndarray, ...]:
+    """What `bound_pairs` works in, float32 [CHUNKS, n, width] each. Loops on arrays that a kernel makes itself take twice the time."""
+    width, columns = 2 * depth + 2 + lasts, 2 * BLOCKS + 1
+    shapes = (
+        *((images, WIDTH), (images, WIDTH), (columns, WIDTH), (columns, WIDTH), (1, WIDTH)),
+        # By image: what passes the first decision, may leave there, may leave at the second. Sums over the images with the same row by the
+        # second order: of those that pass the first decision, or may; of those that may leave at the first; of those that pass the first,
+        # or may, and may leave at the second or go on.
+        *((images, width), (images, width), (images, depth + lasts), (columns, width), (columns, width), (BLOCKS, depth + lasts)),
+        *((1, depth + lasts), (1, 2 * depth), (3, depth)),
+    )
+    return tuple(np.empty((CHUNKS, *shape), np.float32) for shape in shapes)
+
+
 @njit(cache=True, nogil=True)
 def bound_pairs(
     problem,
     resources,
     plane,
     terms,
+    joint,
     order,
     first,
     leaves,
@@ -294,6 +407,7 @@ def bound_pairs(
     best,
     found,
     tally,
+    rooms,
     chunk,
 ):
     """Bounds and scores the configurations of pairs of orders; every chunk does its share of the pairs of heads.
@@ -305,8 +419,11 @@ def bound_pairs(
       terms: (of the candidates, of a last candidate, doubt, rounding), float32 [K, I, D], [I, D], [D], [D]. The bonus is the sum of the
         squares of a sum over the images of the terms where they leave; by what the terms of one last candidate or another can change that
         is the doubt, and the rounding that of its sum.
+      joint: (worth, what passing subtracts, what choosing subtracts, onward, tops, constant), the plane of the potentials: float64 [K, I]
+        and [K] twice, float32 [I, POTENTIALS] and [WIDTH], the rest as in `plane`.
       order: see `optimum.Root`.
-      first, second: (candidate, theta, cut indices, rows, where blocks begin, blocks, reduced cost) of the orders, see `cut_blocks`.
+      first, second: (candidate, theta, cut indices, rows, where blocks begin, blocks, reduced cost, bonus of each block, reduced cost of
+        each) of the orders, see `cut_blocks`.
       leaves: of the first orders, see `leave_vectors`.
       groups: int64 [G, 4], orders of one head from, to, of the first and of the second.
       lasts: (candidate, reduced cost), by rising reduced cost; budget: of reduced costs.
@@ -314,90 +431,118 @@ def bound_pairs(
       best: float64 [CHUNKS, 2], value and tie-breaker to beat, smaller is better.
       found: int64 [CHUNKS, 5], places of the two orders, indices of their cuts, last candidate.
       tally: int64 [CHUNKS, 2], configurations scored and failed by limit.
+      rooms: see `make_rooms`.
     """
     exit_of, (kind, prefix, head, decision) = problem[3], resources
     w, constant = plane
     of_candidate, of_last, doubt, rounding = terms
+    worth, passing_less, choosing_less, onward, tops, joint_constant = joint
     needed, bounds = floor, limits.copy()
-    images, depth, many = w.shape[1], doubt.size, lasts[0].size
-    go, gain = many + depth, many + 2 * depth  # where the terms of k2 begin in `passes`, and the worth in `passes` and `bands`
+    images, depth = w.shape[1], doubt.size
+    gain, ending = depth, depth + 2  # columns of `passes` and `bands`: the worth at k2; from where on the last candidates count
     arrival, head_least = np.empty((kind.size, 3)), np.empty(kind.size)
     for r in range(kind.size):
         head_least[r] = head[r][lasts[0]].min()
-    passes, opens = np.empty((images, gain + 2), np.float32), np.empty((images, go), np.float32)
-    bands = np.empty((images, gain + 2), np.float32)
-    # Sums over the images with the same row by the second order: of those that pass the first decision, or may; of those of them that may
-    # leave at the second or go on; of the band, those that may leave at the first.
-    passing, band = np.empty((2 * BLOCKS + 1, gain + 2), np.float32), np.empty((2 * BLOCKS + 1, gain + 2), np.float32)
-    open_ = np.empty((BLOCKS, go), np.float32)
-    ends, leave = np.empty(go, np.float32), np.empty(depth, np.float32)
-    middle, spread = np.empty(depth, np.float32), np.empty(depth, np.float32)
-    in_band, chain, counts, k2 = np.empty(2 * depth, np.float32), np.empty(3, np.int64), np.empty(3, np.int64), -1
+    joint_passes, joint_bands, sums, totals = rooms[0][chunk], rooms[1][chunk], rooms[2][chunk], rooms[3][chunk]
+    joint_ends, passes, bands, opens = rooms[4][chunk, 0], rooms[5][chunk], rooms[6][chunk], rooms[7][chunk]
+    passing, band = rooms[8][chunk], rooms[9][chunk]
+    open_, ends, in_band = rooms[10][chunk], rooms[11][chunk, 0], rooms[12][chunk, 0]
+    leave, middle, spread = rooms[13][chunk, 0], rooms[13][chunk, 1], rooms[13][chunk, 2]
+    leaving, hopeful = np.empty(BLOCKS), np.empty((BLOCKS, BLOCKS), np.bool_)
+    chain, counts = np.empty(3, np.int64), np.empty(3, np.int64)
+    # Heads that the vectors are of.
+    k2, prepared = -1, False
     for group in range(chunk, groups.shape[0], CHUNKS):
         low1, high1, low2, high2 = groups[group]
         if second[0][low2] != k2:
             k2 = second[0][low2]
             pass_vectors(w, (of_candidate, of_last), k2, lasts[0], passes, opens)
-        k1 = first[0][low1]
-        band_vectors(w, (of_candidate, of_last), k1, k2, lasts[0], bands)
+        k1, prepared = first[0][low1], False
         chain[0], chain[1] = k1, k2
         arrival[:, 0] = prefix[:, exit_of[k1]] + head[:, k1] + decision[:, k1]
         arrival[:, 1] = prefix[:, exit_of[k2]] - prefix[:, exit_of[k1]] + arrival[:, 0] + head[:, k2] + decision[:, k2]
         arrival[:, 2] = prefix[:, exit_of[lasts[0][0]]] - prefix[:, exit_of[k2]] + arrival[:, 1]
+        # What passing a decision subtracts is given to all images, and back to those that leave there or before.
+        back1, back2 = passing_less[k1] + passing_less[k2], passing_less[k2]
+        joint_vectors(onward, worth[k1] + back1, worth[k2] + back2, joint_passes, joint_bands)
+        both = joint_constant - images * back1 - choosing_less[k1] - choosing_less[k2]
         for n2 in range(low2, high2):
             row2, begin2, blocks2 = second[3][n2], second[4][n2], second[5][n2]
             end2 = 2 * blocks2
             for n1 in range(low1, high1):
-                lanes = np.searchsorted(lasts[1], budget - first[6][n1] - second[6][n2], "right")
-                if lanes == 0:
+                left = budget - first[6][n1] - second[6][n2]
+                if left < lasts[1][0]:
                     continue
                 row1, begin1, blocks1, ranked = first[3][n1], first[4][n1], first[5][n1], order[k1, first[1][n1]]
-                passing[:] = 0
-                open_[:] = 0
+                for block1 in range(blocks1):
+                    leaving[block1] = both + leaves[n1, block1, depth + 1] + leaves[n1, block1, depth + 2] * back1
+                some, alone = joint_bound(
+                    *(joint_passes, joint_bands, tops, ranked, leaving),
+                    *((row1, blocks1, first[7][n1], first[8][n1]), (row2, blocks2, second[7][n2], second[8][n2])),
+                    *(budget - lasts[1][0], needed, hopeful, sums, totals, joint_ends),
+                )
+                lanes = np.searchsorted(lasts[1], min(left, alone - needed), "right")
+                if not some or lanes == 0:
+                    continue
+                if not prepared:
+                    prepared = True
+                    band_vectors(w, (of_candidate, of_last), k1, k2, passes, bands)
+                width = ending + depth + lanes
+                passing[:, :width] = 0
+                open_[:, : depth + lanes] = 0
                 rank = images
                 for block1 in range(blocks1, -1, -1):
-                    before, reached = rank, block1 == blocks1
-                    band[:] = 0
+                    lowest = 0
+                    while lowest < blocks2 and not (block1 < blocks1 and hopeful[block1, lowest]):
+                        lowest += 1
+                    before, reached = rank, lowest == blocks2
+                    if lowest < blocks2:
+                        band[: end2 + 1, :width] = 0
                     while rank > 0 and row1[ranked[rank - 1]] > 2 * block1:
                         rank -= 1
                         i = ranked[rank]
-                        add(passing[row2[i]], passes[i])
-                        add(band[row2[i]], bands[i])
+                        add(passing[row2[i], :width], passes[i])
+                        if lowest < blocks2:
+                            add(band[row2[i], :width], bands[i])
                         if row2[i] % 2:
-                            add(open_[row2[i] // 2], opens[i])
-                    if block1 < blocks1:
+                            add(open_[row2[i] // 2, : depth + lanes], opens[i])
+                    if lowest < blocks2:
                         in_band[:] = 0
                         for column in range(end2 + 1):
-                            add(in_band, band[column, many:gain])
-                        ends[:] = passing[end2, :go]
-                        add(ends[:many], band[end2, :many])
-                        add(ends[many:], in_band[:depth])
+                            add(in_band[:depth], band[column, ending:])
+                            add(in_band[depth:], band[column])
+                        ends[: depth + lanes] = passing[end2, ending:width]
+                        add(ends[:depth], in_band)
+                        add(ends[depth : depth + lanes], band[end2, ending + depth :])
                         for c in range(depth):
                             leave[c] = leaves[n1, block1, c]
                         sure = constant + leaves[n1, block1, depth]
                         counts[0], counts[2] = before, passing[end2, gain + 1] - band[end2, gain + 1]
                         for column in range(end2 - 1):
-                            add(leave, passing[column, go:gain])
+                            add(leave, passing[column])
                             sure += passing[column, gain] + band[column, gain]
-                        for block2 in range(blocks2 - 1, -1, -1):
+                        for block2 in range(blocks2 - 1, lowest - 1, -1):
                             column = 2 * block2 + 1
                             # Cheapest is that whoever may leave does.
                             counts[1] = images - counts[0] - counts[2]
                             if not affordable(kind, arrival, head_least, bounds, counts):
                                 break
                             reached = True
-                            for c in range(depth):
-                                middle[c] = ends[many + c] + leave[c] + HALF * (passing[column, many + c] + passing[column, go + c])
-                                spread[c] = open_[block2, many + c] + in_band[depth + c] + rounding[c]
-                            upper = sure + band[column, gain]
-                            bonus = squares(middle, spread, doubt)
-                            if upper + largest_sum(ends[:many], open_[block2, :many]) + bonus >= needed:
+                            if hopeful[block1, block2]:
+                                for c in range(depth):
+                                    middle[c] = ends[c] + leave[c] + HALF * (passing[column, ending + c] + passing[column, c])
+                                    spread[c] = open_[block2, c] + in_band[depth + c] + rounding[c]
+                                upper = sure + band[column, gain]
+                                bonus = squares(middle, spread, doubt)
+                                if upper + largest_sum(ends[depth : depth + lanes], open_[block2, depth:]) + bonus < needed:
+                                    hopeful[block1, block2] = False
+                            if hopeful[block1, block2]:
                                 for q in range(lanes):
-                                    chain[2], worth = lasts[0][q], upper + ends[q] + open_[block2, q]
-                                    if worth + bonus < needed or not affordable(kind, arrival, head[:, chain[2]], bounds, counts):
+                                    chain[2], value = lasts[0][q], upper + ends[depth + q] + open_[block2, depth + q]
+                                    if value + bonus < needed or not affordable(kind, arrival, head[:, chain[2]], bounds, counts):
                                         continue
                                     own = bonus_with(chain[2], middle, spread, of_candidate, of_last, ranked, rank, before, row2, column)
-                                    if worth + own >= needed:
+                                    if value + own >= needed:
                                         needed = look_into(
                                             *(problem, resources, plane, own, chain),
                                             (first[2][n1], begin1[block1], begin1[block1 + 1] - begin1[block1]),
@@ -406,11 +551,11 @@ def bound_pairs(
                                         )
                             # With the block before, two columns more go on, and one more may.
                             for here in range(column, column - 2, -1):
-                                add(ends, passing[here, :go])
-                                add(ends[:many], band[here, :many])
+                                add(ends[: depth + lanes], passing[here, ending:])
+                                add(ends[depth : depth + lanes], band[here, ending + depth :])
                                 counts[2] += passing[here, gain + 1] - band[here, gain + 1]
                             for here in range(column - 1, max(column - 3, -1), -1):
-                                subtract(leave, passing[here, go:gain])
+                                subtract(leave, passing[here])
                                 sure -= passing[here, gain] + band[here, gain]
                     if not reached:
                         break
@@ -418,6 +563,6 @@ def bound_pairs(
                     while rank > 0 and row1[ranked[rank - 1]] == 2 * block1:
                         rank -= 1
                         i = ranked[rank]
-                        add(passing[row2[i]], passes[i])
+                        add(passing[row2[i], :width], passes[i])
                         if row2[i] % 2:
-                            add(open_[row2[i] // 2], opens[i])
+                            add(open_[row2[i] // 2, : depth + lanes], opens[i])
