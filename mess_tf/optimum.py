@@ -14,9 +14,11 @@ three steps make it tractable:
    best ones. What a decision lacks to the best of its exit is a reduced cost: they add up, so `_reduce` drops what lacks more than the
    node has to spare.
 3. `_scan`: what remains is enumerated as long as reduced costs allow, filtered by its exact linear worth, then scored exactly.
-4. With two early exits, `_pairs` bounds what is too much for that: every pair of orders and all last candidates, by blocks of cuts. Which
-   images reach which decision is then known but for a few, so neither potentials nor a bonus for what may reach it are needed.
-5. With more, `_branch` halves it where the bonus is largest: by cut, by head, by threshold or by last candidate.
+4. Where the bonus takes up too much of what a bound has to spare, or with more than two early exits, `_branch` halves a node where the
+   bonus is largest: by cut, by head, by threshold or by last candidate.
+5. With two early exits, `_pairs` bounds what remains: every pair of orders, by blocks of cuts. Which images reach which decision is then
+   known but for a few. `_joint` prepares a first bound, with potentials for what the last candidates are worth; what that leaves is
+   bounded with each of them, and needs neither potentials nor a bonus for what may reach it.
 
 `_solve` takes these steps for one node, `run` for all that are left, best bound first. `_climb` finds the good configurations that the
 bounds are compared with.
@@ -908,7 +910,7 @@ class Optimiser:
         worth = relaxation.w - leave[:, None] + stay[:, None] - middle
         onward = np.ascontiguousarray((onward - middle).T, np.float32)
         used = np.unique(node.candidate)
-        largest = np.maximum(np.abs(onward).max(axis=1), np.abs(worth[used]).max(axis=0)) + np.abs(stay[used]).max()
+        largest = np.maximum(np.abs(onward).max(axis=1), np.abs(worth[used]).max(axis=0)) + 2 * np.abs(stay[used]).max()
         rounding = 4 * self.images * np.finfo(np.float32).eps * (largest.sum() + np.abs(tops).max())
         constant = relaxation.constant + float(prices @ relaxation.limit) + middle.sum() + rounding + SLACK
         return worth, stay, fixed, onward, tops, constant

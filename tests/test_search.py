@@ -215,6 +215,15 @@ def test_blocks_of_cuts_equal_brute_force(monkeypatch):
     assert found
 
 
+def test_splitting_before_pairs_equals_brute_force(monkeypatch):
+    """As above, but parts are split until they hold hardly more than one pair of orders."""
+    monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
+    monkeypatch.setattr(optimum, "CHEAP_PASSES", 0)
+    monkeypatch.setattr(optimum, "CHEAP_PAIRS", 1)
+    stats = make_stats(100, heads=(1, 2, 1), images=40, thetas=1, largest=40)
+    assert check_against_brute_force(stats, "input-dependent", 2, 12, asked=6)
+
+
 def test_reducing_again_drops_nothing_more(monkeypatch):
     """The same bounds say the same of what is left, so that a node can be reduced before each step that profits from it."""
     monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
