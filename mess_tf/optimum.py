@@ -56,9 +56,11 @@ BRANCH_SHARE = 0.5
 CHEAP_PAIRS = 1e5
 # Heads of the second exit whose pairs are bounded between two looks at the clock.
 HEADS = 8
+# Multiplicative steps of the weights of last candidates in `Optimiser._joint`: how many, and the first one per mIoU.
+WEIGHT_STEPS, WEIGHT_RATE = 12, 3000.0
 # Configurations with one early exit that the search of each part of the space starts from.
 STARTS = 3
-# Orders of each exit whose mean is the middle of a part.
+# Orders of each exit whose mean is the middle of a part, or that show how often images go on.
 SAMPLE = 40
 # By how much G varies more than the union, see `Optimiser._tangent`: the root of its inverse.
 BALANCE = 0.85
@@ -892,16 +894,15 @@ class Optimiser:
         ordered = np.take_along_axis(ends, ranked, axis=0)
         onward, weight = [], np.full(last.size, 1 / last.size)
         for share in self._going_on(node, values):
-            best, rate = math.inf, 3000.0
-            for _ in range(12):
+            best = math.inf
+            for step in range(WEIGHT_STEPS):
                 above = (np.cumsum(weight[ranked], axis=0) < share - 1e-12).sum(axis=0)
                 potential = np.take_along_axis(ordered, np.minimum(above, last.size - 1)[None], axis=0)[0]
                 worth = chosen + np.maximum(ends - potential, 0).sum(axis=1)
                 if (bound := share @ potential + worth.max()) < best:
                     best, tightest = bound, potential
-                weight *= np.exp(rate * (worth - worth.max()))
-                weight = 0.98 * weight / weight.sum() + 0.02 / last.size
-                rate *= 0.9
+                weight *= np.exp(WEIGHT_RATE * 0.9**step * (worth - worth.max()))
+                weight = 0.98 * weight / weight.sum() + 0.02 / last.size  # none dies out
             onward.append(tightest)
         onward = np.array([*onward, node.potentials[1] - prices @ relaxation.to_go])
         tops = np.zeros(pairs.WIDTH, np.float32)

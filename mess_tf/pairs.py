@@ -488,7 +488,7 @@ def bound_pairs(
                     prepared = True
                     band_vectors(w, (of_candidate, of_last), k1, k2, passes, bands)
                 width = ending + depth + lanes
-                passing[:, :width] = 0
+                passing[: end2 + 1, :width] = 0
                 open_[:, : depth + lanes] = 0
                 rank = images
                 for block1 in range(blocks1, -1, -1):

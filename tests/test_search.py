@@ -220,8 +220,17 @@ def test_splitting_before_pairs_equals_brute_force(monkeypatch):
     monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
     monkeypatch.setattr(optimum, "CHEAP_PASSES", 0)
     monkeypatch.setattr(optimum, "CHEAP_PAIRS", 1)
+    branch, pairs_split = optimum.Optimiser._branch, []
+
+    def counted(self, node, values):
+        parts = branch(self, node, values)
+        pairs_split.append(len(node.potentials) == 2 and len(parts) == 2)
+        return parts
+
+    monkeypatch.setattr(optimum.Optimiser, "_branch", counted)
     stats = make_stats(100, heads=(1, 2, 1), images=40, thetas=1, largest=40)
     assert check_against_brute_force(stats, "input-dependent", 2, 12, asked=6)
+    assert any(pairs_split)
 
 
 def test_reducing_again_drops_nothing_more(monkeypatch):
