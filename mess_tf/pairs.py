@@ -16,8 +16,8 @@ from mess_tf.kernels import CHUNKS, MEAN, ROUNDING, SLACK, chain_costs, mean_iou
 BLOCKS = 12
 # Potentials of each image.
 POTENTIALS = 15
-# Columns of `joint_vectors`, the last one unused.
-LEAVE, OPEN, WIDTH = POTENTIALS, POTENTIALS + 1, 2 * POTENTIALS + 2
+# Columns of `joint_vectors`.
+LEAVE, OPEN, NUMBER, WIDTH = POTENTIALS, POTENTIALS + 1, 2 * POTENTIALS + 1, 2 * POTENTIALS + 2
 # The terms of a bound may be added in any order: rounding is allowed for.
 FAST = {"reassoc", "nsz", "nnan", "ninf", "contract"}
 ZERO, HALF = np.float32(0.0), np.float32(0.5)
@@ -187,16 +187,17 @@ def joint_vectors(onward, first, second, passes, bands):
     Args:
       onward: float32 [I, POTENTIALS]; first, second: worth of leaving at each decision, float64 [I].
       passes: float32 [I, WIDTH], of an image that passes the first decision: its potentials if it goes on, its worth if it leaves at the
-        second, the larger of the two if that is open.
-      bands: float32 [I, WIDTH], the same where it may also leave at the first.
+        second, the larger of the two if that is open, 1.
+      bands: float32 [I, WIDTH], the same where it may also leave at the first, with 0 in place of 1.
     """
     for i in range(onward.shape[0]):
         leaves1, leaves2 = np.float32(first[i]), np.float32(second[i])
         for s in range(POTENTIALS):
             passes[i, s], passes[i, OPEN + s] = onward[i, s], max(onward[i, s], leaves2)
-        passes[i, LEAVE], passes[i, WIDTH - 1] = leaves2, ZERO
+        passes[i, LEAVE], passes[i, NUMBER] = leaves2, 1
         for s in range(WIDTH):
             bands[i, s] = max(passes[i, s], leaves1)
+        bands[i, NUMBER] = 0
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -209,7 +210,7 @@ def tightest(on, open_):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def joint_bound(passes, bands, tops, ranked, leaving, one, two, budget, needed, hopeful, sums, totals, ends):
+def joint_bound(passes, bands, tops, ranked, leaving, one, two, spending, budget, needed, hopeful, sums, totals, ends, counts):
     """A bound on all cuts of a pair of orders, with potentials in place of the last candidates.
 
     Args:
@@ -218,26 +219,33 @@ def joint_bound(passes, bands, tops, ranked, leaving, one, two, budget, needed, 
       ranked: images by the first order.
       leaving: float64 [BLOCKS], worth of all that leave at the first decision with every cut of a block.
       one, two: (rows, number of blocks, largest bonus of each, least reduced cost of each) of the orders.
+      spending: the arguments of `affordable`, but for the counts.
       budget: of reduced costs; needed: mIoU.
-      hopeful: bool [BLOCKS, BLOCKS], set to whether the bound of a pair of blocks reaches that.
-      sums, totals, ends: float32 [2 BLOCKS + 1, WIDTH] twice and [WIDTH], room to work in.
+      hopeful: bool [BLOCKS, BLOCKS], set to whether a pair of blocks is affordable, and its bound is what is needed.
+      sums, totals, ends: float32 [2 BLOCKS + 1, WIDTH] twice and [WIDTH], room to work in, as are the counts, int64 [3].
 
     Returns:
-      Whether any of them is hopeful; their largest bound by the last of the potentials alone.
+      The first block of the first order with any that is hopeful, or their number; the largest bound by the last of the potentials alone.
     """
     row1, blocks1, bonus1, less1 = one
     row2, blocks2, bonus2, less2 = two
-    rank, some, alone, end, cheapest = ranked.size, False, -1e30, 2 * blocks2, less2[:blocks2].min()
-    sums[:] = 0
+    rank, lowest, alone, end, cheapest = ranked.size, blocks1, -1e30, 2 * blocks2, less2[:blocks2].min()
+    sums[: end + 1], hopeful[:blocks1] = 0, False
     for block1 in range(blocks1 - 1, -1, -1):
-        hopeful[block1] = False
         if less1[block1] + cheapest > budget:
             continue
         while rank > 0 and row1[ranked[rank - 1]] > 2 * block1 + 1:
             rank -= 1
             i = ranked[rank]
             add(sums[row2[i]], passes[i])
-        totals[:] = sums
+        # Cheapest is that whoever may leave does; from here on, fewer do.
+        counts[0], counts[2] = rank, sums[end, NUMBER]
+        counts[1] = ranked.size - counts[0] - counts[2]
+        if not affordable(*spending, counts):
+            break
+        for column in range(end + 1):
+            for q in range(WIDTH):
+                totals[column, q] = sums[column, q]
         band = rank
         while band > 0 and row1[ranked[band - 1]] == 2 * block1 + 1:
             band -= 1
@@ -250,16 +258,20 @@ def joint_bound(passes, bands, tops, ranked, leaving, one, two, budget, needed, 
         add(ends, totals[end])
         for block2 in range(blocks2 - 1, -1, -1):
             column = 2 * block2 + 1
+            counts[2] = ends[NUMBER]
+            counts[1] = ranked.size - counts[0] - counts[2]
+            if not affordable(*spending, counts):
+                break
             here = sure + bonus2[block2]
             if less1[block1] + less2[block2] <= budget and here + tightest(ends, totals[column]) >= needed:
-                hopeful[block1, block2] = some = True
+                hopeful[block1, block2], lowest = True, block1
                 alone = max(alone, here + ends[POTENTIALS - 1] + totals[column, OPEN + POTENTIALS - 1])
             add(ends, totals[column])
             add(ends, totals[column - 1])
             sure -= totals[column - 1, LEAVE]
             if block2 > 0:
                 sure -= totals[column - 2, LEAVE]
-    return some, alone
+    return lowest, alone
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -476,13 +488,13 @@ def bound_pairs(
                 row1, begin1, blocks1, ranked = first[3][n1], first[4][n1], first[5][n1], order[k1, first[1][n1]]
                 for block1 in range(blocks1):
                     leaving[block1] = both + leaves[n1, block1, depth + 1] + leaves[n1, block1, depth + 2] * back1
-                some, alone = joint_bound(
+                lowest1, alone = joint_bound(
                     *(joint_passes, joint_bands, tops, ranked, leaving),
                     *((row1, blocks1, first[7][n1], first[8][n1]), (row2, blocks2, second[7][n2], second[8][n2])),
-                    *(budget - lasts[1][0], needed, hopeful, sums, totals, joint_ends),
+                    *((kind, arrival, head_least, bounds), budget - lasts[1][0], needed, hopeful, sums, totals, joint_ends, counts),
                 )
                 lanes = np.searchsorted(lasts[1], min(left, alone - needed), "right")
-                if not some or lanes == 0:
+                if lowest1 == blocks1 or lanes == 0:
                     continue
                 if not prepared:
                     prepared = True
@@ -491,11 +503,11 @@ def bound_pairs(
                 passing[: end2 + 1, :width] = 0
                 open_[:, : depth + lanes] = 0
                 rank = images
-                for block1 in range(blocks1, -1, -1):
+                for block1 in range(blocks1, lowest1 - 1, -1):
                     lowest = 0
                     while lowest < blocks2 and not (block1 < blocks1 and hopeful[block1, lowest]):
                         lowest += 1
-                    before, reached = rank, lowest == blocks2
+                    before = rank
                     if lowest < blocks2:
                         band[: end2 + 1, :width] = 0
                     while rank > 0 and row1[ranked[rank - 1]] > 2 * block1:
@@ -523,11 +535,7 @@ def bound_pairs(
                             sure += passing[column, gain] + band[column, gain]
                         for block2 in range(blocks2 - 1, lowest - 1, -1):
                             column = 2 * block2 + 1
-                            # Cheapest is that whoever may leave does.
                             counts[1] = images - counts[0] - counts[2]
-                            if not affordable(kind, arrival, head_least, bounds, counts):
-                                break
-                            reached = True
                             if hopeful[block1, block2]:
                                 for c in range(depth):
                                     middle[c] = ends[c] + leave[c] + HALF * (passing[column, ending + c] + passing[column, c])
@@ -557,8 +565,6 @@ def bound_pairs(
                             for here in range(column - 1, max(column - 3, -1), -1):
                                 subtract(leave, passing[here])
                                 sure -= passing[here, gain] + band[here, gain]
-                    if not reached:
-                        break
                     # With the block before, the band passes for sure, and so do those that leave with every cut of this block.
                     while rank > 0 and row1[ranked[rank - 1]] == 2 * block1:
                         rank -= 1

@@ -215,6 +215,23 @@ def test_blocks_of_cuts_equal_brute_force(monkeypatch):
     assert found
 
 
+def test_costs_of_pairs_equal_brute_force(monkeypatch):
+    """The best mIoU at limits that some configuration just meets; nothing but single exits is known before pairs are bounded."""
+    monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
+    monkeypatch.setattr(optimum, "CHEAP_PASSES", 0)
+    monkeypatch.setattr(optimum.Optimiser, "_improve", lambda *arguments: None)
+    stats = make_stats(0, heads=(1, 1), images=40, thetas=1, largest=40)
+    costs = some_costs(stats)
+    scores = [
+        (evaluate_configuration(stats, costs, each)[0], configuration_costs(stats, costs, each))
+        for each in enumerate_space(stats, "input-dependent", 2, 20, None)
+    ]
+    for limit in np.quantile([values["macs"] for _, values in scores], np.linspace(0.02, 0.6, 25), method="nearest").tolist():
+        objective = Objective(limits={"macs": limit})
+        predicted = search(stats, costs, objective, "input-dependent", 2, 20).predicted
+        assert (predicted.miou, predicted.costs["macs"]) == pytest.approx(best_by_brute_force(scores, objective), abs=1e-8)
+
+
 def test_splitting_before_pairs_equals_brute_force(monkeypatch):
     """As above, but parts are split until they hold hardly more than one pair of orders."""
     monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
