@@ -306,6 +306,8 @@ class Optimiser:
         self.value = (math.inf, math.inf)
         # Potentials, prices and expectation by exits: the kinds of confidence are alike.
         self.known: dict[tuple, tuple] = {}
+        # With two early exits, by part of the space and exits: what the best configuration may be like.
+        self.climbed: dict[tuple, tuple] = {}
         self.least_fp = np.stack([problem.fp[problem.exit_of == e].min(axis=0) for e in range(self.exits)])
 
     def _spread(self, kernel, orders: int, *arguments) -> None:
@@ -843,7 +845,10 @@ class Optimiser:
         lacking, order = self._reduce(node, relaxation, values), problem.roots[node.root].order
         if not node.count():
             return []
-        node.expected = self._climb(node.root, *self._middle(node), stay=True)
+        pattern = node.root, *np.unique(problem.exit_of[node.candidate]), problem.exit_of[node.lasts[0]]
+        if pattern not in self.climbed:
+            self.climbed[pattern] = self._climb(node.root, *self._middle(node), stay=True)
+        node.expected = self.climbed[pattern]
         plane, terms, start = self._terms(node)
         first, second = (self._blocks(order, node, np.flatnonzero(node.position == p), lacking, values.bonus) for p in range(2))
         joint = self._joint(node, relaxation, values)
