@@ -1,10 +1,10 @@
 """Networks with two early exits: every pair of orders with every last candidate, bounded in blocks of cuts, then scored. Numba kernels.
 
 The cuts of an order fall into blocks. Within a block of both orders most images leave at the same exit whatever the cuts; the others count
-with the best that they can be worth. A pair is bounded first with potentials in place of the last candidates, several for each image, of
-which the tightest counts; then, if that does not rule it out, with every last candidate. By that, few blocks can hold what is needed. In
-these, the linear worth of every pair of cuts is followed exactly, and what it does not rule out is scored. `optimum` says what linear
-worth, bonus and potentials are.
+with the best that they can be worth. A pair is bounded first by what its blocks cost at least, and with potentials in place of the last
+candidates, several for each image, of which the tightest counts; then, if that does not rule it out, with every last candidate. By that,
+few blocks can hold what is needed. In these, the linear worth of every pair of cuts is followed exactly, and what it does not rule out is
+scored. `optimum` says what linear worth, bonus and potentials are.
 """
 
 import numpy as np
