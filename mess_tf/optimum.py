@@ -308,6 +308,7 @@ class Optimiser:
         self.known: dict[tuple, tuple] = {}
         # With two early exits, by part of the space and exits: what the best configuration may be like.
         self.climbed: dict[tuple, tuple] = {}
+        self.random = np.random.default_rng(0)
         self.least_fp = np.stack([problem.fp[problem.exit_of == e].min(axis=0) for e in range(self.exits)])
 
     def _spread(self, kernel, orders: int, *arguments) -> None:
@@ -672,6 +673,8 @@ class Optimiser:
             heap, ticket = [(-math.inf, i, node) for i, node in enumerate(self._nodes())], itertools.count(1 << 32)
             while heap and time.perf_counter() < self.deadline:
                 _, _, node = heapq.heappop(heap)
+                if len(node.potentials) > 2 and node.upper < math.inf:  # with fewer early exits, bounds alone soon lead to the optimum
+                    self._wander()
                 try:
                     if node.upper < self.floor - SLACK or not node.count():
                         raise PrunedError
@@ -971,6 +974,26 @@ class Optimiser:
             early, last = self._climb(root, list(early), last)
             if len(early) >= self.problem.roots[root].least:
                 self._offer(self._score(root, early, last))
+
+    def _wander(self) -> None:
+        """Puts random decisions in place of up to three of the best configuration's, and improves what comes of it.
+
+        A step of iterated local search, Lourenço, Martin and Stützle (2003).
+        """
+        if self.best is None or not (part := self.problem.roots[self.best.root]).most:
+            return
+        exit_of, rng, early, last = self.problem.exit_of, self.random, list(self.best.early), self.best.last
+        for _ in range(rng.integers(1, 4)):
+            if (e := rng.integers(exit_of[last] + 1)) == exit_of[last]:
+                last = int(rng.choice(np.flatnonzero(exit_of == e)))
+                continue
+            k, t = int(rng.choice(np.flatnonzero(exit_of == e))), int(rng.integers(part.order.shape[1]))
+            decision = k, t, 1 + int(rng.choice(np.flatnonzero(part.allowed[k, t])))
+            early = [other for other in early if exit_of[other[0]] != e]
+            if len(early) == part.most:
+                del early[rng.integers(part.most)]
+            early = sorted([*early, decision])
+        self._offer(self._score(self.best.root, *self._climb(self.best.root, early, last)))
 
     def _climb(self, root: int, early, last: int, stay: bool = False) -> tuple[list[tuple[int, int, int]], int]:
         """Changes one exit at a time, adds and drops exits unless they shall stay, for as long as the configuration gets better."""

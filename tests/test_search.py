@@ -250,6 +250,29 @@ def test_splitting_before_pairs_equals_brute_force(monkeypatch):
     assert any(pairs_split)
 
 
+def test_wandering_finds_what_is_in_the_space(monkeypatch):
+    """With three early exits and nothing but single exits to start from: random changes stay in the space, some make it better."""
+    monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
+    monkeypatch.setattr(optimum, "CHEAP_PASSES", 0)
+    monkeypatch.setattr(optimum, "SCAN_STEPS", 3e5)
+    monkeypatch.setattr(optimum.Optimiser, "_improve", lambda *arguments: None)
+    wander, gains = optimum.Optimiser._wander, []
+
+    def watched(self):
+        before = self.value
+        wander(self)
+        part = self.problem.roots[self.best.root]
+        assert part.least <= len(self.best.early) <= part.most
+        assert all(part.allowed[k, t, cut - 1] for k, t, cut in self.best.early)
+        gains.append(self.value < before)
+
+    monkeypatch.setattr(optimum.Optimiser, "_wander", watched)
+    for seed in range(4):
+        stats = make_stats(seed, heads=(2, 1, 2), images=4, thetas=1, largest=40)
+        assert check_against_brute_force(stats, "input-dependent", 3, None, asked=3)
+    assert 0 < sum(gains) < len(gains)
+
+
 def test_reducing_again_drops_nothing_more(monkeypatch):
     """The same bounds say the same of what is left, so that a node can be reduced before each step that profits from it."""
     monkeypatch.setattr(optimum, "CHEAP_STEPS", -1)
