@@ -20,8 +20,8 @@ three steps make it tractable:
    known but for a few. `_joint` prepares a first bound, with potentials for what the last candidates are worth; what that leaves is
    bounded with each of them, and needs neither potentials nor a bonus for what may reach it.
 
-`_solve` takes these steps for one node, `run` for all that are left, best bound first. `_climb` finds the good configurations that the
-bounds are compared with.
+`_solve` takes these steps for one node, `run` for all that are left, best bound first. `_climb`, and `_wander` with more than two early
+exits, find the good configurations that the bounds are compared with.
 
 Source: Lagrangian decomposition with potentials as in Held and Karp (1970) and Guignard and Kim (1987).
 """
