@@ -243,7 +243,7 @@ def joint_bound(passes, bands, tops, ranked, leaving, one, two, spending, budget
         counts[1] = ranked.size - counts[0] - counts[2]
         if not affordable(*spending, counts):
             break
-        for column in range(end + 1):
+        for column in range(end + 1):  # faster than assigning the array
             for q in range(WIDTH):
                 totals[column, q] = sums[column, q]
         band = rank
@@ -462,8 +462,7 @@ def bound_pairs(
     leave, middle, spread = rooms[13][chunk, 0], rooms[13][chunk, 1], rooms[13][chunk, 2]
     leaving, hopeful = np.empty(BLOCKS), np.empty((BLOCKS, BLOCKS), np.bool_)
     chain, counts = np.empty(3, np.int64), np.empty(3, np.int64)
-    # Heads that the vectors are of.
-    k2, prepared = -1, False
+    k2 = -1  # that `passes` and `opens` are of
     for group in range(chunk, groups.shape[0], CHUNKS):
         low1, high1, low2, high2 = groups[group]
         if second[0][low2] != k2:
