@@ -13,32 +13,43 @@ from absl import app, flags
 
 from mess_runtime.bundle import write_json
 from mess_tf import configs, metrics
-from mess_tf.data import Examples, evaluation_batches, open_split
+from mess_tf.data import Examples, evaluation_batches, open_split, resize_image, resize_label
 from mess_tf.model import MultiExitNetwork, load_network
 
 Predictor = Callable[[np.ndarray], dict[Hashable, np.ndarray]]
 
 
-def keras_predictor(network: MultiExitNetwork, candidates: Sequence[str], shifts: Mapping[Hashable, np.ndarray] | None = None) -> Predictor:
+def keras_predictor(
+    network: MultiExitNetwork, candidates: Sequence[str], size: tuple[int, int], shifts: Mapping[Hashable, np.ndarray] | None = None
+) -> Predictor:
     """Makes a function from an image float32 [1, H, W, 3] in 0..255 to a dict of masks uint8 [1, H, W], one per candidate.
+
+    As on the device, the network sees the image at its input size, and the mask of that size is brought to the image's.
 
     Args:
       network: says what the candidates are.
       candidates: names of what predicts.
+      size: (height, width) in pixels of the network's input.
       shifts: float32 [C] each, to be subtracted from the logits; with them, a mask per (candidate, key of the shift).
     """
-    features_of = network.features(candidates)
+    features_of = tf.function(network.features(candidates), autograph=False)
+    offsets = tf.stack([tf.zeros(network.num_classes)] if shifts is None else list(shifts.values()))[:, None, None]
 
-    @tf.function(reduce_retracing=True, autograph=False)
+    @tf.function(autograph=False)
+    def masks_of(name, features):  # a graph per candidate: in one graph of all, every candidate's maps lie in memory at once
+        logits = tf.image.resize(tf.cast(network.head_logits(name, features), tf.float32), size)[0]
+        return tf.map_fn(lambda offset: tf.cast(tf.argmax(logits - offset, -1, tf.int32), tf.uint8), offsets, tf.uint8)
+
     def predict(image):
-        features = features_of(image, training=False)
-        size = tf.shape(image)[1:3]
-        logits = {name: tf.image.resize(tf.cast(network.head_logits(name, features), tf.float32), size) for name in candidates}
-        if shifts is not None:
-            logits = {(name, key): x - shift for name, x in logits.items() for key, shift in shifts.items()}
-        return {name: tf.cast(tf.argmax(x, -1, tf.int32), tf.uint8) for name, x in logits.items()}
+        features = features_of(resize_image(image, size), training=False)
+        result = {}
+        for name in candidates:
+            masks = masks_of(name, {tap: features[tap] for tap in network.taps(name)})
+            masks = resize_label(masks, image.shape[1:3]).numpy()[:, None]
+            result |= dict(zip([name] if shifts is None else [(name, key) for key in shifts], masks, strict=True))
+        return result
 
-    return lambda image: {name: mask.numpy() for name, mask in predict(tf.convert_to_tensor(image)).items()}
+    return predict
 
 
 def confusion_matrices(predict: Predictor, examples: Examples) -> dict[Hashable, np.ndarray]:
@@ -86,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     split = FLAGS.split or config.data.val_split
     examples = open_split(config.data, split)
     network = load_network(FLAGS.workdir, config, examples.info.num_classes)
-    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), examples))
+    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates, config.data.input_size), examples))
     print(table(result, examples.info.classes))
     path = os.path.join(FLAGS.workdir, f"evaluation_{split}.json")
     document = {name: dataclasses.asdict(accuracy) for name, accuracy in result.items()}

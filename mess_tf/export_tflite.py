@@ -35,9 +35,10 @@ from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 
 from mess_runtime import bundle as bundles
-from mess_tf import configs, graphs, metrics, policy
+from mess_tf import configs, graphs, policy
 from mess_tf.costs import Cost, graph_nodes, model_cost, with_input_size
-from mess_tf.data import Examples, evaluation_batches, open_split, palette, resize_image, resize_label
+from mess_tf.data import Examples, open_split, palette, resize_image, resize_label
+from mess_tf.evaluate import accuracies, confusion_matrices
 from mess_tf.exits import TAP
 from mess_tf.files import Configuration, Deployment, ExitChoice, made_by
 from mess_tf.model import FINAL, MultiExitNetwork, load_network
@@ -498,17 +499,14 @@ def _cast(pixels: tf.TensorSpec) -> graphs.Graph:
 
 def measured_miou(content: bytes, examples: Examples, size: tuple[int, int], input_spec: bundles.InputSpec) -> dict[str, float]:
     """mIoU (0..1) of every exit of a bundle's file over a split."""
-    total: dict[str, np.ndarray] = {}
     run = Interpreter(model_content=content, num_threads=os.cpu_count()).get_signature_runner(bundles.FULL)
-    for image, label in evaluation_batches(examples):
+
+    def predict(image: np.ndarray) -> dict[str, np.ndarray]:
         outputs = run(image=resize_image(image, size).numpy().round().astype(input_spec.dtype))
-        for name, mask in outputs.items():
-            exit_name, _, kind = name.rpartition(".")
-            if kind == bundles.MASK:
-                prediction = resize_label(mask, tuple(label.shape[1:3])).numpy()
-                matrix = metrics.confusion_matrix(label.numpy(), prediction, examples.info.num_classes)
-                total[exit_name] = total.get(exit_name, 0) + matrix
-    return {name: float(metrics.miou(*metrics.class_counts(matrix))) for name, matrix in total.items()}
+        parts = {name.rpartition("."): value for name, value in outputs.items()}
+        return {name: resize_label(mask, image.shape[1:3]).numpy() for (name, _, kind), mask in parts.items() if kind == bundles.MASK}
+
+    return {name: accuracy.miou for name, accuracy in accuracies(confusion_matrices(predict, examples)).items()}
 
 
 def calibration_images(config: configs.Config, count: int = CALIBRATION_IMAGES) -> list[np.ndarray]:

@@ -23,11 +23,12 @@ def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int
     if label.shape != prediction.shape:
         raise ValueError(f"prediction: must have the label's shape {label.shape}, got {prediction.shape}")
     valid = label != IGNORE
-    rows, columns = label[valid].astype(np.int64), prediction[valid].astype(np.int64)
+    rows, columns = label[valid], prediction[valid]
     for name, values in (("label", rows), ("prediction", columns)):
         if values.size and (values.min() < 0 or values.max() >= num_classes):
             raise ValueError(f"{name}: must be a class in 0..{num_classes - 1}, got {values.min()}..{values.max()}")
-    return np.bincount(rows * num_classes + columns, minlength=num_classes**2).reshape(num_classes, num_classes)
+    cells = np.multiply(rows, num_classes, dtype=np.int64) + columns
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def class_counts(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

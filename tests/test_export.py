@@ -107,9 +107,12 @@ def test_every_submodel_is_there_and_hashed(made):
     assert all(len(value) == 64 for value in hashes)
 
 
-def test_statistics_equal_the_evaluation(made):
-    network, examples, _, stats = made
-    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), examples))
+@pytest.mark.parametrize("image_size", [SIZE, (48, 80)])
+def test_statistics_equal_the_evaluation(made, image_size):
+    network = made[0]
+    examples = open_split(DataConfig(input_size=image_size, synthetic_train=2, synthetic_val=3), "val")
+    stats = calibrate(network, examples, "val", SIZE, folder="", theta_pix=[0.5])
+    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates, SIZE), examples))
     for k, name in enumerate(stats.candidates):
         assert float(metrics.miou(stats.tp[k].sum(0), stats.fp[k].sum(0), stats.fn[k].sum(0))) == pytest.approx(
             result[name].miou, abs=1e-12
@@ -147,7 +150,7 @@ def test_tflite_evaluates_with_the_same_code_as_keras(made, deployed):
     network, examples, _, _ = made
     runner = Runner(Bundle.load(deployed[1] / "bundle_original"))
     on_device = accuracies(confusion_matrices(lambda image: {FINAL: runner.run(image[0].astype(np.uint8)).mask[None]}, examples))
-    in_keras = accuracies(confusion_matrices(keras_predictor(network, [FINAL]), examples))
+    in_keras = accuracies(confusion_matrices(keras_predictor(network, [FINAL], SIZE), examples))
     assert on_device[FINAL].miou == pytest.approx(in_keras[FINAL].miou, abs=2e-3)
 
 
@@ -236,7 +239,7 @@ def test_uint8_input_gives_the_same_masks(made, exporter, deployed):
 def test_measured_miou_is_that_of_the_evaluation(made, deployed):
     network, examples, _, _ = made
     bundle = Bundle.load(deployed[1] / "bundle")
-    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), examples))
+    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates, SIZE), examples))
     for segment in bundle.manifest.segments:
         assert segment.miou == pytest.approx(result[f"{segment.exit}.{segment.head}"].miou, abs=2e-3)
 

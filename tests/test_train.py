@@ -19,7 +19,7 @@ from conftest import SINGLE_THREAD
 
 from mess_tf import configs, train
 from mess_tf.configs import Config, DataConfig, HeadSpec, StageConfig
-from mess_tf.data import class_weights, open_split
+from mess_tf.data import Examples, class_weights, open_split
 from mess_tf.evaluate import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.layers import BatchNormalization
 from mess_tf.metrics import class_counts, confusion_matrix, miou
@@ -27,6 +27,7 @@ from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network, 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE, CLASSES = (32, 64), 8
+VAL_IMAGE_SIZE = (48, 96)  # images are brought to the input size
 HEADS = ("decoder-r4-b0", "fcn-r2-b0")
 
 # 4 steps an epoch. Stage 1: 20 steps, checkpoints at 8, 12, 16, 20. Stage 2: 16 steps, checkpoints at 6, 8, 12, 16.
@@ -317,8 +318,11 @@ def test_mixed_precision_learns():
 def run_stage(workdir: Path, network: MultiExitNetwork, images: int = 16, **values) -> None:
     stage = StageConfig(batch_size=4, **values)
     config = Config(DataConfig(input_size=SIZE, synthetic_train=images, synthetic_val=4))
-    splits = [open_split(config.data, split) for split in ("train", "val")]
-    train.train_stage("stage1", stage, network, config, *splits, str(workdir))
+    train.train_stage("stage1", stage, network, config, open_split(config.data, "train"), validation(), str(workdir))
+
+
+def validation() -> Examples:
+    return open_split(DataConfig(input_size=VAL_IMAGE_SIZE, synthetic_val=4), "val")
 
 
 def rows_of(workdir: Path, field: str) -> list[dict]:
@@ -332,8 +336,8 @@ def test_a_short_run_learns_to_beat_the_best_constant_answer(tmp_path, capsys):
     losses = [row["loss"] for row in rows_of(tmp_path, "loss")]
     assert len(losses) == 10 and all(losses[-1][name] < 0.85 * losses[0][name] for name in losses[0])
 
-    val = open_split(DataConfig(input_size=SIZE, synthetic_val=4), "val")
-    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates), val))
+    val = validation()
+    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates, SIZE), val))
     labels = np.stack([val.load(index)[1] for index in range(len(val))])
     constant = max(float(miou(*class_counts(confusion_matrix(labels, np.full_like(labels, c), CLASSES)))) for c in range(CLASSES))
     assert all(accuracy.miou > 2 * constant for accuracy in result.values())
@@ -366,7 +370,7 @@ def test_class_weights_are_taken_back_as_far_as_validation_wants(tmp_path):
 
     config = DataConfig(input_size=SIZE, synthetic_train=16, synthetic_val=4)
     weights = class_weights(open_split(config, "train").class_pixels(), "sqrt_median_frequency")
-    shift, val = np.log(np.where(weights > 0, weights, 1)), open_split(config, "val")
+    shift, val = np.log(np.where(weights > 0, weights, 1)), validation()
     for name in network.candidates:
         network.logit_bias(name).assign_add(2 * shift)
     network.save_weights(path)
@@ -378,7 +382,7 @@ def test_class_weights_are_taken_back_as_far_as_validation_wants(tmp_path):
         trained = bias.numpy() + taken * shift
         for share in train.LOGIT_SHARES:
             bias.assign(trained - share * shift)
-            reached[share] = accuracies(confusion_matrices(keras_predictor(network, [name]), val))[name].miou
+            reached[share] = accuracies(confusion_matrices(keras_predictor(network, [name], SIZE), val))[name].miou
         assert row["miou"][name] == pytest.approx(reached[taken]) == pytest.approx(max(reached.values()))
 
 
