@@ -46,6 +46,11 @@ def made_by() -> dict[str, str]:
     return {"mess_tf": __version__, "python": platform.python_version(), "numpy": np.__version__, "git_commit": commit}
 
 
+def _must_exist(path: str | os.PathLike, command: str) -> None:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}; `python -m {command} --workdir=...` makes it")
+
+
 # === stats.npz ===
 
 
@@ -175,6 +180,7 @@ class Stats:
           FileNotFoundError: there is no such file.
           ValueError: naming the file and the key that is missing, unknown or does not fit.
         """
+        _must_exist(path, "mess_tf.calibrate")
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -399,4 +405,5 @@ class Deployment(Configuration):
           FileNotFoundError: there is no such file.
           ValueError: naming the file and the key that is missing, unknown or does not fit.
         """
+        _must_exist(path, "mess_tf.search")
         return read_json(path, lambda value: decode_versioned(cls, value, "deployment"))

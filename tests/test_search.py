@@ -666,6 +666,9 @@ def test_stats_unknown_missing_and_broken_off(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="complete stats"):
         Stats.load(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file '.*stats\.npz'; `python -m mess_tf\.calibrate"):
+        Stats.load(path)
 
 
 # === deployment.json ===
