@@ -3,7 +3,7 @@
 `python benchmarks/make_headline.py --workdir W --original O --output B [--data_dir D] [--precisions fp32,int8] [--scales 1,0.75]` runs the
 project's own commands on a trained WORKDIR, leaves out those whose files are there already, and writes B/PRECISION/:
   original/        the same network without early exits, from the WORKDIR O where it was trained plainly (`--set stage1.exits=none`);
-                   its latency comes from the submodels at scale 1, which are made for that if `--scales` lacks it
+                   its latency comes from W's submodels at the scale of O, which are made for that if `--scales` lacks it
   ROW.SETTING/     what the search chooses for each of `--rows` and `--settings`, beside its ROW.SETTING.json, the best over all `--scales`
                    (`backbone.input_scale`, the weights of W for all of them). Rows: `no_loss` and `minus_1pp`: least latency at the
                    original's mIoU and one percentage point below; `equal_latency` and `share_X`: best mIoU at the original's latency
@@ -106,7 +106,7 @@ def main(argv) -> None:
     if shapes[0] != shapes[1] or plain.data.input_size != size:
         raise app.UsageError(f"--original: must be of the same network and input size as --workdir, got {FLAGS.original}")
     for precision in FLAGS.precisions:
-        folders, whole = [prepare(precision, scale) for scale in scales], prepare(precision, 1.0)
+        folders, whole = [prepare(precision, scale) for scale in scales], prepare(precision, plain.backbone.input_scale)
         latency = Path(FLAGS.workdir) / f"{precision}.latency.json"
         if not latency.exists():
             measured = [str(folder / CANDIDATES) for folder in dict.fromkeys([whole, *folders])]

@@ -60,7 +60,7 @@ def train(folder: Path, config: Config, name: str, num_classes: int) -> Config:
         stage = dataclasses.replace(config.stage1, exits="none", initial="", epochs=FLAGS.epochs, learning_rate=FLAGS.learning_rate)
         own = Config(
             data=dataclasses.replace(config.data, crop_size=(0, 0)),
-            backbone=dataclasses.replace(config.backbone, name="keras_file", width=1.0, weights=str(start)),
+            backbone=dataclasses.replace(config.backbone, name="keras_file", width=1.0, input_scale=1.0, weights=str(start)),
             exits=dataclasses.replace(config.exits, count=2, layers=(), plain_head="fcn-r8-b0"),
             stage1=dataclasses.replace(stage, eval_epochs=FLAGS.eval_epochs),
             stage2=dataclasses.replace(config.stage2, epochs=0),

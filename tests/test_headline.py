@@ -161,3 +161,12 @@ def test_smaller_networks_start_with_the_weights_of_the_original(trained, monkey
         assert tuple(shape) == (1, 64 // stride, 96 // stride, 4), name
         for layer in ("Conv1", "block_16_project"):
             np.testing.assert_array_equal(network.get_layer(layer).kernel, original.get_layer(layer).kernel)
+
+
+def test_training_of_an_alternative_to_an_original_with_a_scaled_input(trained, tmp_path, monkeypatch):
+    scaled = dataclasses.replace(CONFIG, backbone=dataclasses.replace(CONFIG.backbone, input_scale=0.5))
+    monkeypatch.setattr(statics, "FLAGS", SimpleNamespace(workdir=trained[0], epochs=1, eval_epochs=1, learning_rate=0.01), raising=False)
+    monkeypatch.setattr(statics.subprocess, "run", lambda *_, **__: None)  # the training itself
+    own = statics.train(tmp_path, scaled, "stride32", 4)
+    network = build_network(own, 4).original
+    assert network.input.shape == (None, 64, 96, 3) and network.output.shape == (None, 32 // 8, 64 // 8, 4)
