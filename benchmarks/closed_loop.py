@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 from common import most_accurate
+from headline import BLOCK
 
 from mess_runtime.benchmark import LatencyRow, benchmark_files
 from mess_runtime.bundle import ANYTIME, BUDGETED, Bundle, Cost, Predicted
@@ -38,8 +39,6 @@ from mess_tf.export_tflite import CANDIDATES, Exporter
 from mess_tf.files import Configuration, Deployment, Stats
 from mess_tf.model import FINAL, load_network
 from mess_tf.search import latency_costs, original, predict, resolve_objective, search, table
-
-BLOCK = 10  # images
 
 
 def submodels(deployments: Sequence[Deployment], folder: Path) -> list[Path]:

@@ -4,8 +4,9 @@
 B/PRECISION/original, ROW.SETTING, anytime, exits.SCALE. DIR/PRECISION/NAME, as `statics.py` writes it, holds alternatives without early
 exits.
 
-All bundles of a precision run in one process, in random order on every image, with the same threads. The latency of an image is the wall
-clock from the uint8 image to the mask of the image's size: resizing, conversion and Python included. mIoU is that of the masks returned.
+All bundles of a precision run in one process, with the same threads, in random order on every ten images in a row, each as on a device
+that runs nothing else. The latency of an image is the wall clock from the uint8 image to the mask of the image's size: resizing,
+conversion and Python included. mIoU is that of the masks returned.
 Nothing is chosen here: of the bundles of a row, the one counts that promised most when it was chosen, on val (`predicted` in its manifest).
 
 `anytime` counts for a row with the first exit that met it on val (`miou` in its manifest), and the mean time until its mask is there; at
@@ -39,6 +40,7 @@ ORIGINAL, EXITS = "original", "exits"
 RESAMPLES = 2000
 ROUNDING = 1e-9  # of sums of float64
 DEADLINES = 50
+BLOCK = 10  # images
 NO_LOSS, MINUS_1PP, EQUAL_LATENCY = ROWS = ("no_loss", "minus_1pp", "equal_latency")
 DROPS_PP = {NO_LOSS: 0.0, MINUS_1PP: 1.0}
 
@@ -96,22 +98,22 @@ def ways_of(folder: Path, kind: str, threads: int) -> dict[str, Callable[[np.nda
 def measure(
     ways: Mapping[str, Callable[[np.ndarray], Masks]], examples: Examples, rounds: int, brightness: float
 ) -> dict[str, list[Measured]]:
-    """Runs every way over a split, image by image, in random order; a list of results per way, in the order of their arrival."""
+    """Runs every way over a split, in blocks of images, in random order per block; a list of results per way, in the order of arrival."""
     names, classes = list(ways), examples.info.num_classes
-    latency: dict[str, list] = {name: [] for name in names}  # [images][rounds][results]
+    latency: dict[str, list] = {name: [[] for _ in range(len(examples))] for name in names}  # [images][rounds][results]
     counts: dict[str, list] = {name: [] for name in names}  # [images][results][3, C]
     order = np.random.default_rng(0)
-    for i in range(len(examples)):
-        image, label = examples.load(i)
-        image = np.clip(np.round(brightness * image), 0, 255).astype(np.uint8)
-        for name in names:
-            latency[name].append([])
+    for start in range(0, len(examples), BLOCK):
+        block = [(i, *examples.load(i)) for i in range(start, min(start + BLOCK, len(examples)))]
+        block = [(i, np.clip(np.round(brightness * image), 0, 255).astype(np.uint8), label) for i, image, label in block]
         for turn in range(rounds):
-            for name in order.permutation(names).tolist():  # a fixed cycle would give each the same predecessor, hence the same cache
-                results = ways[name](image)
-                latency[name][i].append([ms for _, ms in results])
-                if turn == 0:
-                    counts[name].append([metrics.class_counts(metrics.confusion_matrix(label, mask, classes)) for mask, _ in results])
+            for name in order.permutation(names).tolist():
+                ways[name](block[0][1])  # what ran before has left the caches cold
+                for i, image, label in block:
+                    results = ways[name](image)
+                    latency[name][i].append([ms for _, ms in results])
+                    if turn == 0:
+                        counts[name].append([metrics.class_counts(metrics.confusion_matrix(label, mask, classes)) for mask, _ in results])
     medians = {name: np.median(latency[name], axis=1) for name in names}
     return {name: [Measured(medians[name][:, k], np.array(counts[name])[:, k]) for k in range(medians[name].shape[1])] for name in names}
 
