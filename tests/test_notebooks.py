@@ -43,8 +43,10 @@ def test_notebook_runs_and_shows_pictures(path, tmp_path, monkeypatch):
             replaced += count
         assert replaced == 1, name
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")]))
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    # A cell that fails is often the heir of a command that failed before it: what the commands printed belongs to the message.
+    NotebookClient(notebook, timeout=900, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "Traceback" not in printed, printed[-3000:]
+    assert not [output.evalue for output in outputs if output.output_type == "error"], printed[-3000:]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2, printed[-3000:]
