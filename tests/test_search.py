@@ -721,7 +721,7 @@ def test_deployment_is_strict(tmp_path, deployment, change, message):
     assert str(error.value).startswith(str(path))
 
 
-def test_deployment_needs_a_rate_per_exit_and_every_key(tmp_path, deployment):
+def test_deployment_needs_a_file_a_rate_per_exit_and_every_key(tmp_path, deployment):
     with pytest.raises(ValueError, match="exit_rates"):
         dataclasses.replace(deployment, predicted=dataclasses.replace(deployment.predicted, exit_rates=(1.0,)))
     path = tmp_path / "deployment.json"
@@ -730,6 +730,9 @@ def test_deployment_needs_a_rate_per_exit_and_every_key(tmp_path, deployment):
     del content["certificate"]["gap"]
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"certificate: .*'gap'"):
+        Deployment.load(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file '.*deployment\.json'; `python -m mess_tf\.search"):
         Deployment.load(path)
 
 
