@@ -1,31 +1,69 @@
 """One pass over the calibration split: everything the search needs, per image, exit and head, in WORKDIR/stats.npz.
 
-The exit policy runs as the .tflite that devices run, so a threshold means the same there.
-
-`python -m mess_tf.calibrate --workdir=W [--data_dir=D]`. Run it after `export_tflite --candidates`, so that the statistics name the
-submodels whose latencies belong to them.
+`python -m mess_tf.calibrate --workdir=W [--data_dir=D]`, after `export_tflite --candidates`: the submodels are what runs, so the statistics
+are those of their precision and name the files whose latencies belong to them. The exit policy runs as the .tflite that devices run,
+so a threshold means the same there.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 from ai_edge_litert.interpreter import Interpreter
 
-from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, SIGNATURE, file_sha256
+from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE, check, file_sha256
 from mess_tf import configs, graphs, metrics, policy
 from mess_tf.costs import Cost, model_cost
 from mess_tf.data import Examples, evaluation_batches, open_split, resize_image, resize_label
-from mess_tf.export_tflite import CANDIDATES, convert, head_cost, head_name, policy_name, tensor_shapes
+from mess_tf.export_tflite import CANDIDATES, WEIGHTS, convert, head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.files import Stats, made_by
-from mess_tf.model import MultiExitNetwork, load_network
+from mess_tf.model import FINAL, MultiExitNetwork, load_network
 
 THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
+
+EXPORT_AGAIN = "`python -m mess_tf.export_tflite --candidates` makes them anew"
+
+# Images float32 [1, H, W, 3] to each candidate's name and logits float32 [1, h, w, C], the final exit's first.
+LogitsOf = Callable[[Sequence[np.ndarray]], Iterator[tuple[str, list[np.ndarray]]]]
+
+
+def logits_of_keras(network: MultiExitNetwork) -> LogitsOf:
+    """Runs the network itself."""
+    features_of = tf.function(network.features(network.candidates), autograph=False)
+    head_of = tf.function(network.head_logits, autograph=False)
+
+    def run(images):
+        features = [features_of(image, training=False) for image in images]
+        for candidate in reversed(network.candidates):
+            taps = network.taps(candidate)
+            yield candidate, [head_of(candidate, {name: each[name] for name in taps}).numpy() for each in features]
+
+    return run
+
+
+def logits_of_files(prefixes: Mapping[str, Path], heads: Mapping[str, Path]) -> LogitsOf:
+    """Runs exported submodels: prefixes by exit, heads by candidate, both shallow to deep."""
+
+    def outputs_of(path: Path, inputs: Sequence[Mapping[str, np.ndarray]]) -> list[Mapping[str, np.ndarray]]:
+        runner = Interpreter(str(path), num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
+        return [runner(**{name: each[name] for name in runner.get_input_details()}) for each in inputs]
+
+    def run(images):
+        for exit_name, prefix in reversed(prefixes.items()):
+            features = outputs_of(prefix, [{IMAGE: image} for image in images])
+            for candidate, head in reversed(heads.items()):
+                if candidate.startswith(f"{exit_name}."):
+                    yield candidate, [outputs["logits"] for outputs in outputs_of(head, features)]
+
+    return run
 
 
 def calibrate(
@@ -33,7 +71,7 @@ def calibrate(
     examples: Examples,
     split: str,
     size: tuple[int, int],
-    folder: str,
+    folder: str | Path,
     theta_pix: Sequence[float] = THETA_PIX,
     fidelity: str = policy.EXACT,
 ) -> Stats:
@@ -44,15 +82,27 @@ def calibrate(
       examples: the calibration split. Images are resized to `size`, masks back to the image (nearest pixel), as on the device.
       split: its name.
       size: (height, width) in pixels of the exported network.
-      folder: of the exported candidates; without them the hashes stay empty and the search knows MACs only.
+      folder: of the exported candidates, which are run. If there are none, the network itself is, in float32; the hashes stay empty then,
+        and the search knows MACs only.
       theta_pix: thresholds of the pixel confidence, increasing.
       fidelity: of the policy, see `policy.decide`.
 
     Returns:
       The statistics, see `Stats`.
+
+    Raises:
+      ValueError: the candidates were exported with other weights, or without this fidelity.
     """
     candidates = network.candidates
-    logits_of = tf.function(network.submodel(candidates), autograph=False)
+    exits = [point.name for point in network.exit_points] + ["final"]
+    prefixes = {name: Path(folder) / f"prefix.{name}.tflite" for name in exits}
+    heads = {name: Path(folder) / f"{head_name(name, fidelity)}.tflite" for name in candidates}
+    weights, of_network = Path(folder) / WEIGHTS, network.weights_sha256()
+    if exported := weights.exists():
+        check((of_files := weights.read_text()) == of_network, str(weights), f"{of_network}, as of this network; {EXPORT_AGAIN}", of_files)
+        there = all(path.exists() for path in heads.values())
+        check(there, "fidelity", f"one that the candidates were exported with; {EXPORT_AGAIN}", fidelity)
+    logits_of = logits_of_files(prefixes, heads) if exported else logits_of_keras(network)
     thresholds = [(theta, edge_aware) for theta in theta_pix for edge_aware in (False, True)]
 
     @functools.cache
@@ -64,23 +114,24 @@ def calibrate(
     counts = np.zeros((3, len(candidates), len(examples), num_classes), np.int64)
     confident = np.zeros((len(candidates), len(examples), len(theta_pix), 2), np.int64)
     changed = np.zeros(confident.shape[:2], np.int64)
-    for i, (image, label) in enumerate(evaluation_batches(examples)):
-        logits = {name: tensor.numpy() for name, tensor in logits_of(resize_image(image, size), training=False).items()}
-        masks = []
-        for k, candidate in enumerate(candidates):
-            outputs = policy_runner(logits[candidate].shape)(logits=logits[candidate])
-            masks.append(outputs[MASK])
-            confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(len(theta_pix), 2)
-            prediction = resize_label(outputs[MASK], tuple(label.shape[1:3]))
-            counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label.numpy(), prediction.numpy(), num_classes))
-        changed[:, i] = [(mask != masks[-1]).sum() for mask in masks]
-        logging.log_every_n_seconds(logging.INFO, "calibrate: image %d of %d", 10, i + 1, len(examples))
+    batches = enumerate(evaluation_batches(examples))
+    while chunk := list(itertools.islice(batches, CHUNK)):
+        final_masks: dict[int, np.ndarray] = {}
+        for candidate, logits in logits_of([resize_image(image, size).numpy() for _, (image, _) in chunk]):
+            k = candidates.index(candidate)
+            for (i, (_, label)), each in zip(chunk, logits, strict=True):
+                outputs = policy_runner(each.shape)(logits=each)
+                confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(len(theta_pix), 2)
+                prediction = resize_label(outputs[MASK], tuple(label.shape[1:3]))
+                counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label.numpy(), prediction.numpy(), num_classes))
+                if candidate == FINAL:
+                    final_masks[i] = outputs[MASK]
+                changed[k, i] = (outputs[MASK] != final_masks[i]).sum()
+            logging.log_every_n_seconds(logging.INFO, "calibrate: image %d of %d, %s", 10, chunk[-1][0] + 1, len(examples), candidate)
 
-    def sha256(name: str) -> str:
-        path = os.path.join(folder, f"{name}.tflite")
-        return file_sha256(path) if os.path.exists(path) else ""
+    def sha256(path: Path) -> str:
+        return file_sha256(path) if exported else ""
 
-    exits = [point.name for point in network.exit_points] + ["final"]
     of_exit = [[name for name in candidates if name.startswith(f"{exit_name}.")] for exit_name in exits]
 
     prefix = [model_cost(network.features(names), size) for names in of_exit]
@@ -93,7 +144,7 @@ def calibrate(
     }
 
     def policy_sha256(mode: str) -> tuple[str, ...]:
-        return tuple(sha256(policy_name(network, name, shapes, mode, fidelity)) for name in candidates)
+        return tuple(sha256(Path(folder) / f"{policy_name(network, name, shapes, mode, fidelity)}.tflite") for name in candidates)
 
     return Stats(
         split=split,
@@ -109,8 +160,8 @@ def calibrate(
         confident=confident,
         changed=changed,
         **costs,
-        prefix_sha256=tuple(sha256(f"prefix.{exit_name}") for exit_name in exits),
-        head_sha256=tuple(sha256(head_name(name, fidelity)) for name in candidates),
+        prefix_sha256=tuple(map(sha256, prefixes.values())),
+        head_sha256=tuple(map(sha256, heads.values())),
         mask_sha256=policy_sha256("mask"),
         plain_sha256=policy_sha256("plain"),
         edge_sha256=policy_sha256("edge"),

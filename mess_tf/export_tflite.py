@@ -1,8 +1,8 @@
 """Export to TFLite: submodels to measure, and the bundle to deploy.
 
 `python -m mess_tf.export_tflite --workdir=W --candidates` writes WORKDIR/candidates/: per exit `prefix.EXIT` (image to the tensors that
-its heads read), per candidate `head.EXIT.HEAD` (those tensors to the mask), and per size of logits the exit policy alone. Their latencies
-add up to those of any deployment.
+its heads read), per candidate `head.EXIT.HEAD` (those tensors to the mask and its logits), and per size of logits the exit policy alone.
+Their latencies add up to those of any deployment. Beside them, `weights.sha256` says of which weights they are, once all are there.
 
 `python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes
   WORKDIR/bundle/           one .tflite with a signature per segment, one per exit alone and one for everything, sharing weights; manifest
@@ -43,7 +43,7 @@ from mess_tf.exits import TAP
 from mess_tf.files import Configuration, Deployment, ExitChoice, made_by
 from mess_tf.model import FINAL, MultiExitNetwork, load_network
 
-CANDIDATES = "candidates"
+CANDIDATES, WEIGHTS = "candidates", "weights.sha256"
 EXAMPLES = 8
 CALIBRATION_IMAGES = 64
 SHORT_SUM = 32  # products per value; XNNPACK's int8 convolutions of so few are slower than those of float32
@@ -84,7 +84,7 @@ def policy_name(network: MultiExitNetwork, candidate: str, shapes: Shapes, mode:
 
 
 def head_name(candidate: str, fidelity: str) -> str:
-    """Name of the submodel from the tensors that a candidate reads to its mask."""
+    """Name of the submodel from the tensors that a candidate reads to its mask and its logits."""
     return f"head{_suffix(fidelity)}.{candidate}"
 
 
@@ -268,7 +268,8 @@ class Exporter:
         """Image to every tensor that the heads of an exit read."""
         model = self.network.features([name for name in self.network.candidates if name.startswith(f"{exit_name}.")])
         graph = self.converted(lambda image: model(image, training=False), [bundles.IMAGE])
-        graph = graphs.cut(graph, graph.inputs, {name: graphs.stored(graph, name) for name in graph.outputs})
+        features = {name: graphs.stored(graph, name) for name in graph.outputs if name not in self.network.taps(FINAL)}
+        graph = graphs.cut(graph, graph.inputs, graph.outputs | features)  # logits are handed on as float32
         with _named(f"prefix.{exit_name}"):
             content = self.save(folder / f"prefix.{exit_name}.tflite", graph)
             if self.precision in TOLERANCE:
@@ -278,19 +279,18 @@ class Exporter:
         return graph
 
     def head(self, folder: Path, candidate: str) -> graphs.Graph:
-        """The tensors that a candidate reads to its mask."""
+        """The tensors that a candidate reads to its mask and its logits."""
         names = self.network.taps(candidate)
         graph = self.converted(lambda **features: {"logits": self.network.head_logits(candidate, features)}, names)
         graph = graphs.cut(graph, {name: graphs.taken(graph, name) for name in graph.inputs}, graph.outputs)
         graph = graphs.join(graph, self.policy(*logits_size(self.network, candidate, self.shapes), ()), {"logits": "logits"})
-        graph = graph.renamed({bundles.MASK: bundles.MASK})
         name = head_name(candidate, self.fidelity)
         with _named(name):
             content = self.save(folder / f"{name}.tflite", graph)
             if self.precision in TOLERANCE:
                 inputs = {name: self.samples[0][name] for name in names}
                 logits = self.network.head_logits(candidate, {name: tf.constant(value) for name, value in inputs.items()})
-                self._check(content, inputs, {bundles.MASK: (logits, ())}, {})
+                self._check(content, inputs, {bundles.MASK: (logits, ())}, {"logits": logits.numpy()})
         return graph
 
     def policies(self, folder: Path) -> None:
@@ -517,8 +517,9 @@ def calibration_images(config: configs.Config, count: int = CALIBRATION_IMAGES) 
 
 
 def export_candidates(exporter: Exporter, folder: Path) -> None:
-    """Writes every submodel that the search needs a latency of."""
+    """Writes every submodel that the search needs a latency of, and then the hash of the network's weights."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).unlink(missing_ok=True)
     network = exporter.network
     exits = [point.name for point in network.exit_points] + ["final"]
     reached = {name: graphs.macs(exporter.prefix(folder, name)) for name in exits}
@@ -532,6 +533,7 @@ def export_candidates(exporter: Exporter, folder: Path) -> None:
         deeper = [name for name in exits[exits.index(exit_name) + 1 :] if cost.get((name, head), np.inf) <= value]
         if deeper:
             logging.warning("%s.%s: costs no less than at %s: too heavy a head for its place", exit_name, head, deeper[0])
+    bundles.write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_text(network.weights_sha256()))
 
 
 def export_deployment(

@@ -1,6 +1,7 @@
 """The multi-exit network: an original network with early exits, its sub-models, and the segments between chosen exits."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -97,6 +98,13 @@ class MultiExitNetwork:
         for name, head in self.heads.items():
             if name.endswith(".rest") and not any(variable.startswith(f"{name}/") for variable in variables):
                 copy_rest(self.original, head)
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of all weights of the original and the heads, in lower-case hexadecimal."""
+        digest = hashlib.sha256()
+        for name, variable in self._variables():
+            digest.update(name.encode() + variable.numpy().tobytes())
+        return digest.hexdigest()
 
     def _variables(self) -> list[tuple[str, keras.Variable]]:
         """Every weight with a name that does not depend on how many layers a process has made before."""

@@ -448,7 +448,7 @@ def test_from_phones_to_deployments(bench, plug_in, trained, tool):
     assert chosen["Pixel_8-PIXEL8"].exits[0].exit == "exit1" and chosen["Nexus_5-NEXUS5"].exits[0].exit == "final"
 
     details = read_json(workdir / "latency.runs.json", session.RunLog.from_json).details
-    assert {each.sha256 for each in details} == {file_sha256(path) for path in (workdir / "candidates").iterdir()}
+    assert {each.sha256 for each in details} == {file_sha256(path) for path in (workdir / "candidates").glob("*.tflite")}
     assert len(details) == 2 * len({each.sha256 for each in details}) and {each.peak_memory_mb for each in details} == {74.2}
     assert all(op.count > 0 and op.mean_ms > 0 for each in details for op in each.op_times) and all(each.op_times for each in details)
 

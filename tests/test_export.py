@@ -225,6 +225,37 @@ def test_int8_candidates_hand_int8_on(made, tmp_path):
         interpreter.invoke()
 
 
+def test_int8_statistics_are_nearer_to_the_int8_bundle_than_those_of_float32(made, tmp_path):
+    network, examples, _, stats = made
+    exporter = Exporter(network, SIZE, precision="int8", samples=[examples.load(i)[0][None].astype(np.float32) for i in range(2)])
+    export_candidates(exporter, tmp_path / "candidates")
+    quantised = calibrate(network, examples, "val", SIZE, tmp_path / "candidates", stats.theta_pix.tolist())
+    choices = choices_of(quantised, False)
+    exporter.bundle(tmp_path / "bundle", Configuration("input-dependent", False, tuple(choices), None), None, stats.classes)
+    runner = Runner(Bundle.load(tmp_path / "bundle"))
+    of = [stats.candidates.index(f"{choice.exit}.{choice.head}") for choice in choices]
+    apart, from_float = 0, 0
+    for i in range(len(examples)):
+        image, label = examples.load(i)
+        for k, mask in zip(of, (result.mask for result in runner.refine(image)), strict=True):
+            tp, fp, _ = metrics.class_counts(metrics.confusion_matrix(label, mask, examples.info.num_classes))
+            apart += np.abs(tp - quantised.tp[k, i]).sum() + np.abs(fp - quantised.fp[k, i]).sum()
+            from_float += np.abs(tp - stats.tp[k, i]).sum() + np.abs(fp - stats.fp[k, i]).sum()
+    assert apart < 0.6 * from_float  # not 0: how the converter scales an addition's inputs depends on what else reads them
+
+
+def test_candidates_of_other_weights_or_fidelity_are_an_error(made):
+    network, examples, folder, _ = made
+    bias = network.logit_bias(FINAL)
+    before = bias.numpy()
+    bias.assign_add([1.0] * network.num_classes)
+    with pytest.raises(ValueError, match=r"weights\.sha256: must be \w{64}, as of this network; .*export_tflite --candidates"):
+        calibrate(network, examples, "val", SIZE, folder / "candidates")
+    bias.assign(before)
+    with pytest.raises(ValueError, match=r"fidelity: must be one that the candidates were exported with.*got 'low'"):
+        calibrate(network, examples, "val", SIZE, folder / "candidates", fidelity="low")
+
+
 def test_uint8_input_gives_the_same_masks(made, exporter, deployed):
     _, examples, _, _ = made
     whole = bundle_of(made, exporter, "uint8", False, input_spec=InputSpec(*SIZE, "uint8"))
