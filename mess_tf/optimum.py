@@ -58,6 +58,8 @@ CHEAP_PAIRS = 1e5
 HEADS = 8
 # Multiplicative steps of the weights of last candidates in `Optimiser._joint`: how many, and the first one per mIoU.
 WEIGHT_STEPS, WEIGHT_RATE = 12, 3000.0
+# Decisions that a step of `_wander` changes at most, near and to start elsewhere, and steps without gain until it does.
+NEAR, FAR, PATIENCE = 3, 12, 60
 # Configurations with one early exit that the search of each part of the space starts from.
 STARTS = 3
 # Orders of each exit whose mean is the middle of a part, or that show how often images go on.
@@ -308,6 +310,9 @@ class Optimiser:
         self.known: dict[tuple, tuple] = {}
         # With two early exits, by part of the space and exits: what the best configuration may be like.
         self.climbed: dict[tuple, tuple] = {}
+        # Of `_wander`: where it is, with the value there, and for how many more steps it stays without finding something better.
+        self.here: tuple | None = None
+        self.patience = PATIENCE
         self.random = np.random.default_rng(0)
         self.least_fp = np.stack([problem.fp[problem.exit_of == e].min(axis=0) for e in range(self.exits)])
 
@@ -673,8 +678,7 @@ class Optimiser:
             heap, ticket = [(-math.inf, i, node) for i, node in enumerate(self._nodes())], itertools.count(1 << 32)
             while heap and time.perf_counter() < self.deadline:
                 _, _, node = heapq.heappop(heap)
-                if len(node.potentials) > 2 and node.upper < math.inf:  # with fewer early exits, bounds alone soon lead to the optimum
-                    self._wander()
+                begin, wanders = time.perf_counter(), len(node.potentials) > 2 and node.upper < math.inf
                 try:
                     if node.upper < self.floor - SLACK or not node.count():
                         raise PrunedError
@@ -682,6 +686,9 @@ class Optimiser:
                         heapq.heappush(heap, (-child.upper, next(ticket), child))
                 except PrunedError:
                     self.proof.cut["bound"] += node.count()
+                until = min(1.5 * time.perf_counter() - 0.5 * begin, self.deadline)  # a third of the time
+                while wanders and time.perf_counter() < until:  # with fewer early exits, bounds alone soon lead to the optimum
+                    self._wander()
         left = [node for _, _, node in heap if node.upper >= self.floor - SLACK]
         self.proof.cut["bound"] += sum(node.count() for _, _, node in heap) - sum(node.count() for node in left)
         self.proof.open = sum(node.count() for node in left)
@@ -976,14 +983,19 @@ class Optimiser:
                 self._offer(self._score(root, early, last))
 
     def _wander(self) -> None:
-        """Puts random decisions in place of up to three of the best configuration's, and improves what comes of it.
+        """Puts random decisions in place of some of a configuration's, improves what comes of it, and stays there if it is better.
 
-        A step of iterated local search, Lourenço, Martin and Stützle (2003).
+        A step of iterated local search, Lourenço, Martin and Stützle (2003). Where nothing better was found for long, it starts elsewhere.
         """
         if self.best is None or not (part := self.problem.roots[self.best.root]).most:
             return
-        exit_of, rng, early, last = self.problem.exit_of, self.random, list(self.best.early), self.best.last
-        for _ in range(rng.integers(1, 4)):
+        if self.here is None or self.here[0] != self.best.root:
+            self.here = self.best.root, self.best.early, self.best.last, self.value
+        root, early, last, value = self.here
+        exit_of, rng, changes, early = self.problem.exit_of, self.random, NEAR, list(early)
+        if self.patience == 0:
+            changes, value = FAR, (math.inf, math.inf)
+        for _ in range(rng.integers(1, changes + 1)):
             if (e := rng.integers(exit_of[last] + 1)) == exit_of[last]:
                 last = int(rng.choice(np.flatnonzero(exit_of == e)))
                 continue
@@ -993,7 +1005,12 @@ class Optimiser:
             if len(early) == part.most:
                 del early[rng.integers(part.most)]
             early = sorted([*early, decision])
-        self._offer(self._score(self.best.root, *self._climb(self.best.root, early, last)))
+        early, last = self._climb(root, early, last)
+        found = self._score(root, early, last)
+        self._offer(found)
+        self.patience = max(self.patience - 1, 0)
+        if (new := self._judge(found)) < value:
+            self.here, self.patience = (root, early, last, new), PATIENCE
 
     def _climb(self, root: int, early, last: int, stay: bool = False) -> tuple[list[tuple[int, int, int]], int]:
         """Changes one exit at a time, adds and drops exits unless they shall stay, for as long as the configuration gets better."""
