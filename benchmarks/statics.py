@@ -3,7 +3,7 @@
 `python benchmarks/statics.py --workdir W --output DIR [--data_dir D] [--names ...] [--epochs 12] [--precisions fp32,int8]` starts from the
 original network of a training and writes DIR/PRECISION/NAME, bundles for `headline.py --statics DIR`. Names are parts joined by `-`:
   scaleX    the image is resized to X of its size inside the network (`backbone.input_scale`), and the logits straight to the image's size
-  strideN   the backbone at output stride N
+  strideN   the backbone at output stride N (8 only with another HEAD than a decoder, which would read another tap)
   HEAD      another final head of the backbone's kind, `fcn`, `deeplab` or `decoder` (with reduction 1 and no blocks), new where it differs
 Each is trained in DIR/train/NAME by `mess_tf.train`, plainly, on whole images, as W was trained otherwise; stopped, it goes on from there.
 """
