@@ -64,7 +64,7 @@ NEAR, FAR, PATIENCE = 3, 12, 60
 STARTS = 3
 # Orders of each exit whose mean is the middle of a part, or that show how often images go on.
 SAMPLE = 40
-# By how much G varies more than the union, see `Optimiser._tangent`: the root of its inverse.
+# By how much G varies more than the union in `Optimiser._terms`: the root of its inverse.
 BALANCE = 0.85
 # Share of the images: exits where cuts further apart than this are open are split by cut.
 CUT_SPAN = 0.08
@@ -425,8 +425,9 @@ class Optimiser:
 
         With the union U = labelled + FP and r and V the IoU and the union in the middle, IoU is r - G / V + (G / V) (U - V) / U, where
         G = r U - TP. The first two terms are linear. The product is at most a quarter of the square of e G / V + (U - V) / (e U), for
-        any e. This sum is made up of what each decision contributes, a vector over the classes that is known but for the images of which
-        it is open whether they reach the decision. Cauchy's inequality makes the square of the sum a sum of squares.
+        any e of each class; the one taken makes both terms vary alike. This sum is made up of what each decision contributes, a vector
+        over the classes that is known but for the images of which it is open whether they reach the decision. Cauchy's inequality makes
+        the square of the sum a sum of squares.
 
         Returns:
           Weights [K, I], constant and, as in `Relaxation`, the bonuses.
@@ -464,12 +465,16 @@ class Optimiser:
         of = np.append(node.position[sample], np.full(node.lasts.size, m))
         mean_of = np.equal.outer(np.arange(m + 1), of) / np.bincount(of, minlength=m + 1)[:, None]
         none, one = np.zeros(classes), np.ones(classes)
-        center_tp, center_fp = mean_of @ contributions(one, none)[0], mean_of @ contributions(none, one)[0]
+        of_tp, of_fp = contributions(one, none)[0], contributions(none, one)[0]
+        center_tp, center_fp = mean_of @ of_tp, mean_of @ of_fp
         union = problem.labelled + expected_fp[0].sum(0) + center_fp.sum(0)
         iou = (expected_tp[0].sum(0) + center_tp.sum(0)) / union
         exits = np.unique(problem.exit_of[np.append(node.candidate, node.lasts)])
         least = problem.labelled + self.least_fp[exits].min(axis=0).sum(axis=0)
-        per_tp, per_fp = -BALANCE / union, BALANCE * iou / union + 1 / (BALANCE * least)
+        of_g, of_union = iou * (of_fp - center_fp[of]) - (of_tp - center_tp[of]), of_fp - center_fp[of]
+        varies_g, varies_union = (of_g**2).sum(axis=0) / union**2, (of_union**2).sum(axis=0) / least**2
+        balance = ((varies_union + 1e-12) / (varies_g + 1e-12)) ** 0.25
+        per_tp, per_fp = -balance / union, balance * iou / union + 1 / (balance * least)
         center = per_tp * center_tp + per_fp * center_fp
         sums, spread, terms = contributions(per_tp, per_fp)
         for row, k in enumerate(node.lasts, start=sample.size):
