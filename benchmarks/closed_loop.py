@@ -31,7 +31,7 @@ from common import most_accurate
 from headline import BLOCK
 
 from mess_runtime.benchmark import LatencyRow, benchmark_files
-from mess_runtime.bundle import ANYTIME, BUDGETED, Bundle, Cost, Predicted
+from mess_runtime.bundle import ANYTIME, BUDGETED, Bundle
 from mess_runtime.runner import Result, Runner
 from mess_tf import configs, metrics
 from mess_tf.data import Examples, open_split
@@ -92,17 +92,15 @@ def main(argv) -> None:
     exporter = Exporter(network, config.data.input_size, stats.fidelity)
     targets = [float(value) for value in FLAGS.max_drop_pp]
     folder = workdir / "closed_loop"
-    cost = Cost(costs.name, original(stats, costs).cost)
     exits_alone = most_accurate(stats)
     all_exits = Configuration(ANYTIME, False, tuple(exits_alone), 1.0)
-    exporter.bundle(folder / "exits", all_exits, Predicted(original(stats, costs).miou, cost), examples.info.classes)
+    exporter.bundle(folder / "exits", all_exits, None, examples.info.classes)
     deployments = []
     for target in targets:
         objective = resolve_objective(original(stats, costs), costs, "input-dependent", max_drop_pp=target)
         deployment = search(stats, costs, objective, max_early_exits=FLAGS.max_early_exits)
         print(table(deployment))
-        predicted = Predicted(deployment.predicted.miou, Cost(costs.name, deployment.predicted.cost_mean))
-        exporter.bundle(folder / f"{target:g}pp", deployment, predicted, examples.info.classes)
+        exporter.bundle(folder / f"{target:g}pp", deployment, deployment.predicted.in_manifest(), examples.info.classes)
         deployments.append(deployment)
 
     runners = [Runner(Bundle.load(folder / name), FLAGS.threads) for name in ("exits", *(f"{target:g}pp" for target in targets))]

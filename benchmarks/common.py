@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
-from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, Bundle, Cost, InputSpec, Predicted
+from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, Bundle, InputSpec
 from mess_tf import configs, metrics
 from mess_tf.data import Examples, open_split
 from mess_tf.export_tflite import FP32, INT8, Exporter, calibration_images
@@ -58,8 +58,7 @@ class Trained:
             early = [ExitChoice(choice.exit, choice.head, *theta) for choice in early]
         configuration = Configuration(*((INPUT_DEPENDENT, True, (*early, last), None) if theta else (ANYTIME, False, (*early, last), 1.0)))
         spec = InputSpec(*self.size, input_type)
-        predicted = Predicted(0.0, Cost("macs", 0.0))
-        exporter.bundle(folder, configuration, predicted, self.examples.info.classes, spec, self.examples if measure else None)
+        exporter.bundle(folder, configuration, None, self.examples.info.classes, spec, self.examples if measure else None)
         return Bundle.load(folder)
 
 

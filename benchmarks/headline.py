@@ -7,6 +7,9 @@ exits.
 All bundles of a precision run in one process, with the same threads, in random order on every ten images in a row, each as on a device
 that runs nothing else. The latency of an image is the wall clock from the uint8 image to the mask of the image's size: resizing,
 conversion and Python included. mIoU is that of the masks returned.
+Input-dependent bundles of equal latency hold their latency (`Runner`): harder images than those of val must not make them slower than the
+original.
+
 Nothing is chosen here: of the bundles of a row, the one counts that promised most when it was chosen, on val (`predicted` in its manifest).
 
 `anytime` counts for a row with the first exit that met it on val (`miou` in its manifest), and the mean time until its mask is there; at
@@ -73,7 +76,8 @@ class Measured:
 
 def ways_of(folder: Path, kind: str, threads: int) -> dict[str, Callable[[np.ndarray], Masks]]:
     """How a bundle is run, by name: functions from an image to (mask, ms since the start), several with `anytime`."""
-    runner = Runner(Bundle.load(folder), threads)
+    bundle = Bundle.load(folder)
+    runner = Runner(bundle, threads, hold_latency=kind.startswith(EQUAL_LATENCY) and bundle.manifest.setting == INPUT_DEPENDENT)
 
     def anytime(image):
         start = time.perf_counter_ns()

@@ -31,7 +31,7 @@ from common import most_accurate, searched
 from headline import DROPS_PP, EQUAL_LATENCY, EXITS, ORIGINAL, ROWS
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Cost, Predicted, read_json, write_atomically
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Predicted, read_json, write_atomically
 from mess_tf import configs
 from mess_tf.data import open_split
 from mess_tf.export_tflite import CANDIDATES, FP32, INT8, PRECISIONS, Exporter, calibration_images
@@ -135,8 +135,7 @@ def main(argv) -> None:
                 at, deployment = chosen
                 deployment.save(output / f"{name}.json")
                 print(f"{name}, scale {scales[at]:g}: {table(deployment)}")
-                cost = Cost(deployment.predicted.cost_name, deployment.predicted.cost_mean)
-                export(name, deployment, Predicted(deployment.predicted.miou, cost), exporters[at])
+                export(name, deployment, deployment.predicted.in_manifest(), exporters[at])
         if FLAGS.exits:
             for folder, scale, exporter in zip(folders, scales, exporters, strict=True):
                 best = most_accurate(Stats.load(folder / "stats.npz"))

@@ -382,7 +382,7 @@ class Exporter:
         self,
         folder: Path,
         configuration: Configuration,
-        predicted: bundles.Predicted,
+        predicted: bundles.Predicted | None,
         classes: Sequence[str],
         input_spec: bundles.InputSpec | None = None,
         examples: Examples | None = None,
@@ -392,7 +392,7 @@ class Exporter:
         Args:
           folder: to write.
           configuration: exits, heads, thresholds.
-          predicted: what the search expects.
+          predicted: what the search expects, if there was a search.
           classes: names.
           input_spec: how images go in; by default float32, stretched to the network's size.
           examples: images to measure the mIoU of each exit on, for the manifest.
@@ -553,11 +553,9 @@ def export_deployment(
     bundles.check(exporter.fidelity == deployment.fidelity, "fidelity", required, exporter.fidelity)
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
-    predicted = bundles.Predicted(deployment.original.miou, cost)
+    predicted = bundles.Predicted(deployment.original.miou, cost, (1.0,))
     original = exporter.bundle(workdir / "bundle_original", alone, predicted, classes, input_spec, examples)
-    cost = bundles.Cost(deployment.predicted.cost_name, deployment.predicted.cost_mean)
-    predicted = bundles.Predicted(deployment.predicted.miou, cost)
-    signatures = exporter.bundle(workdir / "bundle", deployment, predicted, classes, input_spec, examples)
+    signatures = exporter.bundle(workdir / "bundle", deployment, deployment.predicted.in_manifest(), classes, input_spec, examples)
     submodels = workdir / "submodels"
     shutil.rmtree(submodels, ignore_errors=True)
     submodels.mkdir(parents=True)

@@ -15,6 +15,7 @@ from typing import Self, get_args
 
 import numpy as np
 
+from mess_runtime import bundle
 from mess_runtime.bundle import (
     ANYTIME,
     BUDGETED,
@@ -305,6 +306,10 @@ class Predicted:
     miou_interval: tuple[float, float]
     cost_interval: tuple[float, float]
     images: int
+
+    def in_manifest(self) -> bundle.Predicted:
+        """What of it goes with a bundle."""
+        return bundle.Predicted(self.miou, bundle.Cost(self.cost_name, self.cost_mean), self.exit_rates)
 
 
 @dataclasses.dataclass(frozen=True)

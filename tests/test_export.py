@@ -10,7 +10,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from small_network import small_network
 
-from mess_runtime.bundle import SIGNATURE, Bundle, Cost, InputSpec, Predicted, file_sha256
+from mess_runtime.bundle import SIGNATURE, Bundle, InputSpec, file_sha256
 from mess_runtime.runner import Runner
 from mess_tf import graphs, metrics
 from mess_tf.backbones import build_backbone
@@ -19,8 +19,7 @@ from mess_tf.configs import BackboneConfig, DataConfig, HeadSpec
 from mess_tf.data import open_split
 from mess_tf.evaluate import accuracies, confusion_matrices, keras_predictor
 from mess_tf.export_tflite import Exporter, ExportError, check_parity, convert, export_candidates, export_deployment, run_signature
-from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original
-from mess_tf.files import Predicted as Promise
+from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Predicted
 from mess_tf.model import FINAL
 from mess_tf.model import convert as convert_network
 from mess_tf.policy import decide
@@ -73,7 +72,7 @@ def deployed(made, exporter, tmp_path_factory):
         tuple(choices_of(stats, False)),
         None,
         constraint=Objective("macs", 0.0),
-        predicted=Promise(0.5, "macs", 1.0, 1.0, (0.5, 0.3, 0.2), {}, (0.5, 0.5), (1.0, 1.0), 1),
+        predicted=Predicted(0.5, "macs", 1.0, 1.0, (0.5, 0.3, 0.2), {}, (0.5, 0.5), (1.0, 1.0), 1),
         original=Original(0.6, 2.0),
         certificate=Certificate(1, 1, {}, 0, 1.0, 0.0, 0.1, None),
         guarantee=None,
@@ -94,7 +93,7 @@ def edge_aware_bundle(made, exporter):
 def bundle_of(made, exporter: Exporter, name: str, edge_aware: bool, **options) -> Bundle:
     _, examples, folder, stats = made
     configuration = Configuration("input-dependent", edge_aware, tuple(choices_of(stats, edge_aware)), None)
-    exporter.bundle(folder / name, configuration, Predicted(0.5, Cost("macs", 1.0)), examples.info.classes, **options)
+    exporter.bundle(folder / name, configuration, None, examples.info.classes, **options)
     return Bundle.load(folder / name)
 
 
@@ -288,6 +287,7 @@ def test_deployment_writes_each_exit_as_a_file(deployed):
     logits = Interpreter(str(folder / "submodels" / "logits.exit1.tflite")).get_signature_runner("serve").get_output_details()
     assert tuple(logits["logits"]["shape"][1:3]) == (2, 4)
     assert json.loads((folder / "bundle_original" / "manifest.json").read_text())["predicted"]["miou"] == 0.6
+    assert bundle.manifest.predicted.exit_rates == deployed[0].predicted.exit_rates == (0.5, 0.3, 0.2)
 
 
 def test_thresholds_hold_for_one_fidelity_only(made, deployed, tmp_path):
@@ -393,6 +393,6 @@ def test_a_failed_export_leaves_the_old_bundle(made, exporter, deployed, tmp_pat
     alone = Configuration("budgeted", False, (ExitChoice(*FINAL.split(".")),), None)
     monkeypatch.setattr("mess_tf.export_tflite.check_parity", lambda *_: (_ for _ in ()).throw(ExportError("broken")))
     with pytest.raises(ExportError, match=r"model\.tflite: broken"):
-        exporter.bundle(tmp_path / "kept", alone, Predicted(0.5, Cost("macs", 1.0)), made[1].info.classes)
+        exporter.bundle(tmp_path / "kept", alone, None, made[1].info.classes)
     assert (tmp_path / "kept" / "manifest.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -58,6 +58,16 @@ def test_every_way_sees_the_images_of_a_darker_drive():
         assert {name for name in ways if found[name][0].counts[0, 0, 1] == label.size} == {right}
 
 
+def test_input_dependent_bundles_of_equal_latency_hold_it(monkeypatch):
+    held = {}
+    monkeypatch.setattr(headline.Bundle, "load", lambda path: SimpleNamespace(manifest=SimpleNamespace(setting=path)))
+    monkeypatch.setattr(headline, "Runner", lambda bundle, threads, hold_latency: held.update({bundle.manifest.setting: hold_latency}))
+    for row, expected in (("equal_latency", True), ("no_loss", False), ("minus_1pp", False)):
+        for setting in ("input-dependent", "budgeted"):
+            headline.ways_of(setting, f"{row}.{setting}", 1)
+        assert held == {"input-dependent": expected, "budgeted": False}
+
+
 def manifest(miou, mean):
     predicted = SimpleNamespace(miou=miou, cost=SimpleNamespace(mean=mean))
     return SimpleNamespace(manifest=SimpleNamespace(predicted=predicted, classes=("a", "b"), segments=[SimpleNamespace(miou=miou)]))

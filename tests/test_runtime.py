@@ -149,7 +149,7 @@ def folder(signatures, thetas, tmp_path_factory):
         precision="fp32",
         fidelity="exact",
         **describe_file(path / MODEL),
-        predicted=bundle.Predicted(0.5, bundle.Cost("latency_ms", 1.5)),
+        predicted=bundle.Predicted(0.5, bundle.Cost("latency_ms", 1.5), (0.5, 0.25, 0.25)),
         segments=tuple(segments),
     )
     write_manifest(path, manifest)
@@ -385,6 +385,35 @@ def test_input_dependent_needs_thetas(copy, images):
         Runner(Bundle.load(copy)).run(images[0], setting="input-dependent")
 
 
+def test_held_latency_lets_no_more_images_go_on_than_expected(copy, net, images):
+    """Of images that no exit is sure of, as many go on as were expected to, and after surer ones not many more."""
+    confident = [net.everything(image)[1][0] for image in images]
+    unsure, sure = images[int(np.argmin(confident))], images[int(np.argmax(confident))]
+
+    def change(value):
+        value["segments"][0]["theta_img"], value["segments"][1]["theta_img"] = max(confident) / PIXELS, 1.0
+
+    edit(copy, change)
+    run, plain = (Runner(Bundle.load(copy), hold_latency=hold) for hold in (True, False))
+    assert {plain.run(unsure).exit for _ in range(8)} == {"final"}
+    left = np.array([EXITS.index(run.run(unsure).exit) for _ in range(40)])
+    for depth, share in ((1, 0.5), (2, 0.25)):
+        beyond = np.cumsum(left >= depth)
+        np.testing.assert_array_equal(beyond, np.floor(share * np.arange(1, 41)))
+    assert {run.run(sure).exit for _ in range(300)} == {"exit1"}
+    beyond = np.cumsum([run.run(unsure).exit != "exit1" for _ in range(200)])
+    assert beyond[98] == 99 and beyond[-1] == int(0.5 * (100 + 199))  # what 100 images have left over, and no more
+
+
+def test_held_latency_needs_something_to_hold(copy, images):
+    run = Runner(Bundle.load(copy), hold_latency=True)
+    with pytest.raises(ValueError, match="hold_latency: must be left out unless the setting is input-dependent, got 'anytime'"):
+        run.run(images[0], setting="anytime", deadline_ms=5.0)
+    edit(copy, lambda value: value.update(predicted=None))
+    with pytest.raises(ValueError, match="hold_latency: must be left out, as the manifest holds no prediction"):
+        Runner(Bundle.load(copy), hold_latency=True)
+
+
 # ---------------------------------------------------------------- manifest and graphs
 
 
@@ -420,6 +449,8 @@ def test_manifest_round_trip(folder):
         (("setting",), "fast", r"setting: must be one of"),
         (("predicted", "miou"), 50.0, r"predicted\.miou: must be in \[0, 1\]"),
         (("predicted", "cost", "name"), "joules", r"predicted\.cost\.name: must be one of latency_ms, macs"),
+        (("predicted", "exit_rates"), [0.5, 0.5], r"predicted\.exit_rates: must be 3 shares, one per segment"),
+        (("predicted", "exit_rates"), [0.5, 0.5, 0.5], r"predicted\.exit_rates: must be shares that sum to 1"),
         (("palette", 2), [0, 0], r"palette\[2\]: must be a list of 3"),
         (("palette", 2), [0, 0, 256], r"palette\[2\]: must be three values in 0\.\.255"),
         (("classes",), ["sky"], r"palette: must be one colour for each of 1 classes, got 5"),
@@ -776,9 +807,9 @@ def test_run_takes_cameras(command, folder, net, images, tmp_path, monkeypatch):
 def test_inspect_prints_the_segments(command, folder, thetas):
     lines, _ = command("inspect", folder)
     rows = [line.split() for line in lines[-4:]]
-    assert rows[0] == ["exit", "head", "MMACs", "alone", "mIoU", "theta_pix", "theta_img", "edge_aware"]
+    assert rows[0] == ["exit", "head", "MMACs", "alone", "mIoU", "leave", "here", "theta_pix", "theta_img", "edge_aware"]
     assert [row[0] for row in rows[1:]] == list(EXITS)
-    assert rows[1][5:] == ["0.9", f"{thetas[0]:g}", "yes"] and rows[3][5:] == ["-", "-", "no"]
+    assert rows[1][5:] == ["50.0%", "0.9", f"{thetas[0]:g}", "yes"] and rows[3][5:] == ["25.0%", "-", "-", "no"]
     assert "setting    input-dependent" in lines
     assert f"input      {HEIGHT} x {WIDTH} pixels, float32, stretch" in lines
     assert "predicted  mIoU 50.00 %, mean latency_ms 1.5" in lines

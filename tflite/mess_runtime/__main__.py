@@ -29,6 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--latency", type=Path, metavar="FILE", help="latency.json with the alone.EXIT submodels, for --latency_budget_ms")
     run.add_argument("--latency_budget_ms", type=float, help="for budgeted: the best exit that keeps it")
     run.add_argument("--deadline_ms", type=float, help="for anytime")
+    run.add_argument(
+        "--hold_latency", action="store_true", help="for input-dependent: no more images go on than expected, however unsure the network is"
+    )
     run.add_argument("--threads", type=int, default=1)
     run.add_argument("--engine", choices=("compiled", "interpreter"), help="default: the faster of those installed")
     run.set_defaults(function=_run)
@@ -57,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
     sources = open_sources(arguments.sources, arguments.frames)
     writer = Writer(arguments.output, bundle.manifest.palette, arguments.overlay, [path for path, _ in sources])
     rows = read_json(arguments.latency, LatencyTable.from_json).rows if arguments.latency else ()
-    runner = Runner(bundle, arguments.threads, arguments.engine, rows)
+    runner = Runner(bundle, arguments.threads, arguments.engine, rows, arguments.hold_latency)
     failures = 0
     for source, frames in sources:
         try:
@@ -115,12 +118,13 @@ def _describe(manifest: Manifest) -> str:
     ]
     if predicted is not None:
         lines.append(f"predicted  mIoU {100 * predicted.miou:.2f} %, mean {predicted.cost.name} {predicted.cost.mean:.6g}")
-    table = [("exit", "head", "MMACs", "alone", "mIoU", "theta_pix", "theta_img", "edge_aware")]
-    for segment in manifest.segments:
+    table = [("exit", "head", "MMACs", "alone", "mIoU", "leave here", "theta_pix", "theta_img", "edge_aware")]
+    rates = ["-"] * len(manifest.segments) if predicted is None else [f"{100 * rate:.1f}%" for rate in predicted.exit_rates]
+    for segment, rate in zip(manifest.segments, rates, strict=True):
         thetas = ["-" if theta is None else f"{theta:g}" for theta in (segment.theta_pix, segment.theta_img)]
         work = [f"{macs / 1e6:.1f}" for macs in (segment.macs, segment.alone_macs)]
         miou = "-" if segment.miou is None else f"{100 * segment.miou:.2f}"
-        table.append((segment.exit, segment.head, *work, miou, *thetas, "yes" if segment.edge_aware else "no"))
+        table.append((segment.exit, segment.head, *work, miou, rate, *thetas, "yes" if segment.edge_aware else "no"))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines.append("")
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

@@ -108,13 +108,21 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-    """What the search expects of the bundle; mIoU in 0..1."""
+    """What the search expects of the bundle.
+
+    Attributes:
+      miou: 0..1.
+      cost: of an image.
+      exit_rates: share of the images that leave at each segment.
+    """
 
     miou: float
     cost: Cost
+    exit_rates: tuple[float, ...]
 
     def __post_init__(self):
         check(0 <= self.miou <= 1, "miou", "in [0, 1]", self.miou)
+        check(abs(sum(self.exit_rates) - 1) < 1e-6 and min(self.exit_rates) >= 0, "exit_rates", "shares that sum to 1", self.exit_rates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +220,9 @@ class Manifest:
         if self.setting == INPUT_DEPENDENT:
             for index, segment in enumerate(early):
                 check(segment.theta_img is not None, f"segments[{index}].theta_img", f"given for {INPUT_DEPENDENT}", segment.theta_img)
+        if self.predicted is not None:
+            rates = self.predicted.exit_rates
+            check(len(rates) == len(self.segments), "predicted.exit_rates", f"{len(self.segments)} shares, one per segment", rates)
 
     @property
     def exits(self) -> tuple[str, ...]:

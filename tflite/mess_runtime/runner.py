@@ -1,5 +1,6 @@
 """Runs a bundle: budgeted, anytime and input-dependent, each segment once per image, features handed from one to the next."""
 
+import itertools
 import math
 import platform
 import time
@@ -29,6 +30,8 @@ from mess_runtime.engines import Tensor, open_engine
 # The first run touches the memory, the second has a typical latency.
 WARMUP_RUNS = 2
 GREY = 128  # around letterboxed images
+# What is not used of the share that may go on is kept for as many images as this.
+HELD_IMAGES = 100
 
 
 class LatencyRow(Protocol):
@@ -73,7 +76,9 @@ class Result(NamedTuple):
 class Runner:
     """Executes a bundle, image after image, on one thread of Python."""
 
-    def __init__(self, bundle: Bundle, threads: int = 1, engine: str | None = None, latency: Sequence[LatencyRow] = ()):
+    def __init__(
+        self, bundle: Bundle, threads: int = 1, engine: str | None = None, latency: Sequence[LatencyRow] = (), hold_latency: bool = False
+    ):
         """Loads and warms up every segment.
 
         Args:
@@ -81,9 +86,12 @@ class Runner:
           threads: of the runtime.
           engine: see `engines.open_engine`.
           latency: rows of latency.json, for `latency_budget_ms`.
+          hold_latency: in the input-dependent setting, lets no more images go on than the search expected. Thresholds alone keep the
+            accuracy when images get harder, as in the dark, and the latency rises; with this it is the other way round. Of any first T
+            images, at most T times the expected share go on beyond an exit; of any T in a row, 100 times that share more.
 
         Raises:
-          ValueError: the file cannot be loaded, or its signatures do not fit the manifest.
+          ValueError: the file cannot be loaded, its signatures do not fit the manifest, or nothing was expected whose latency can be held.
         """
         check(threads >= 1, "threads", "at least 1", threads)
         manifest = bundle.manifest
@@ -95,6 +103,11 @@ class Runner:
         self._exits = manifest.exits
         self._signatures = [segment_signature(name) for name in self._exits]
         self._needed = [None if s.theta_img is None else math.ceil(s.theta_img * self._pixels - 1e-9) for s in manifest.segments]
+        self._going_on: list[float] | None = None  # expected shares, by segment
+        if hold_latency:
+            check(manifest.predicted is not None, "hold_latency", "left out, as the manifest holds no prediction", hold_latency)
+            self._going_on = [1 - share for share in itertools.accumulate(manifest.predicted.exit_rates)]
+        self._credit = [0.0] * len(manifest.segments)  # images that may still go on
         self._fastest_ms: dict[str, float] = {}
         self._tensors: dict[str, object] = {}  # the image and features by name, as the engine holds them
         self._outputs: dict[str, dict[str, object]] = {}  # by signature
@@ -147,6 +160,9 @@ class Runner:
             check(deadline_ms is not None and deadline_ms > 0, "deadline_ms", f"positive milliseconds for {ANYTIME}", deadline_ms)
         else:
             check(None not in self._needed[:-1], "setting", f"{BUDGETED} or {ANYTIME}, as the bundle has no theta_img", setting)
+        if self._going_on is not None:
+            check(setting == INPUT_DEPENDENT, "hold_latency", f"left out unless the setting is {INPUT_DEPENDENT}", setting)
+            self._credit = [min(had + share, HELD_IMAGES * share) for had, share in zip(self._credit, self._going_on, strict=True)]
 
         self._take(image)
         trace, spent_ms, stands = [], 0.0, 0
@@ -158,9 +174,21 @@ class Runner:
             if index and deadline_ms is not None and spent_ms > deadline_ms:
                 break
             stands = index
-            if setting == INPUT_DEPENDENT and self._needed[index] is not None and self._confident_pixels(signature) >= self._needed[index]:
+            if setting == INPUT_DEPENDENT and self._leaves(index):
                 break
         return self._result(self._signatures[stands], trace, image)
+
+    def _leaves(self, index: int) -> bool:
+        """Whether the image that has reached a segment's exit leaves there."""
+        needed = self._needed[index]
+        if needed is None or self._confident_pixels(self._signatures[index]) >= needed:
+            return True
+        if self._going_on is None:
+            return False
+        if self._credit[index] < 1 - 1e-9:
+            return True
+        self._credit[index] -= 1
+        return False
 
     def refine(self, image: np.ndarray) -> Iterator[Result]:
         """Yields a result after each segment, the last one being the best; stop iterating to save the rest.
