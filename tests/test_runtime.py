@@ -407,8 +407,11 @@ def test_held_latency_lets_no_more_images_go_on_than_expected(copy, net, images)
 
 def test_held_latency_needs_something_to_hold(copy, images):
     run = Runner(Bundle.load(copy), hold_latency=True)
-    with pytest.raises(ValueError, match="hold_latency: must be left out unless the setting is input-dependent, got 'anytime'"):
-        run.run(images[0], setting="anytime", deadline_ms=5.0)
+    for options in ({"setting": "anytime", "deadline_ms": 5.0}, {"setting": "budgeted"}):
+        with pytest.raises(
+            ValueError, match=f"hold_latency: must be left out unless the setting is input-dependent, got '{options['setting']}'"
+        ):
+            run.run(images[0], **options)
     edit(copy, lambda value: value.update(predicted=None))
     with pytest.raises(ValueError, match="hold_latency: must be left out, as the manifest holds no prediction"):
         Runner(Bundle.load(copy), hold_latency=True)

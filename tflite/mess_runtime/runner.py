@@ -145,6 +145,8 @@ class Runner:
         """
         setting = self.manifest.setting if setting is None else setting
         check(setting in SETTINGS, "setting", f"one of {', '.join(SETTINGS)}", setting)
+        holds = self._going_on is not None
+        check(not holds or setting == INPUT_DEPENDENT, "hold_latency", f"left out unless the setting is {INPUT_DEPENDENT}", setting)
         for name, value, fits in (
             ("exit", exit, BUDGETED),
             ("latency_budget_ms", latency_budget_ms, BUDGETED),
@@ -160,8 +162,7 @@ class Runner:
             check(deadline_ms is not None and deadline_ms > 0, "deadline_ms", f"positive milliseconds for {ANYTIME}", deadline_ms)
         else:
             check(None not in self._needed[:-1], "setting", f"{BUDGETED} or {ANYTIME}, as the bundle has no theta_img", setting)
-        if self._going_on is not None:
-            check(setting == INPUT_DEPENDENT, "hold_latency", f"left out unless the setting is {INPUT_DEPENDENT}", setting)
+        if holds:
             self._credit = [min(had + share, HELD_IMAGES * share) for had, share in zip(self._credit, self._going_on, strict=True)]
 
         self._take(image)
