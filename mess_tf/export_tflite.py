@@ -107,7 +107,7 @@ def convert(
     Args:
       function: takes float32 tensors by name, returns a dict of tensors.
       inputs: name to shape.
-      precision: `fp32`; `fp16`: weights of half the size, float32 arithmetic; `int8`: weights and activations, float32 in and out.
+      precision: `fp32`; `fp16`: weights of half the size; `int8`: weights and activations, float32 in and out.
       samples: for int8: gives the inputs that the ranges of activations are taken from.
       float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32 too, see `_in_float`.
 
@@ -215,7 +215,8 @@ class Exporter:
       network: what is exported.
       size: (height, width) in pixels of its input.
       fidelity: of the policy, see `policy.decide`.
-      precision: of the network, see `convert`; the policy always works in float32.
+      precision: of the network, see `convert`. fp16 files, the policy included, may be computed in float16 (`graphs.write`); otherwise the
+        policy works in float32.
       samples: images float32 [1, H, W, 3] that int8 takes its ranges from.
       float_operations: see `convert`.
       shapes: see `tensor_shapes`.
@@ -258,9 +259,13 @@ class Exporter:
 
         return convert(function, {"logits": (1, height, width, self.network.num_classes)})
 
+    def content(self, signatures: Mapping[str, graphs.Graph]) -> bytes:
+        """The file of some graphs."""
+        return graphs.write(signatures, self.precision == FP16)
+
     def save(self, path: Path, graph: graphs.Graph) -> bytes:
         """Writes a graph as a file of its own."""
-        content = graphs.write({bundles.SIGNATURE: graph})
+        content = self.content({bundles.SIGNATURE: graph})
         bundles.write_atomically(path, lambda temporary: temporary.write_bytes(content))
         return content
 
@@ -406,7 +411,7 @@ class Exporter:
         input_spec = input_spec or bundles.InputSpec(*self.size)
         everything = self.deployed(configuration, input_spec.dtype)
         signatures = {name: graph for name, graph in everything.items() if not name.startswith("logits.")}
-        content = graphs.write(signatures)
+        content = self.content(signatures)
         with _named(bundles.MODEL):
             logits_of = {choice.exit: everything[f"logits.{choice.exit}"] for choice in configuration.exits}
             self._check_bundle(content, configuration, logits_of, input_spec.dtype)
@@ -420,7 +425,7 @@ class Exporter:
                     head=choice.head,
                     macs=graphs.macs(everything[bundles.segment_signature(choice.exit)]),
                     alone_macs=graphs.macs(alone),
-                    alone_sha256=bundles.sha256(graphs.write({bundles.SIGNATURE: alone})),
+                    alone_sha256=bundles.sha256(self.content({bundles.SIGNATURE: alone})),
                     theta_pix=choice.theta_pix,
                     theta_img=choice.theta_img,
                     edge_aware=configuration.edge_aware,
@@ -474,7 +479,7 @@ class Exporter:
             for choice in configuration.exits:
                 name = f"{choice.exit}.{choice.head}"
                 logits = self.network.submodel([name])(tf.constant(image, tf.float32), training=False)[name]
-                alone = graphs.write({bundles.SIGNATURE: logits_of[choice.exit]})
+                alone = self.content({bundles.SIGNATURE: logits_of[choice.exit]})
                 check_parity(alone, {bundles.IMAGE: image}, {"logits": logits.numpy()}, {}, TOLERANCE[self.precision])
                 thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
                 exits[f"{choice.exit}.{bundles.MASK}"] = (logits, thresholds)

@@ -257,10 +257,14 @@ class _Once:
         return self._offset
 
 
-def write(graphs: Mapping[str, Graph]) -> bytes:
+def write(graphs: Mapping[str, Graph], half_precision: bool = False) -> bytes:
     """One .tflite with a signature per graph, under its name.
 
     Constants of equal content, and what graphs say of the same tensor, are stored once; only the first graph names the tensor.
+
+    Args:
+      graphs: by the name of the signature.
+      half_precision: lets XNNPACK compute in float16 where the processor can (ARMv8.2-A; not x86), and in float32 elsewhere.
     """
     model = schema.ModelT()
     model.version = 3
@@ -277,6 +281,12 @@ def write(graphs: Mapping[str, Graph]) -> bytes:
         definition.inputs = _tensor_maps(graph.inputs, model.subgraphs[-1].inputs)
         definition.outputs = _tensor_maps(graph.outputs, model.subgraphs[-1].outputs)
         model.signatureDefs.append(definition)
+    if half_precision:
+        buffer, metadata = schema.BufferT(), schema.MetadataT()
+        buffer.data = np.frombuffer(b"fp16accfp16", np.uint8)
+        model.buffers.append(buffer)
+        metadata.name, metadata.buffer = "reduced_precision_support", len(model.buffers) - 1
+        model.metadata = [metadata]
     builder = flatbuffers.Builder(sum(map(len, buffers)) + 65536)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())

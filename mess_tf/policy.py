@@ -9,6 +9,10 @@ TFLite ops only, and those that runtimes vectorise:
 * The median of the window reaches the threshold where at least half of the window does: a box sum of +1 and -1, no sorting. Boxes are
   pooled along the columns, then along the rows, the other axis standing in for the channels.
 
+It is exact in float32, and holds in half precision, in which XNNPACK may compute fp16 files, and GPUs any file: constants and results stay
+within what float16 has without subnormals, which XNNPACK flushes to 0, and pixels are counted in integers. Large factors are applied in
+two steps, since one of them would be infinite there. What is rounded then are logits and confidences, in their eleventh bit.
+
 Departures: edges are pixels of the predicted mask that differ from one of their 8 neighbours, where the paper runs Canny on the mask; the
 window of the median is cut off at the border of the image; of an even number of values the median is the upper of the two in the middle.
 """
@@ -25,8 +29,13 @@ from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, Fidelity
 # What is computed at the size of the image, the rest at that of the logits: everything; the mask only; nothing.
 EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = get_args(Fidelity)
 
-# Logits are shifted to -1 or below, where neighbouring float32 are at least 2**-24 apart: more than 255 of these.
-INDEX_STEP = 2.0**-32
+# Logits are shifted to -LOGIT_SCALE or below, where neighbouring float32 are at least 2**-16 apart: more than 255 steps of the index.
+# Neighbouring float16 above LEAST_INDEX, the least that is no subnormal, are one step apart.
+LOGIT_SCALE = 2.0**8
+LOGIT_RANGE = 250.0  # scaled, what is further below the largest logit would be infinite in float16
+INDEX_STEP = 2.0**-24
+LEAST_INDEX = 2.0**-14
+STEEP = 2.0**15  # twice in a row, it makes any difference of confidence larger than 4
 STRIP_VALUES = 150_000  # float32 in a strip; two of them fit a level 2 cache of 1.25 MiB
 
 
@@ -50,18 +59,20 @@ def decide(
     """
     low = tuple(logits.shape[1:3])
     confidence_size = size if fidelity == EXACT else low
-    pixels, scale = math.prod(confidence_size), math.prod(size) / math.prod(confidence_size)
+    pixels = math.prod(confidence_size)
+    whole, rest = divmod(math.prod(size), pixels)
     window = median_window(confidence_size, logits)
     classes, signs = _planes(logits, confidence_size, thresholds, window)
     counts = []
     edges = _edges(classes) if any(edge_aware for _, edge_aware in thresholds) else None
     for (_, edge_aware), sign in zip(thresholds, signs, strict=True):
+        balance = tf.clip_by_value(sign, -1.0, 1.0)
         if edge_aware:
-            half = _along_both(tf.nn.avg_pool2d, sign, window)
-            sign = half * edges + tf.transpose(sign)
-        # Full-size sums of +1 and -1 are exact in float32 up to 2**24 pixels.
-        balance = tf.reduce_sum(tf.clip_by_value(sign, -1.0, 1.0))
-        counts.append(tf.cast((balance + pixels) * (scale / 2) + 0.25, tf.int32))
+            half = tf.clip_by_value(_along_both(tf.nn.avg_pool2d, sign, window) * STEEP, -1.0, 1.0)
+            balance = tf.transpose(balance)
+            balance += edges * (half - balance)
+        confident = (tf.reduce_sum(tf.cast(tf.reduce_sum(balance, 1), tf.int32)) + pixels) // 2
+        counts.append(confident * whole + confident * rest // pixels)
     if fidelity == LOW_CONFIDENCE:
         classes, _ = _planes(logits, size, (), window)
     mask = tf.cast(classes, tf.uint8)
@@ -82,24 +93,26 @@ def _planes(logits: tf.Tensor, size: tuple[int, int], thresholds: Sequence[tuple
 
     That plane is +2 or -2, plus an offset that is less than 1 over a whole window: it makes a tie count for the confident half.
     """
-    index = INDEX_STEP * np.arange(logits.shape[-1], dtype=np.float32)[:, None]
+    index = LEAST_INDEX + INDEX_STEP * np.arange(logits.shape[-1], dtype=np.float32)[:, None]
     classes, signs = [], [[] for _ in thresholds]
     for below in _strips(logits, size):
-        classes.append(tf.reduce_min(index - below, 2) * (1 / INDEX_STEP))
+        classes.append(tf.reduce_min(index - below, 2))
         if thresholds:
-            total = tf.reduce_sum(tf.exp(below), 2)  # 1 / largest probability
+            total = tf.reduce_sum(tf.exp(below * (1 / LOGIT_SCALE)), 2)  # 1 / largest probability
             for (theta, _), strips in zip(thresholds, signs, strict=True):
-                strips.append(tf.clip_by_value((np.float32(1 / theta) - total) * 2.0**40 + 2.0, -2.0, 2.0) + 0.5 / window**2)
-    return _joined(classes), [_joined(strips) for strips in signs]
+                difference = tf.clip_by_value((np.float32(1 / theta) - total) * STEEP, -1.0, 1.0)
+                strips.append(tf.clip_by_value(difference * STEEP + 2.0, -2.0, 2.0) + 0.5 / window**2)
+    indices = (_joined(classes) * (1 / LEAST_INDEX) - 1.0) * (LEAST_INDEX / INDEX_STEP)
+    return indices, [_joined(strips) for strips in signs]
 
 
 def _strips(logits: tf.Tensor, size: tuple[int, int]) -> Iterator[tf.Tensor]:
-    """Upsampled logits less the largest of the pixel: float32 [1, H, C, n] for strips of n columns, left to right.
+    """Upsampled logits less the largest of the pixel, times LOGIT_SCALE: float32 [1, H, C, n] for strips of n columns, left to right.
 
     The shift before upsampling is the same for all classes of a pixel, so it changes neither the class nor the softmax.
     """
     height, classes = logits.shape[1], logits.shape[3]
-    shifted = logits - tf.reduce_max(logits, -1, keepdims=True) - 1.0
+    shifted = tf.maximum(logits - tf.reduce_max(logits, -1, keepdims=True), -LOGIT_RANGE) * LOGIT_SCALE - LOGIT_SCALE
     wide = tf.transpose(_resized(shifted, (height, size[1])), (0, 1, 3, 2))  # [1, h, C, W]
     strips = math.ceil(size[0] * size[1] * classes / STRIP_VALUES)
     step = 16 * math.ceil(size[1] / strips / 16)
@@ -120,9 +133,8 @@ def _joined(strips: list[tf.Tensor]) -> tf.Tensor:
 
 
 def _edges(classes: tf.Tensor) -> tf.Tensor:
-    """0 where a pixel has the class of its 8 neighbours, a large number elsewhere: float32 [H, W] to [W, H]."""
-    spread = _along_both(tf.nn.max_pool2d, classes, 3) + _along_both(tf.nn.max_pool2d, -classes, 3)
-    return spread * 1e6
+    """0 where a pixel has the class of its 8 neighbours, 1 elsewhere: float32 [H, W] to [W, H]."""
+    return tf.minimum(_along_both(tf.nn.max_pool2d, classes, 3) + _along_both(tf.nn.max_pool2d, -classes, 3), 1.0)
 
 
 def _along_both(pool, values: tf.Tensor, window: int) -> tf.Tensor:
