@@ -8,8 +8,9 @@ line is one JSON object, int8 against fp32:
     confidences (the hardest place for it); the least over the exits. decision_agreement_mean: over theta_img at every decile.
   size_ratio: of the files.
 `--sensitivity N` also prints the N operations whose int8 error is largest, for `export_tflite --float_operations`.
-`--other_python PYTHON`, of an environment with tflite-runtime 2.14, Pillow and NumPy, adds of 20 images there against here:
-  other_mask_differs: share of the last exit's pixels, for fp32 and int8; other_confidence_differs: largest difference of a confidence.
+`--other_python PYTHON`, of an environment with a runtime of its own, Pillow and NumPy, adds by precision, of `--other_images` there against
+here: other_mask_differs: share of the last exit's pixels; other_confidence_differs: largest difference of a confidence. PYTHON may be a
+script that starts one for another processor in an emulator: ARM computes fp16 files in float16, x86 does not.
 """
 
 import json
@@ -122,8 +123,9 @@ def main(argv) -> None:
             "size_ratio": bundles[INT8].manifest.size_bytes / bundles[FP32].manifest.size_bytes,
         }
         if FLAGS.other_python:
-            images = [trained.examples.load(i)[0] for i in range(min(20, len(trained.examples)))]
-            compared = {each: compare_runtimes(bundles[each], images, FLAGS.other_python) for each in (FP32, INT8)}
+            picked = np.linspace(0, len(trained.examples) - 1, min(FLAGS.other_images, len(trained.examples))).round().astype(int)
+            images = [trained.examples.load(i)[0] for i in picked]
+            compared = {each: compare_runtimes(bundle, images, FLAGS.other_python) for each, bundle in bundles.items()}
             figures["other_mask_differs"] = {each: differs for each, (differs, _) in compared.items()}
             figures["other_confidence_differs"] = {each: differs for each, (_, differs) in compared.items()}
         print(json.dumps(figures))
@@ -134,6 +136,7 @@ if __name__ == "__main__":
     define_flags()
     flags.DEFINE_list("float_operations", [], "see export_tflite")
     flags.DEFINE_string("other_python", "", "interpreter of an environment with another runtime, to compare results with")
+    flags.DEFINE_integer("other_images", 20, "evenly picked images to compare results on")
     flags.DEFINE_integer("sensitivity", 0, "how many operations to list")
     flags.DEFINE_integer("rounds", 30, "timed runs of each side")
     app.run(main)

@@ -61,6 +61,7 @@ def decide(
     confidence_size = size if fidelity == EXACT else low
     pixels = math.prod(confidence_size)
     whole, rest = divmod(math.prod(size), pixels)
+    parts = 2**31 // pixels  # of a pixel; a share of the image in these fits int32
     window = median_window(confidence_size, logits)
     classes, signs = _planes(logits, confidence_size, thresholds, window)
     counts = []
@@ -72,7 +73,7 @@ def decide(
             balance = tf.transpose(balance)
             balance += edges * (half - balance)
         confident = (tf.reduce_sum(tf.cast(tf.reduce_sum(balance, 1), tf.int32)) + pixels) // 2
-        counts.append(confident * whole + confident * rest // pixels)
+        counts.append(confident * whole + confident * (rest * parts // pixels) // parts)
     if fidelity == LOW_CONFIDENCE:
         classes, _ = _planes(logits, size, (), window)
     mask = tf.cast(classes, tf.uint8)

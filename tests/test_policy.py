@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAccelerator, Options
 from ai_edge_litert.interpreter import Interpreter
 from scipy import ndimage
 
@@ -81,6 +82,27 @@ def test_tflite_equals_tensorflow(fidelity):
         np.testing.assert_array_equal(outputs[name], value)
 
 
+@pytest.mark.parametrize("classes", [4, 150])
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_it_holds_in_half_precision(fidelity, classes, tmp_path):
+    """Constants and outputs of every XNNPACK kernel in float16, as an app can ask for with TFLITE_XNNPACK_DELEGATE_FLAG_FORCE_FP16."""
+    logits = np.random.default_rng(3).normal(0, 3, (1, 45, 60, classes)).astype(np.float32)
+    size, thresholds = (360, 480), [(theta, edge_aware) for theta in (0.4, 0.9) for edge_aware in (False, True)]
+    graph = convert(lambda logits: decide(logits, size, thresholds, fidelity), {"logits": logits.shape})
+    (tmp_path / "policy.tflite").write_bytes(graphs.write({"serve": graph}))
+    options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=1, xnnpack_flags=4))
+    model = CompiledModel.from_file(str(tmp_path / "policy.tflite"), options=options)
+    (given,) = model.create_input_buffers(0)
+    given.write(logits)
+    got = {name: model.create_output_buffer_by_name("serve", name) for name in graph.outputs}
+    model.run_by_name("serve", {"logits": given}, got)
+    mask, counts = got["mask"].read(360 * 480, np.uint8), got["confident_pixels"].read(4, np.int32)
+    expected = decide(tf.constant(logits), size, thresholds, fidelity)
+    assert 0 < (mask != expected["mask"].numpy().ravel()).mean() < 2e-3 or fidelity == LOW
+    assert counts.tolist() != expected["confident_pixels"].numpy().tolist()  # so it was computed in float16
+    np.testing.assert_allclose(counts, expected["confident_pixels"], rtol=0.02, atol=0.002 * 360 * 480)
+
+
 def test_the_first_of_equal_classes_wins():
     logits = np.zeros((1, 5, 7, 4), np.float32)
     logits[..., 1] = logits[..., 3] = 1e-30
@@ -110,6 +132,18 @@ def test_large_logits_do_not_overflow(offset):
     counts = decide(tf.constant(logits + offset), SIZE, THRESHOLDS)["confident_pixels"].numpy()
     expected = counts_of(*reference(logits, SIZE, 16)[1:])
     np.testing.assert_allclose(counts, expected, atol=3)  # rounding of the large logits
+
+
+def test_counts_of_large_images_do_not_overflow():
+    size, logits = (2160, 3840), np.zeros((1, 135, 240, 2), np.float32)
+    logits[:, :, :120, 1] = 9.0
+    for fidelity in (LOW_CONFIDENCE, EXACT):
+        (count,) = decide(tf.constant(logits), size, [(0.9, False)], fidelity)["confident_pixels"].numpy()
+        assert count == pytest.approx(2160 * 3840 / 2, rel=0.01)
+    logits = np.concatenate([np.zeros((1, 540, 480, 2)), np.full((1, 540, 480, 2), (0.0, 9.0))], 2).astype(np.float32)
+    size = (2161, 3841)  # no multiple of the logits' size
+    (count,) = decide(tf.constant(logits), size, [(0.9, False)], LOW)["confident_pixels"].numpy()
+    assert count == pytest.approx(2161 * 3841 / 2, rel=1e-3)
 
 
 def test_classes_far_apart_leave_no_pixel_confident_between_them():
