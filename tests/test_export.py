@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from small_network import small_network
 
@@ -153,6 +154,14 @@ def test_tflite_evaluates_with_the_same_code_as_keras(made, deployed):
     assert on_device[FINAL].miou == pytest.approx(in_keras[FINAL].miou, abs=2e-3)
 
 
+def may_be_computed_in_half_precision(bundle: Bundle) -> bool:
+    """Whether the file says what XNNPACK asks for before it computes in float16."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(bundle.path.read_bytes(), 0))
+    return {each.name: bytes(model.buffers[each.buffer].data) for each in model.metadata or []} == {
+        b"reduced_precision_support": b"fp16accfp16"
+    }
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_lower_precision(made, edge_aware_bundle, precision):
     network, examples, _, _ = made
@@ -161,6 +170,7 @@ def test_lower_precision(made, edge_aware_bundle, precision):
     less = bundle_of(made, Exporter(network, SIZE, precision=precision, samples=samples), precision, True, examples=examples)
     assert less.manifest.precision == precision
     assert less.manifest.size_bytes < 0.9 * edge_aware_bundle.manifest.size_bytes
+    assert may_be_computed_in_half_precision(less) == (precision == "fp16") and not may_be_computed_in_half_precision(edge_aware_bundle)
     tensors = Interpreter(str(less.path)).get_signature_runner("segment.exit2").get_input_details().values()
     assert {each["dtype"] for each in tensors} == {np.int8 if precision == "int8" else np.float32}
     runners = Runner(edge_aware_bundle), Runner(less)
