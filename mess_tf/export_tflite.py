@@ -215,8 +215,8 @@ class Exporter:
       network: what is exported.
       size: (height, width) in pixels of its input.
       fidelity: of the policy, see `policy.decide`.
-      precision: of the network, see `convert`. fp16 files, the policy included, may be computed in float16 (`graphs.write`); otherwise the
-        policy works in float32.
+      precision: of the network, see `convert`. In int8 the policy stays in floating point. What does so in files other than fp32 may be
+        computed in float16, see `graphs.write`.
       samples: images float32 [1, H, W, 3] that int8 takes its ranges from.
       float_operations: see `convert`.
       shapes: see `tensor_shapes`.
@@ -261,7 +261,7 @@ class Exporter:
 
     def content(self, signatures: Mapping[str, graphs.Graph]) -> bytes:
         """The file of some graphs."""
-        return graphs.write(signatures, self.precision == FP16)
+        return graphs.write(signatures, self.precision != FP32)
 
     def save(self, path: Path, graph: graphs.Graph) -> bytes:
         """Writes a graph as a file of its own."""
