@@ -31,12 +31,13 @@ from common import most_accurate, searched
 from headline import DROPS_PP, EQUAL_LATENCY, EXITS, ORIGINAL, ROWS
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Predicted, read_json, write_atomically
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Predicted, read_json
 from mess_tf import configs
 from mess_tf.data import open_split
 from mess_tf.export_tflite import CANDIDATES, FP32, INT8, PRECISIONS, Exporter, calibration_images
 from mess_tf.files import Configuration, Deployment, ExitChoice, Stats
 from mess_tf.model import FINAL, load_network
+from mess_tf.rescale import rescale
 from mess_tf.search import arrival_costs, latency_costs, table
 
 SETTINGS = (INPUT_DEPENDENT, BUDGETED)
@@ -52,12 +53,7 @@ def prepare(precision: str, scale: float) -> Path:
     """The folder with candidates and statistics of a precision and an input scale; makes what is missing."""
     folder = Path(FLAGS.workdir) / f"{precision}-scale{scale:g}"
     if not folder.exists():
-        config = configs.load_config(FLAGS.workdir)
-        data, backbone = dataclasses.replace(config.data, crop_size=(0, 0)), dataclasses.replace(config.backbone, input_scale=scale)
-        folder.mkdir()
-        (folder / "checkpoints").symlink_to(Path("..") / "checkpoints")
-        document = configs.to_json(dataclasses.replace(config, data=data, backbone=backbone))
-        write_atomically(folder / "config.json", lambda temporary: temporary.write_text(document))
+        rescale(Path(FLAGS.workdir), scale, folder)
     common = (f"--workdir={folder}", f"--data_dir={FLAGS.data_dir}")
     if not (folder / CANDIDATES).exists():
         command("mess_tf.export_tflite", *common, "--candidates", f"--precision={precision}")

@@ -24,6 +24,7 @@ from mess_tf.evaluate import Accuracy, accuracies, confusion_matrices, keras_pre
 from mess_tf.layers import BatchNormalization
 from mess_tf.metrics import class_counts, confusion_matrix, miou
 from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
+from mess_tf.rescale import rescale
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE, CLASSES = (32, 64), 8
@@ -476,6 +477,27 @@ def test_a_folder_keeps_its_configuration(tmp_path):
         train.resolve_config(str(tmp_path), "camvid_lite0", "", "", ["stage1.epochs=4"])
     with pytest.raises(ValueError, match=r"data\.source 'folder', not 'synthetic'"):
         train.resolve_config(str(tmp_path), "camvid_lite0", "synthetic", "", ["stage1.epochs=3"])
+
+
+def test_a_trained_network_at_another_input_size(tmp_path):
+    network, old, new = make_network(), tmp_path / "old", tmp_path / "new" / "0.5"
+    config = train.resolve_config(str(old), "camvid_lite0", "", "", ["data.input_size=[64,64]"])
+    with pytest.raises(FileNotFoundError, match=r"workdir: .*old' holds no checkpoints"):
+        rescale(old, 0.5, new)
+    run_stage(old, network, epochs=1)
+    with pytest.raises(ValueError, match=r"backbone\.input_scale: must be in \(0, 4\], got 5\.0"):
+        rescale(old, 5.0, new)
+    assert not new.exists()
+    rescale(old, 0.5, new)
+    assert configs.load_config(str(new)) == dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, crop_size=(0, 0)),
+        backbone=dataclasses.replace(config.backbone, input_scale=0.5),
+    )
+    with np.load(old / "checkpoints" / "stage1" / "best.npz") as before, np.load(best_weights(str(new), "stage1")) as after:
+        assert before.files == after.files
+    with pytest.raises(ValueError, match="output: must be a folder that does not exist yet"):
+        rescale(old, 0.75, new)
 
 
 def test_an_unknown_recipe_is_an_error(tmp_path):

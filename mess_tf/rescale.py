@@ -1,0 +1,54 @@
+"""A trained network at another input size: `python -m mess_tf.rescale --workdir=W --input_scale=0.75 --output=W0.75`.
+
+The new work folder has the weights of W, by a symbolic link, and `backbone.input_scale`; all that follows training is done in it as in W.
+Which size is best for a device is then a matter of searching each folder with the same --min_miou or --max_cost.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from absl import app, flags
+
+from mess_runtime.bundle import check, write_atomically
+from mess_tf import configs
+
+CHECKPOINTS = "checkpoints"
+
+
+def rescale(workdir: Path, input_scale: float, output: Path) -> None:
+    """Makes a work folder with the weights of another.
+
+    Args:
+      workdir: of a training.
+      input_scale: share of the input size at which the network works, see `configs.BackboneConfig`.
+      output: the new folder.
+
+    Raises:
+      FileNotFoundError: nothing was trained in `workdir`.
+      ValueError: `output` exists, or the scale is out of range.
+    """
+    config = configs.load_config(str(workdir))
+    backbone = dataclasses.replace(config.backbone, input_scale=input_scale)
+    data = dataclasses.replace(config.data, crop_size=(0, 0))  # crops were of the size that training saw
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(f"workdir: {str(workdir)!r} holds no {CHECKPOINTS}; `python -m mess_tf.train` makes them")
+    check(not output.exists(), "output", "a folder that does not exist yet", str(output))
+    output.mkdir(parents=True)
+    (output / CHECKPOINTS).symlink_to(os.path.relpath(workdir / CHECKPOINTS, output))
+    document = configs.to_json(dataclasses.replace(config, data=data, backbone=backbone))
+    write_atomically(output / "config.json", lambda temporary: temporary.write_text(document))
+
+
+def main(argv) -> None:
+    del argv
+    rescale(Path(FLAGS.workdir), FLAGS.input_scale, Path(FLAGS.output))
+    print(FLAGS.output)
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_float("input_scale", None, "share of the input size", required=True)
+    flags.DEFINE_string("output", None, "folder to make", required=True)
+    app.run(main)
