@@ -271,10 +271,15 @@ def test_a_hot_phone_must_cool(bench, canned, workdir, tool, monkeypatch):
     assert code == 1 and f"{phone.serial}: cool down: after 0 s still too hot: battery 45.0 °C (at most 40)" in err
     assert phone.benchmarked == []
     phone.set_heat(30.0, 2, 60.0)
-    timer = threading.Timer(1.0, phone.set_heat, (30.0, 0, 60.0))
-    timer.start()
+    read_thermal = adb.Device.read_thermal
+
+    def read_once_hot(device):
+        thermal = read_thermal(device)
+        phone.set_heat(30.0, 0, 60.0)
+        return thermal
+
+    monkeypatch.setattr(adb.Device, "read_thermal", read_once_hot)
     code, out, _ = measure(bench, workdir, tool)
-    timer.join()
     assert code == 0 and "waiting to cool: battery 30.0 °C (at most 40), throttling status 2 (must be 0)" in out
 
 
