@@ -364,6 +364,12 @@ def with_data_dir(config: Config, data_dir: str) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir)) if data_dir else config
 
 
+def with_input_scale(config: Config, input_scale: float) -> Config:
+    """The same configuration for a network at another input size; without crops, which were of the size that training saw."""
+    data = dataclasses.replace(config.data, crop_size=(0, 0))
+    return dataclasses.replace(config, data=data, backbone=dataclasses.replace(config.backbone, input_scale=input_scale))
+
+
 def to_json(config: Config) -> str:
     return json.dumps({"format": FORMAT} | dataclasses.asdict(config), indent=1) + "\n"
 

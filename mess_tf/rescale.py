@@ -4,7 +4,6 @@ The new work folder has the weights of W, by a symbolic link, and `backbone.inpu
 Which size is best for a device is then a matter of searching each folder with the same --min_miou or --max_cost.
 """
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -29,15 +28,13 @@ def rescale(workdir: Path, input_scale: float, output: Path) -> None:
       ValueError: `output` exists, or the scale is out of range.
     """
     config = configs.load_config(str(workdir))
-    backbone = dataclasses.replace(config.backbone, input_scale=input_scale)
-    data = dataclasses.replace(config.data, crop_size=(0, 0))  # crops were of the size that training saw
+    rescaled = configs.with_input_scale(config, input_scale)
     if not (workdir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"workdir: {str(workdir)!r} holds no {CHECKPOINTS}; `python -m mess_tf.train` makes them")
     check(not output.exists(), "output", "a folder that does not exist yet", str(output))
     output.mkdir(parents=True)
     (output / CHECKPOINTS).symlink_to(os.path.relpath(workdir / CHECKPOINTS, output))
-    document = configs.to_json(dataclasses.replace(config, data=data, backbone=backbone))
-    write_atomically(output / "config.json", lambda temporary: temporary.write_text(document))
+    write_atomically(output / "config.json", lambda temporary: temporary.write_text(configs.to_json(rescaled)))
 
 
 def main(argv) -> None:

@@ -18,6 +18,7 @@ from absl import app, flags
 from mess_runtime.bundle import write_atomically
 from mess_tf import configs
 from mess_tf.backbones import read_arrays
+from mess_tf.configs import DataConfig
 from mess_tf.data import SOFT_STRIDE, Examples, open_split, resize_image
 from mess_tf.model import load_network
 
@@ -62,14 +63,13 @@ class SoftTargets:
         write_atomically(path, write)
 
 
-def predictor(network: keras.Model, input_size: tuple[int, int], scale: float, mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:
+def predictor(network: keras.Model, input_size: tuple[int, int], mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:
     """Makes a function from an image uint8 [H, W, 3] to the probabilities float32 [h, w, C] at 1 / SOFT_STRIDE of the input size."""
-    size = tuple(round(scale * side) for side in input_size)
     reduced = tuple(side // SOFT_STRIDE for side in input_size)
 
     @tf.function(autograph=False, reduce_retracing=True)
     def predict(image):
-        image = resize_image(image, size)[None]
+        image = resize_image(image, input_size)[None]
         logits = network(image[:, :, ::-1] if mirrored else image, training=False)
         probability = tf.nn.softmax(tf.image.resize(tf.cast(logits, tf.float32), reduced))[0]
         return probability[:, ::-1] if mirrored else probability
@@ -77,9 +77,9 @@ def predictor(network: keras.Model, input_size: tuple[int, int], scale: float, m
     return lambda image: predict(tf.convert_to_tensor(image))
 
 
-def soft_targets(networks: Sequence[keras.Model], examples: Examples, input_size: tuple[int, int], scales: Sequence[float]) -> SoftTargets:
-    """The mean probabilities over networks (image to logits), scales of the input size and mirror images."""
-    views = [predictor(*view) for view in itertools.product(networks, [input_size], scales, (False, True))]
+def soft_targets(networks: Sequence[keras.Model], examples: Examples, input_size: tuple[int, int]) -> SoftTargets:
+    """The mean probabilities over networks (image of the input size to logits) and mirror images."""
+    views = [predictor(network, input_size, mirrored) for network in networks for mirrored in (False, True)]
     result = []
     for index in range(len(examples)):
         image, _ = examples.load(index)
@@ -90,15 +90,22 @@ def soft_targets(networks: Sequence[keras.Model], examples: Examples, input_size
     return SoftTargets(examples.names, np.stack(result))
 
 
+def load_teachers(workdirs: Sequence[str], scales: Sequence[float], data: DataConfig, num_classes: int) -> list[keras.Model]:
+    """The networks down to the final exit, image [*, data.input_size, 3] to logits, of each training at each share of its own input scale."""
+    networks = []
+    for workdir, scale in itertools.product(workdirs, scales):
+        config = dataclasses.replace(configs.load_config(workdir), data=data)
+        config = configs.with_input_scale(config, scale * config.backbone.input_scale)
+        networks.append(load_network(workdir, config, num_classes).original)
+    return networks
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
-    each = [configs.with_data_dir(configs.load_config(workdir), FLAGS.data_dir) for workdir in FLAGS.workdirs]
-    data = each[0].data
+    data = configs.with_data_dir(configs.load_config(FLAGS.workdirs[0]), FLAGS.data_dir).data
     examples = open_split(data, data.train_split)
-    networks = [
-        load_network(workdir, config, examples.info.num_classes).original for workdir, config in zip(FLAGS.workdirs, each, strict=True)
-    ]
-    soft_targets(networks, examples, data.input_size, [float(scale) for scale in FLAGS.scales]).save(FLAGS.output)
+    networks = load_teachers(FLAGS.workdirs, [float(scale) for scale in FLAGS.scales], data, examples.info.num_classes)
+    soft_targets(networks, examples, data.input_size).save(FLAGS.output)
     print(FLAGS.output)
 
 
@@ -107,5 +114,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("workdirs", None, "folders of trainings; the first one's data and input size count", required=True)
     flags.DEFINE_string("output", None, "file to write, .npz", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
-    flags.DEFINE_list("scales", ["1", "1.25"], "image sizes, as shares of the input size")
+    flags.DEFINE_list("scales", ["1", "1.25"], "image sizes, as shares of the one that each network was trained for")
     app.run(main)

@@ -8,7 +8,7 @@ import tensorflow as tf
 from mess_tf import configs, train
 from mess_tf.data import SOFT_STRIDE, open_split
 from mess_tf.model import build_network
-from mess_tf.teacher import SoftTargets, soft_targets
+from mess_tf.teacher import SoftTargets, load_teachers, soft_targets
 
 SIZE = (16, 32)
 DATA = configs.DataConfig(input_size=SIZE, synthetic_train=3, synthetic_val=1)
@@ -20,21 +20,34 @@ def colours(bias: float) -> keras.Model:
     return keras.Model(image, keras.layers.Rescaling(1 / 50, [bias, 0.0, 0.0])(image))
 
 
-def test_the_targets_are_the_mean_over_networks_sizes_and_mirror_images():
+def test_the_targets_are_the_mean_over_networks_and_mirror_images():
     examples = open_split(DATA, "train")
     networks = [colours(0.0), colours(3.0)]
-    targets = soft_targets(networks, examples, SIZE, [1.0, 0.5])
+    targets = soft_targets(networks, examples, SIZE)
     assert targets.log_probability.shape == (3, SIZE[0] // SOFT_STRIDE, SIZE[1] // SOFT_STRIDE, 3)
     for index, found in enumerate(targets.log_probability):
-        image = tf.cast(examples.load(index)[0], tf.float32)[None]
+        image = tf.image.resize(tf.cast(examples.load(index)[0], tf.float32)[None], SIZE)
         views = []
         for network in networks:
-            for size in (SIZE, (8, 16)):
-                resized = tf.image.resize(image, size)
-                for view in (slice(None), slice(None, None, -1)):
-                    logits = tf.image.resize(network(resized[:, :, view]), (4, 8))
-                    views.append(tf.nn.softmax(logits)[0][:, view].numpy())
+            for view in (slice(None), slice(None, None, -1)):
+                logits = tf.image.resize(network(image[:, :, view]), (4, 8))
+                views.append(tf.nn.softmax(logits)[0][:, view].numpy())
         np.testing.assert_allclose(np.exp(found), np.mean(views, axis=0), atol=2e-3)
+
+
+def test_trainings_teach_at_shares_of_their_own_input_scale(tmp_path):
+    config = configs.apply_overrides(configs.RECIPES["smoke"], ["stage1.epochs=1", "stage2.epochs=0", "data.input_size=[64,64]"])
+    trained = {}
+    for scale in (1.0, 0.5):
+        workdir, scaled = tmp_path / str(scale), configs.with_input_scale(config, scale)
+        workdir.mkdir()
+        (workdir / "config.json").write_text(configs.to_json(scaled))
+        trained[scale] = train.train(scaled, str(workdir)).original
+    networks = load_teachers([str(tmp_path / str(scale)) for scale in trained], [1.0, 2.0], config.data, 8)
+    image = np.random.default_rng(0).uniform(0, 255, (1, 64, 64, 3)).astype(np.float32)
+    np.testing.assert_allclose(networks[0](image), trained[1.0](image), atol=1e-5)
+    np.testing.assert_allclose(networks[2](image), trained[0.5](image), atol=1e-5)
+    assert [network(image).shape[1] for network in networks] == [8, 16, 4, 8]  # the decoder is at stride 8
 
 
 def test_a_file_is_refused_for_other_images_or_classes(tmp_path):
@@ -56,7 +69,7 @@ def test_a_training_learns_from_the_file(tmp_path):
     config = configs.apply_overrides(configs.RECIPES["smoke"], ["stage1.epochs=1", "stage2.epochs=0"])
     examples = open_split(config.data, "train")
     untrained = build_network(config, examples.info.num_classes).original
-    soft_targets([untrained], examples, config.data.input_size, [1.0]).save(str(tmp_path / "soft.npz"))
+    soft_targets([untrained], examples, config.data.input_size).save(str(tmp_path / "soft.npz"))
     taught = configs.apply_overrides(config, [f"stage1.teacher={tmp_path / 'soft.npz'}", "stage1.distillation=all", "stage1.alpha=1.0"])
     found = train.train(taught, str(tmp_path / "taught")).original.get_weights()
     plain = train.train(config, str(tmp_path / "plain")).original.get_weights()
