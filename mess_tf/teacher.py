@@ -91,7 +91,7 @@ def soft_targets(networks: Sequence[keras.Model], examples: Examples, input_size
 
 
 def load_teachers(workdirs: Sequence[str], scales: Sequence[float], data: DataConfig, num_classes: int) -> list[keras.Model]:
-    """The networks down to the final exit, image [*, data.input_size, 3] to logits, of each training at each share of its own input scale."""
+    """The networks down to the final exit, image of `data.input_size` to logits, of each training at each share of its input scale."""
     networks = []
     for workdir, scale in itertools.product(workdirs, scales):
         config = dataclasses.replace(configs.load_config(workdir), data=data)
