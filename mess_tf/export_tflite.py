@@ -46,6 +46,7 @@ from mess_tf.model import FINAL, MultiExitNetwork, load_network
 CANDIDATES, WEIGHTS = "candidates", "weights.sha256"
 EXAMPLES = 8
 CALIBRATION_IMAGES = 64
+REDUCED_PRECISION = "TF_SET_ONEDNN_FPMATH_MODE"  # of the environment; useful in training
 SHORT_SUM = 32  # products per value; XNNPACK's int8 convolutions of so few are slower than those of float32
 FP32, FP16, INT8 = PRECISIONS = bundles.PRECISIONS
 # Of float tensors, relative to the largest value; pixels whose two best classes are nearer than this may differ. int8 is judged by mIoU.
@@ -173,6 +174,11 @@ def _converter(
     return converter, sorted(concrete.structured_outputs)
 
 
+def _mismatch(text: str) -> ExportError:
+    mode = os.environ.get(REDUCED_PRECISION)
+    return ExportError(f"{text}; {REDUCED_PRECISION}={mode} makes Keras itself inexact: export without it" if mode else text)
+
+
 def check_parity(content: bytes, inputs: Tensors, expected: Tensors, logits: Tensors, tolerance: float = TOLERANCE[FP32]) -> None:
     """Raises ExportError if a file with one signature, or its signature `full`, does not compute what Keras does.
 
@@ -190,12 +196,12 @@ def check_parity(content: bytes, inputs: Tensors, expected: Tensors, logits: Ten
             tie = best[..., -1] - best[..., -2] <= tolerance * max(1.0, np.abs(best).max())
             wrong = int(((got[name] != value) & ~tie).sum())
             if wrong:
-                raise ExportError(f"{name}: {wrong} pixels differ from Keras beyond ties")
+                raise _mismatch(f"{name}: {wrong} pixels differ from Keras beyond ties")
         elif value.dtype == np.int32:
             if np.abs(got[name] - value).max() > 10 * tolerance * expected[name.replace(bundles.CONFIDENT_PIXELS, bundles.MASK)].size:
-                raise ExportError(f"{name}: Keras counts {value.tolist()}, the file {got[name].tolist()}")
+                raise _mismatch(f"{name}: Keras counts {value.tolist()}, the file {got[name].tolist()}")
         elif np.abs(got[name] - value).max() > tolerance * max(1.0, np.abs(value).max()):
-            raise ExportError(f"{name}: differs from Keras by {np.abs(got[name] - value).max():.2g}")
+            raise _mismatch(f"{name}: differs from Keras by {np.abs(got[name] - value).max():.2g}")
 
 
 def run_signature(content: bytes, inputs: Tensors) -> dict[str, np.ndarray]:

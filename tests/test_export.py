@@ -379,11 +379,14 @@ def test_dilation_that_was_not_folded_is_refused():
         convert(lambda x: {"y": tf.space_to_batch(x, [2, 2], [[0, 0], [0, 0]])}, {"x": (1, 4, 4, 1)})
 
 
-def test_a_file_that_differs_is_refused():
+def test_a_file_that_differs_is_refused(monkeypatch):
     content = graphs.write({"serve": convert(lambda x: {"y": 2.0 * x}, {"x": (1, 4)})})
     inputs = {"x": np.ones((1, 4), np.float32)}
     check_parity(content, inputs, {"y": 2.0 * inputs["x"]}, {})
     with pytest.raises(ExportError, match="y: differs from Keras by"):
+        check_parity(content, inputs, {"y": 2.1 * inputs["x"]}, {})
+    monkeypatch.setenv("TF_SET_ONEDNN_FPMATH_MODE", "BF16")
+    with pytest.raises(ExportError, match="TF_SET_ONEDNN_FPMATH_MODE=BF16 makes Keras itself inexact: export without it"):
         check_parity(content, inputs, {"y": 2.1 * inputs["x"]}, {})
 
 
