@@ -114,5 +114,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("workdirs", None, "folders of trainings; the first one's data and input size count", required=True)
     flags.DEFINE_string("output", None, "file to write, .npz", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
-    flags.DEFINE_list("scales", ["1", "1.25"], "image sizes, as shares of the one that each network was trained for")
+    flags.DEFINE_list("scales", ["1", "1.25"], "image sizes, as shares of each network's own backbone.input_scale")
     app.run(main)
