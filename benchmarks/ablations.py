@@ -37,10 +37,11 @@ from absl import app, flags
 from common import searched
 
 from mess_runtime.bundle import check
-from mess_tf import configs, guarantee
+from mess_tf import configs
 from mess_tf.configs import HeadSpec
 from mess_tf.files import Stats
-from mess_tf.search import evaluate_configuration, macs_costs
+from mess_tf.optimise import guarantee
+from mess_tf.optimise.space import evaluate_configuration, macs_costs
 
 BASE, FEWER = "exit dropout + PFD", "fewer exits"
 STAGE1 = {"plain backbone": "stage1.exits=none", "joint training": "stage1.exits=all"}

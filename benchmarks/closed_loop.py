@@ -34,11 +34,15 @@ from mess_runtime.benchmark import LatencyRow, benchmark_files
 from mess_runtime.bundle import ANYTIME, BUDGETED, Bundle
 from mess_runtime.runner import Result, Runner
 from mess_tf import configs, metrics
-from mess_tf.data import Examples, open_split
-from mess_tf.export_tflite import CANDIDATES, Exporter
+from mess_tf.data.examples import Examples
+from mess_tf.data.sources import open_split
+from mess_tf.export_tflite import CANDIDATES
 from mess_tf.files import Configuration, Deployment, Stats
-from mess_tf.model import FINAL, load_network
-from mess_tf.search import latency_costs, original, predict, resolve_objective, search, table
+from mess_tf.graph.exporter import Exporter
+from mess_tf.network.model import FINAL, load_network
+from mess_tf.optimise.search import resolve_objective, search
+from mess_tf.optimise.space import latency_costs, original, predict
+from mess_tf.search import table
 
 
 def submodels(deployments: Sequence[Deployment], folder: Path) -> list[Path]:

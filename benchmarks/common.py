@@ -12,10 +12,13 @@ from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, Bundle, InputSpec
 from mess_tf import configs, metrics
-from mess_tf.data import Examples, open_split
-from mess_tf.export_tflite import FP32, INT8, Exporter, calibration_images
+from mess_tf.data.examples import Examples
+from mess_tf.data.sources import open_split
+from mess_tf.export_tflite import calibration_images
 from mess_tf.files import Configuration, Deployment, ExitChoice, Stats
-from mess_tf.model import FINAL, load_network
+from mess_tf.graph.conversion import FP32, INT8
+from mess_tf.graph.exporter import Exporter
+from mess_tf.network.model import FINAL, load_network
 
 
 def define_flags() -> None:

@@ -13,8 +13,9 @@ import numpy as np
 from absl import app, flags
 from paper_space import drawn_stats
 
-from mess_tf import guarantee
-from mess_tf.search import InfeasibleError, macs_costs, mixture, original, search_guaranteed
+from mess_tf.optimise import guarantee
+from mess_tf.optimise.search import InfeasibleError, search_guaranteed
+from mess_tf.optimise.space import macs_costs, mixture, original
 
 
 def main(argv) -> None:

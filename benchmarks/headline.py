@@ -37,7 +37,8 @@ from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, PRECISIONS, 
 from mess_runtime.runner import Runner
 from mess_tf import metrics
 from mess_tf.configs import DataConfig
-from mess_tf.data import Examples, open_split
+from mess_tf.data.examples import Examples
+from mess_tf.data.sources import open_split
 
 ORIGINAL, EXITS = "original", "exits"
 RESAMPLES = 2000

@@ -33,12 +33,15 @@ from headline import DROPS_PP, EQUAL_LATENCY, EXITS, ORIGINAL, ROWS
 from mess_runtime.benchmark import LatencyTable
 from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Predicted, read_json
 from mess_tf import configs
-from mess_tf.data import open_split
-from mess_tf.export_tflite import CANDIDATES, FP32, INT8, PRECISIONS, Exporter, calibration_images
+from mess_tf.data.sources import open_split
+from mess_tf.export_tflite import CANDIDATES, calibration_images
 from mess_tf.files import Configuration, Deployment, ExitChoice, Stats
-from mess_tf.model import FINAL, load_network
+from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
+from mess_tf.graph.exporter import Exporter
+from mess_tf.network.model import FINAL, load_network
+from mess_tf.optimise.space import arrival_costs, latency_costs
 from mess_tf.rescale import rescale
-from mess_tf.search import arrival_costs, latency_costs, table
+from mess_tf.search import table
 
 SETTINGS = (INPUT_DEPENDENT, BUDGETED)
 

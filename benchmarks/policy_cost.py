@@ -27,9 +27,10 @@ from absl import app, flags
 from common import Trained, define_flags, interleaved, invocation, ratio
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE
-from mess_tf import graphs, policy
-from mess_tf.data import evaluation_batches, resize_image
-from mess_tf.export_tflite import FP32, INT8, Exporter, convert, logits_size, run_signature
+from mess_tf.data.pipelines import evaluation_batches, resize_image
+from mess_tf.graph import flatbuffer, policy
+from mess_tf.graph.conversion import FP32, INT8, convert, run_signature
+from mess_tf.graph.exporter import Exporter, logits_size
 
 THETA = 0.9
 ROUNDING = 1e-4  # of float32 probabilities
@@ -57,7 +58,7 @@ def sides(exporters: Mapping[str, Exporter], candidate: str) -> dict[str, Callab
     image = exporter.samples[0][IMAGE]
     inputs = {IMAGE: image, "logits": model(image, training=False)[candidate].numpy()}
     return {
-        name: functools.partial(invocation, graphs.write({SIGNATURE: graph}), inputs={each: inputs[each] for each in graph.inputs})
+        name: functools.partial(invocation, flatbuffer.write({SIGNATURE: graph}), inputs={each: inputs[each] for each in graph.inputs})
         for name, graph in files.items()
     }
 
@@ -110,7 +111,7 @@ def agreement(exporter: Exporter, candidate: str, examples, limit: int) -> dict[
         logits = model(resize_image(image, exporter.size), training=False)[candidate].numpy()
         window = policy.median_window(exporter.size, logits)
         graph = exporter.policy(*logits.shape[1:3], DECISIONS["edge"])
-        outputs = run_signature(graphs.write({SIGNATURE: graph}), {"logits": logits})
+        outputs = run_signature(flatbuffer.write({SIGNATURE: graph}), {"logits": logits})
         mask, confidence, margin = reference(logits, exporter.size, window)
         mask_differs += int(((outputs[MASK][0] != mask) & (margin > ROUNDING)).sum())
         edges, count = predicted_edges(outputs[MASK][0]), int(outputs[CONFIDENT_PIXELS][0])

@@ -30,8 +30,8 @@ import mess_runtime
 from mess_runtime.bundle import BUDGETED, FULL, IMAGE, Bundle
 from mess_runtime.engines import open_engine
 from mess_runtime.runner import Runner
-from mess_tf.data import evaluation_batches, resize_image
-from mess_tf.export_tflite import FP32, INT8, PRECISIONS
+from mess_tf.data.pipelines import evaluation_batches, resize_image
+from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 
 THETA_PIX = 0.9
 

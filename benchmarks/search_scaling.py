@@ -18,7 +18,8 @@ from absl import app, flags
 from paper_space import drawn_stats
 
 from mess_tf.files import Deployment
-from mess_tf.search import macs_costs, original, resolve_objective, search
+from mess_tf.optimise.search import resolve_objective, search
+from mess_tf.optimise.space import macs_costs, original
 
 GRID = 100
 

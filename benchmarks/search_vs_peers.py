@@ -20,7 +20,8 @@ from absl import app, flags
 from paper_space import drawn_stats
 
 from mess_tf.files import Stats
-from mess_tf.search import Costs, macs_costs, original, resolve_objective, search
+from mess_tf.optimise.search import resolve_objective, search
+from mess_tf.optimise.space import Costs, macs_costs, original
 
 try:
     import optuna

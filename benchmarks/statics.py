@@ -20,12 +20,14 @@ from absl import app, flags
 
 from mess_runtime.bundle import BUDGETED, write_atomically
 from mess_tf import configs
-from mess_tf.backbones import build_backbone
 from mess_tf.configs import Config, HeadSpec
-from mess_tf.data import open_split
-from mess_tf.export_tflite import FP32, INT8, PRECISIONS, Exporter, calibration_images
+from mess_tf.data.sources import open_split
+from mess_tf.export_tflite import calibration_images
 from mess_tf.files import Configuration, ExitChoice
-from mess_tf.model import FINAL, build_network, load_network
+from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
+from mess_tf.graph.exporter import Exporter
+from mess_tf.network.backbones import build_backbone
+from mess_tf.network.model import FINAL, build_network, load_network
 
 NAMES = ("scale0.75", "scale0.6", "scale0.5", "stride32", "deeplab", "scale0.75-deeplab", "scale0.6-deeplab", "scale0.5-deeplab")
 NAMES += ("stride32-deeplab",)

@@ -15,9 +15,9 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-from mess_tf import train
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec, StageConfig
-from mess_tf.model import build_network
+from mess_tf.learning.steps import fix_summation_order, make_optimizer, network_step
+from mess_tf.network.model import build_network
 
 CLASSES = 11
 KINDS = ("none", "round_robin", "all")
@@ -32,8 +32,8 @@ def make_step(backbone: BackboneConfig, exits: int, kind: str, batch: int, size:
     network = build_network(config, CLASSES)
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], backbone.batch_norm_momentum)
     parts = [network.original, *network.heads.values()]
-    optimizer = train.make_optimizer(config.stage1, [variable for part in parts for variable in part.trainable_variables])
-    step = train.network_step(network, config.stage1, optimizer, size, np.ones(CLASSES, np.float32))
+    optimizer = make_optimizer(config.stage1, [variable for part in parts for variable in part.trainable_variables])
+    step = network_step(network, config.stage1, optimizer, size, np.ones(CLASSES, np.float32))
     images = tf.random.uniform((batch, *size, 3), 0, 255)
     labels = tf.cast(tf.random.uniform((batch, *size), 0, CLASSES, tf.int32), tf.uint8)
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     size = tuple(int(side) for side in FLAGS.size.split("x"))
     backbone = BackboneConfig(name=FLAGS.backbone)
     early = FLAGS.exits - 1
-    train.fix_summation_order()
+    fix_summation_order()
     steps = {kind: make_step(backbone, FLAGS.exits, kind, FLAGS.batch, size) for kind in KINDS}
     for number in range(early):
         for step in steps.values():

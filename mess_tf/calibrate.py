@@ -19,12 +19,17 @@ from absl import app, flags, logging
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE, check, file_sha256
-from mess_tf import configs, graphs, metrics, policy
-from mess_tf.costs import Cost, model_cost
-from mess_tf.data import Examples, evaluation_batches, open_split, resize_image, resize_label
-from mess_tf.export_tflite import CANDIDATES, WEIGHTS, convert, head_cost, head_name, policy_name, tensor_shapes
+from mess_tf import configs, metrics
+from mess_tf.data.examples import Examples
+from mess_tf.data.pipelines import evaluation_batches, resize_image, resize_label
+from mess_tf.data.sources import open_split
+from mess_tf.export_tflite import CANDIDATES, WEIGHTS
 from mess_tf.files import Stats, made_by
-from mess_tf.model import FINAL, MultiExitNetwork, load_network
+from mess_tf.graph import flatbuffer, policy
+from mess_tf.graph.conversion import convert
+from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
+from mess_tf.network.costs import Cost, model_cost
+from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
 
 THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
@@ -108,7 +113,7 @@ def calibrate(
     @functools.cache
     def policy_runner(shape: tuple[int, ...]):
         graph = convert(lambda logits: policy.decide(logits, size, thresholds, fidelity), {"logits": shape})
-        return Interpreter(model_content=graphs.write({SIGNATURE: graph}), num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
+        return Interpreter(model_content=flatbuffer.write({SIGNATURE: graph}), num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
 
     num_classes = examples.info.num_classes
     counts = np.zeros((3, len(candidates), len(examples), num_classes), np.int64)

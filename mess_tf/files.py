@@ -47,6 +47,15 @@ def made_by() -> dict[str, str]:
     return {"mess_tf": __version__, "python": platform.python_version(), "numpy": np.__version__, "git_commit": commit}
 
 
+def read_arrays(path: str) -> dict[str, np.ndarray]:
+    """Reads an .npz file; raises a ValueError that names it if it is another file."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: must be an .npz file, got {error}") from error
+
+
 def _must_exist(path: str | os.PathLike, command: str) -> None:
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}; `python -m {command} --workdir=...` makes it")

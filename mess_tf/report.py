@@ -23,11 +23,14 @@ from matplotlib.figure import Figure
 
 from mess_runtime.benchmark import LatencyTable
 from mess_runtime.bundle import file_sha256, read_json, write_atomically
-from mess_tf import configs, metrics, policy
-from mess_tf.data import Examples, open_split, palette, resize_image
+from mess_tf import configs, metrics
+from mess_tf.data.examples import Examples, palette
+from mess_tf.data.pipelines import resize_image
+from mess_tf.data.sources import open_split
 from mess_tf.files import Deployment, Stats
-from mess_tf.model import MultiExitNetwork, load_network
-from mess_tf.search import Costs, evaluate_configuration, latency_costs, macs_costs
+from mess_tf.graph import policy
+from mess_tf.network.model import MultiExitNetwork, load_network
+from mess_tf.optimise.space import Costs, evaluate_configuration, latency_costs, macs_costs
 
 STRIPS = 5
 INK = "#010203"  # stands for the colour of the page's text in every SVG

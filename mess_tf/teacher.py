@@ -8,59 +8,19 @@ it: it reads the file instead of running the networks.
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-from mess_runtime.bundle import write_atomically
 from mess_tf import configs
-from mess_tf.backbones import read_arrays
 from mess_tf.configs import DataConfig
-from mess_tf.data import SOFT_STRIDE, Examples, open_split, resize_image
-from mess_tf.model import load_network
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SoftTargets:
-    """What a teacher says of the images of a training split.
-
-    Attributes:
-      names: of the images, in the order of the split.
-      log_probability: float16 [N, h, w, C], of the whole image at 1 / SOFT_STRIDE of the input size.
-    """
-
-    names: tuple[str, ...]
-    log_probability: np.ndarray
-
-    @classmethod
-    def load(cls, path: str, examples: Examples) -> "SoftTargets":
-        """Reads a file of this module.
-
-        Raises:
-          FileNotFoundError, ValueError: if there is no such file, or it was made for other images or classes.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"teacher: there is no file {path!r}; `python -m mess_tf.teacher --output={path}` makes it")
-        arrays = read_arrays(path)
-        targets = cls(tuple(arrays["names"].tolist()), arrays["log_probability"])
-        if targets.names != examples.names or targets.log_probability.shape[3] != examples.info.num_classes:
-            raise ValueError(
-                f"teacher: {path} must hold the {len(examples)} images and {examples.info.num_classes} classes of the training split, "
-                f"got {len(targets.names)} images, the first is {targets.names[:1]}, and {targets.log_probability.shape[3]} classes"
-            )
-        return targets
-
-    def save(self, path: str) -> None:
-        """Writes the file atomically."""
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez(file, names=np.array(self.names), log_probability=self.log_probability)
-
-        write_atomically(path, write)
+from mess_tf.data.examples import Examples
+from mess_tf.data.pipelines import SOFT_STRIDE, resize_image
+from mess_tf.data.sources import open_split
+from mess_tf.learning.soft_targets import SoftTargets
+from mess_tf.network.model import load_network
 
 
 def predictor(network: keras.Model, input_size: tuple[int, int], mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:

@@ -2,7 +2,7 @@
 
 import keras
 
-from mess_tf.layers import BatchNormalization
+from mess_tf.network.layers import BatchNormalization
 
 BLOCKS = ((24, 2), (32, 2), (96, 2), (96, 1), (96, 1), (96, 1))  # channels, stride
 

@@ -409,9 +409,10 @@ def trained(tmp_path_factory):
 
     from mess_tf.calibrate import calibrate
     from mess_tf.configs import DataConfig, HeadSpec
-    from mess_tf.data import open_split
-    from mess_tf.export_tflite import Exporter, export_candidates
-    from mess_tf.model import convert
+    from mess_tf.data.sources import open_split
+    from mess_tf.export_tflite import export_candidates
+    from mess_tf.graph.exporter import Exporter
+    from mess_tf.network.model import convert
 
     examples = open_split(DataConfig(input_size=SIZE, synthetic_train=2, synthetic_val=3), "val")
     keras.utils.set_random_seed(0)
@@ -429,7 +430,8 @@ def trained(tmp_path_factory):
 def cheapest(workdir, device):
     """What the search finds for a phone when any accuracy is enough."""
     from mess_tf.files import Objective, Stats
-    from mess_tf.search import latency_costs, search
+    from mess_tf.optimise.search import search
+    from mess_tf.optimise.space import latency_costs
 
     stats = Stats.load(workdir / "stats.npz")
     costs = latency_costs(stats, [dataclasses.asdict(row) for row in rows_of(workdir)], device)
@@ -437,7 +439,8 @@ def cheapest(workdir, device):
 
 
 def test_from_phones_to_deployments(bench, plug_in, trained, tool):
-    from mess_tf.export_tflite import Exporter, export_deployment
+    from mess_tf.export_tflite import export_deployment
+    from mess_tf.graph.exporter import Exporter
 
     network, classes, workdir = trained
     fast, slow = plug_in("Pixel 8"), plug_in("Nexus 5", shell_v2=False)

@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mess_tf.backbones import build_backbone, read_arrays
 from mess_tf.configs import BackboneConfig
+from mess_tf.files import read_arrays
+from mess_tf.network.backbones import build_backbone
 
 CHANNELS = {"mobilenet_v2": 160, "efficientnet_lite0": 320, "resnet50": 2048}
 SIZE = (64, 96)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from mess_tf.costs import graph_nodes, model_cost, with_input_size
+from mess_tf.network.costs import graph_nodes, model_cost, with_input_size
 
 LAYERS = keras.layers
 

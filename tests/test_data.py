@@ -7,8 +7,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mess_tf import data
 from mess_tf.configs import IGNORE, DataConfig
+from mess_tf.data import examples as examples_module
+from mess_tf.data.examples import DataError, palette
+from mess_tf.data.pipelines import PAD_COLOUR, augment, evaluation_batches, resize_image, resize_label, training_batches
+from mess_tf.data.sources import open_split
+from mess_tf.learning.losses import class_weights
 
 SMALL = DataConfig(input_size=(32, 64), synthetic_train=10, synthetic_val=7, brightness=0.3, contrast=0.2, saturation=0.2)
 
@@ -37,26 +41,26 @@ def stack(batches: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_scene_depends_on_seed_split_and_index_only():
-    few = data.open_split(SMALL, "train")
-    many = data.open_split(dataclasses.replace(SMALL, synthetic_train=30), "train")
+    few = open_split(SMALL, "train")
+    many = open_split(dataclasses.replace(SMALL, synthetic_train=30), "train")
     for i in (9, 0):  # in another order than the other split is read
         for ours, theirs in zip(few.load(i), many.load(i), strict=True):
             np.testing.assert_array_equal(ours, theirs)
     assert few.names == many.names[:10]
-    pictures = [few.load(0)[0], few.load(2)[0], data.open_split(SMALL, "val").load(0)[0]]
-    pictures.append(data.open_split(dataclasses.replace(SMALL, seed=1), "train").load(0)[0])
+    pictures = [few.load(0)[0], few.load(2)[0], open_split(SMALL, "val").load(0)[0]]
+    pictures.append(open_split(dataclasses.replace(SMALL, seed=1), "train").load(0)[0])
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 10), (0.3, 12), (0.5, 20), (1.0, 40)])
 def test_share_of_hard_scenes_is_exact(share, expected):
-    examples = data.open_split(dataclasses.replace(SMALL, synthetic_train=40, synthetic_hard=share), "train")
+    examples = open_split(dataclasses.replace(SMALL, synthetic_train=40, synthetic_hard=share), "train")
     assert examples.hard.sum() == expected
     assert [name.endswith("hard") for name in examples.names] == examples.hard.tolist()
 
 
 def test_hard_scenes_are_harder_to_see():
-    examples = data.open_split(dataclasses.replace(SMALL, synthetic_train=40), "train")
+    examples = open_split(dataclasses.replace(SMALL, synthetic_train=40), "train")
 
     def separation(index):  # distance between the sky's and the road's colour, in units of their spread
         image, label = examples.load(index)
@@ -69,7 +73,7 @@ def test_hard_scenes_are_harder_to_see():
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 64), (65, 33), (96, 128)])
 def test_scenes_hold_every_class_at_any_size(size):
-    examples = data.open_split(dataclasses.replace(SMALL, input_size=size, synthetic_val=12), "val")
+    examples = open_split(dataclasses.replace(SMALL, input_size=size, synthetic_val=12), "val")
     image, label = examples.load(0)
     assert (image.dtype, image.shape, label.dtype, label.shape) == (np.uint8, (*size, 3), np.uint8, size)
     values = np.unique([examples.load(i)[1] for i in range(12)])
@@ -77,10 +81,10 @@ def test_scenes_hold_every_class_at_any_size(size):
 
 
 def test_synthetic_refuses_other_splits_and_empty_ones():
-    with pytest.raises(data.DataError, match=r"'train', 'val', got 'test'"):
-        data.open_split(SMALL, "test")
-    with pytest.raises(data.DataError, match="'val' must have at least one image, got 0"):
-        data.open_split(dataclasses.replace(SMALL, synthetic_val=0), "val")
+    with pytest.raises(DataError, match=r"'train', 'val', got 'test'"):
+        open_split(SMALL, "test")
+    with pytest.raises(DataError, match="'val' must have at least one image, got 0"):
+        open_split(dataclasses.replace(SMALL, synthetic_val=0), "val")
 
 
 # --- image folders
@@ -91,7 +95,7 @@ def test_folder_maps_ignore_and_counts_classes(tmp_path):
     palette_label = Image.fromarray(np.full((40, 60), 2, np.uint8))
     palette_label.putpalette([7, 8, 9] * 256)
     palette_label.save(tmp_path / "train" / "labels" / "1.png")
-    examples = data.open_split(config, "train")
+    examples = open_split(config, "train")
     assert (examples.names, examples.info.classes, examples.hard) == (("0", "1", "2"), ("class0", "class1", "class2"), None)
 
     raw = [np.array(Image.open(tmp_path / "train" / "labels" / f"{i}.png")) for i in range(3)]
@@ -106,7 +110,7 @@ def test_folder_maps_ignore_and_counts_classes(tmp_path):
 
 
 def test_class_pixels_of_synthetic_equal_a_count_by_hand():
-    examples = data.open_split(SMALL, "val")
+    examples = open_split(SMALL, "val")
     labels = np.stack([examples.load(i)[1] for i in range(7)])
     assert examples.class_pixels().tolist() == [int((labels == value).sum()) for value in range(8)]
 
@@ -166,18 +170,18 @@ def damage_class_names(root):
 @pytest.mark.parametrize("damage", [value for name, value in list(globals().items()) if name.startswith("damage_")])
 def test_damage_is_named_with_its_file(tmp_path, damage):
     config = folder_config(tmp_path)
-    data.open_split(config, "train")
+    open_split(config, "train")
     message = damage(tmp_path)
-    with pytest.raises(data.DataError, match=message):
-        data.open_split(config, "train")
+    with pytest.raises(DataError, match=message):
+        open_split(config, "train")
 
 
 def test_several_problems_are_reported_together(tmp_path):
     config = folder_config(tmp_path, count=8)
     for i in range(7):
         (tmp_path / f"train/labels/{i}.png").unlink()
-    with pytest.raises(data.DataError) as caught:
-        data.open_split(config, "train")
+    with pytest.raises(DataError) as caught:
+        open_split(config, "train")
     lines = str(caught.value).splitlines()
     assert len(lines) == 6
     assert [f"labels/{i}.png" in line for i, line in enumerate(lines)] == [True] * 5 + [False]
@@ -188,19 +192,19 @@ def test_truncated_image_is_named_when_read(tmp_path):
     config = folder_config(tmp_path)
     path = tmp_path / "train/images/1.jpg"
     path.write_bytes(path.read_bytes()[:900])
-    examples = data.open_split(config, "train")
-    with pytest.raises(data.DataError, match=r"images/1\.jpg: not a readable image"):
+    examples = open_split(config, "train")
+    with pytest.raises(DataError, match=r"images/1\.jpg: not a readable image"):
         examples.load(1)
 
 
 def test_bad_settings_are_refused(tmp_path):
     config = folder_config(tmp_path)
-    with pytest.raises(data.DataError, match=r"data\.ignore_value: must be above the 8 classes .* got 3"):
-        data.open_split(dataclasses.replace(config, ignore_value=3), "train")
-    with pytest.raises(data.DataError, match=r"data\.data_dir: must be the root folder of the 'folder' source"):
-        data.open_split(dataclasses.replace(config, data_dir=""), "train")
-    with pytest.raises(data.DataError, match=r"nearest: folder.*got 'foldr'"):
-        data.open_split(dataclasses.replace(config, source="foldr"), "train")
+    with pytest.raises(DataError, match=r"data\.ignore_value: must be above the 8 classes .* got 3"):
+        open_split(dataclasses.replace(config, ignore_value=3), "train")
+    with pytest.raises(DataError, match=r"data\.data_dir: must be the root folder of the 'folder' source"):
+        open_split(dataclasses.replace(config, data_dir=""), "train")
+    with pytest.raises(DataError, match=r"nearest: folder.*got 'foldr'"):
+        open_split(dataclasses.replace(config, source="foldr"), "train")
 
 
 # --- Pascal VOC
@@ -221,27 +225,27 @@ def test_voc_round_trip(tmp_path, inside):
     lists.mkdir(parents=True)
     (lists / "val.txt").write_text("b\na\n")
     config = DataConfig(source="voc", data_dir=str(tmp_path))
-    examples = data.open_split(config, "val")
+    examples = open_split(config, "val")
     assert (examples.names, examples.info.num_classes) == (("b", "a"), 21)
     np.testing.assert_array_equal(examples.load(1)[1], raw)
     assert examples.class_pixels().tolist() == [2 * int((raw == value).sum()) for value in range(21)]
 
-    with pytest.raises(data.DataError, match=r"Segmentation/train\.txt"):
-        data.open_split(config, "train")
+    with pytest.raises(DataError, match=r"Segmentation/train\.txt"):
+        open_split(config, "train")
     (lists / "val.txt").write_text("b\nunlisted\ngone\n")
     (root / "JPEGImages" / "unlisted.jpg").unlink()
-    with pytest.raises(data.DataError, match=r"JPEGImages/unlisted\.jpg: not a readable image[^\n]*\n[^\n]*SegmentationClass/gone\.png"):
-        data.open_split(config, "val")
+    with pytest.raises(DataError, match=r"JPEGImages/unlisted\.jpg: not a readable image[^\n]*\n[^\n]*SegmentationClass/gone\.png"):
+        open_split(config, "val")
 
 
 def test_voc_needs_exactly_one_year(tmp_path):
     config = DataConfig(source="voc", data_dir=str(tmp_path))
-    with pytest.raises(data.DataError, match=r"exactly one VOC year .* found none"):
-        data.open_split(config, "val")
+    with pytest.raises(DataError, match=r"exactly one VOC year .* found none"):
+        open_split(config, "val")
     for year in ("VOC2007", "VOC2012"):
         (tmp_path / year / "JPEGImages").mkdir(parents=True)
-    with pytest.raises(data.DataError, match=r"exactly one VOC year .* found .*VOC20.*VOC20"):
-        data.open_split(config, "val")
+    with pytest.raises(DataError, match=r"exactly one VOC year .* found .*VOC20.*VOC20"):
+        open_split(config, "val")
 
 
 # --- TensorFlow Datasets
@@ -261,53 +265,53 @@ def test_tfds_round_trip(name, image_key, label_key, channels, raw, expected, cl
     label[..., 0] = raw
     records = [{image_key: image, label_key: label}, {image_key: image, label_key: label[1:]}]
     with tfds.testing.mock_data(as_data_source_fn=lambda self, split, **_: records):
-        examples = data.open_split(DataConfig(source=f"tfds:{name}"), "test")
+        examples = open_split(DataConfig(source=f"tfds:{name}"), "test")
     assert (len(examples), examples.info.num_classes, len(set(examples.info.classes))) == (2, classes, classes)
     np.testing.assert_array_equal(examples.load(0)[0], image)
     np.testing.assert_array_equal(examples.load(0)[1], np.tile(np.array(expected, np.uint8), (8, 1)))
-    with pytest.raises(data.DataError, match=rf"{name} test/000001: label must be as large as its image, \(8, .*got \(7,"):
+    with pytest.raises(DataError, match=rf"{name} test/000001: label must be as large as its image, \(8, .*got \(7,"):
         examples.load(1)
 
 
 def test_tfds_random_access_and_bad_values():
     # The mocked cityscapes draws image and label at random, of equal size: every raw value is legal there, but not in the pets' trimap.
     with tfds.testing.mock_data(num_examples=3):
-        cityscapes = data.open_split(DataConfig(source="tfds:cityscapes/semantic_segmentation"), "validation")
+        cityscapes = open_split(DataConfig(source="tfds:cityscapes/semantic_segmentation"), "validation")
         image, label = cityscapes.load(2)
     assert (len(cityscapes), image.shape, label.shape) == (3, (1024, 2048, 3), (1024, 2048))
     assert np.unique(label).tolist() == [*range(19), IGNORE]
     record = {"image": np.zeros((2, 2, 3), np.uint8), "segmentation_mask": np.full((2, 2, 1), 4, np.uint8)}
     with tfds.testing.mock_data(as_data_source_fn=lambda self, split, **_: [record]):
-        pets = data.open_split(DataConfig(source="tfds:oxford_iiit_pet"), "train")
-    with pytest.raises(data.DataError, match=r"oxford_iiit_pet train/000000: label values .* got \[4\]"):
+        pets = open_split(DataConfig(source="tfds:oxford_iiit_pet"), "train")
+    with pytest.raises(DataError, match=r"oxford_iiit_pet train/000000: label values .* got \[4\]"):
         pets.class_pixels()
 
 
 def test_unknown_and_empty_tfds_are_refused():
     with pytest.raises(
-        data.DataError, match=r"tfds:oxford_iiit_pet, tfds:cityscapes/semantic_segmentation, tfds:scene_parse150, got 'tfds:mnist'"
+        DataError, match=r"tfds:oxford_iiit_pet, tfds:cityscapes/semantic_segmentation, tfds:scene_parse150, got 'tfds:mnist'"
     ):
-        data.open_split(DataConfig(source="tfds:mnist"), "train")
+        open_split(DataConfig(source="tfds:mnist"), "train")
     with (
         tfds.testing.mock_data(as_data_source_fn=lambda self, split, **_: []),
-        pytest.raises(data.DataError, match="tfds:oxford_iiit_pet: split 'train' has no images"),
+        pytest.raises(DataError, match="tfds:oxford_iiit_pet: split 'train' has no images"),
     ):
-        data.open_split(DataConfig(source="tfds:oxford_iiit_pet"), "train")
+        open_split(DataConfig(source="tfds:oxford_iiit_pet"), "train")
 
 
 # --- pipelines
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    examples = data.open_split(SMALL, "train")
-    images, labels = stack(data.training_batches(examples, SMALL, 4, seed=3, first_step=0, steps=7))
+    examples = open_split(SMALL, "train")
+    images, labels = stack(training_batches(examples, SMALL, 4, seed=3, first_step=0, steps=7))
     assert (images.dtype, images.shape, labels.dtype, labels.shape) == (np.float32, (7, 4, 32, 64, 3), np.uint8, (7, 4, 32, 64))
-    again = stack(data.training_batches(examples, SMALL, 4, seed=3, first_step=0, steps=7))
-    resumed = stack(data.training_batches(examples, SMALL, 4, seed=3, first_step=4, steps=3))  # in the middle of the second epoch
+    again = stack(training_batches(examples, SMALL, 4, seed=3, first_step=0, steps=7))
+    resumed = stack(training_batches(examples, SMALL, 4, seed=3, first_step=4, steps=3))  # in the middle of the second epoch
     np.testing.assert_array_equal(images, again[0])
     np.testing.assert_array_equal(images[4:], resumed[0])
     np.testing.assert_array_equal(labels[4:], resumed[1])
-    other, _ = stack(data.training_batches(examples, SMALL, 4, seed=4, first_step=0, steps=7))
+    other, _ = stack(training_batches(examples, SMALL, 4, seed=4, first_step=0, steps=7))
     assert not any((mine == theirs).all() for mine, theirs in zip(images, other, strict=True))
 
 
@@ -315,8 +319,8 @@ def test_every_epoch_shows_every_image_once_in_another_order(tmp_path):
     config = folder_config(tmp_path, count=5, scale_range=(1.0, 1.0), flip=False, brightness=0.0)
     for i in range(5):
         write_image(tmp_path / f"train/images/{i}.jpg", np.full((40, 60, 3), 40 * i, np.uint8))
-    examples = data.open_split(config, "train")
-    images, _ = stack(data.training_batches(examples, config, 3, seed=0, first_step=0, steps=10))  # 6 epochs of 5
+    examples = open_split(config, "train")
+    images, _ = stack(training_batches(examples, config, 3, seed=0, first_step=0, steps=10))  # 6 epochs of 5
     epochs = np.rint(images.mean(axis=(2, 3, 4)) / 40).astype(int).reshape(6, 5)
     assert (np.sort(epochs) == np.arange(5)).all()
     assert len(np.unique(epochs, axis=0)) > 3
@@ -324,32 +328,32 @@ def test_every_epoch_shows_every_image_once_in_another_order(tmp_path):
 
 def test_labels_are_never_interpolated(tmp_path):
     config = folder_config(tmp_path, (0, 7))
-    examples = data.open_split(config, "train")
-    _, labels = stack(data.training_batches(examples, config, 4, seed=0, first_step=0, steps=10))
+    examples = open_split(config, "train")
+    _, labels = stack(training_batches(examples, config, 4, seed=0, first_step=0, steps=10))
     assert np.unique(labels).tolist() == [0, 7, IGNORE]
-    assert np.unique(data.resize_label(examples.load(0)[1], (33, 71))).tolist() == [0, 7]
+    assert np.unique(resize_label(examples.load(0)[1], (33, 71))).tolist() == [0, 7]
 
 
 def test_small_scale_is_padded_and_large_scale_is_not(tmp_path):
     config = folder_config(tmp_path, scale_range=(0.5, 0.5))
-    examples = data.open_split(config, "train")
-    images, labels = stack(data.training_batches(examples, config, 4, seed=0, first_step=0, steps=4))
+    examples = open_split(config, "train")
+    images, labels = stack(training_batches(examples, config, 4, seed=0, first_step=0, steps=4))
     padded = labels == IGNORE
     np.testing.assert_array_equal(padded.sum(axis=(2, 3)), 32 * 64 - 16 * 32)
-    assert (images[padded] == data.PAD_COLOUR).all()
+    assert (images[padded] == PAD_COLOUR).all()
     assert len(np.unique(padded.reshape(16, -1), axis=0)) > 8  # the place of the image in the crop is random
     config = dataclasses.replace(config, scale_range=(1.0, 2.0))
-    _, labels = stack(data.training_batches(examples, config, 4, seed=0, first_step=0, steps=4))
+    _, labels = stack(training_batches(examples, config, 4, seed=0, first_step=0, steps=4))
     assert not (labels == IGNORE).any()
 
 
 def test_scale_one_is_the_resize_of_evaluation(tmp_path):
     config = folder_config(tmp_path, tuple(range(8)), scale_range=(1.0, 1.0), flip=False, brightness=0.0)
-    image, label = data.open_split(config, "train").load(0)
+    image, label = open_split(config, "train").load(0)
     for size in ((32, 64), (45, 61), (16, 100)):
-        ours, ours_label = data.augment(image, label, dataclasses.replace(config, input_size=size), tf.constant([0, 0], tf.int64))
-        np.testing.assert_allclose(ours, data.resize_image(image, size), atol=1e-2)
-        np.testing.assert_array_equal(ours_label, data.resize_label(label, size))
+        ours, ours_label = augment(image, label, dataclasses.replace(config, input_size=size), tf.constant([0, 0], tf.int64))
+        np.testing.assert_allclose(ours, resize_image(image, size), atol=1e-2)
+        np.testing.assert_array_equal(ours_label, resize_label(label, size))
 
 
 def test_image_and_label_move_together(tmp_path):
@@ -359,8 +363,8 @@ def test_image_and_label_move_together(tmp_path):
     for i in range(3):
         write_image(tmp_path / f"train/images/{i}.jpg", np.repeat(255 * half[..., None], 3, axis=2))
         write_image(tmp_path / f"train/labels/{i}.png", 7 * half)
-    examples = data.open_split(config, "train")
-    images, labels = stack(data.training_batches(examples, config, 8, seed=0, first_step=0, steps=4))
+    examples = open_split(config, "train")
+    images, labels = stack(training_batches(examples, config, 8, seed=0, first_step=0, steps=4))
     grey = images.mean(axis=-1)
     bright = np.where(labels == IGNORE, labels, 7 * (grey > 127.5))
     assert (bright == labels).mean() > 0.98  # all but the blurred edge
@@ -375,25 +379,25 @@ def test_soft_targets_move_with_the_image(tmp_path):
     for i in range(3):
         write_image(tmp_path / f"train/images/{i}.jpg", np.repeat(255 * half[..., None], 3, axis=2))
         write_image(tmp_path / f"train/labels/{i}.png", 7 * half)
-    examples = data.open_split(config, "train")
+    examples = open_split(config, "train")
     soft = np.stack([1 - half[::4, ::4], half[::4, ::4]], axis=-1).astype(np.float16)[None].repeat(3, axis=0)
-    batches = list(data.training_batches(examples, config, 8, seed=0, first_step=0, steps=4, soft_targets=soft))
+    batches = list(training_batches(examples, config, 8, seed=0, first_step=0, steps=4, soft_targets=soft))
     labels, targets = (np.concatenate([batch[k] for batch in batches]) for k in (1, 2))
     assert (targets.shape, targets.dtype) == ((32, 16, 32, 2), np.float32)
     inside = labels[:, 2::4, 2::4]
     assert ((targets.sum(-1) > 0.5) == (inside != IGNORE)).mean() > 0.98  # all but the border, which lies between two cells
     right = (targets[..., 1] > 0.5) == (inside == 7)
     assert right[inside != IGNORE].mean() > 0.97  # all but the edge
-    _, plain = stack(data.training_batches(examples, config, 8, seed=0, first_step=0, steps=4))
+    _, plain = stack(training_batches(examples, config, 8, seed=0, first_step=0, steps=4))
     np.testing.assert_array_equal(plain.reshape(labels.shape), labels)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 def test_colour_changes_stay_in_range(tmp_path, name):
     plain = folder_config(tmp_path, scale_range=(1.0, 1.0), flip=False, brightness=0.0)
-    image, label = data.open_split(plain, "train").load(0)
-    before, _ = data.augment(image, label, plain, tf.constant([0, 0], tf.int64))
-    changed = [data.augment(image, label, dataclasses.replace(plain, **{name: 0.4}), tf.constant([0, i], tf.int64))[0] for i in range(6)]
+    image, label = open_split(plain, "train").load(0)
+    before, _ = augment(image, label, plain, tf.constant([0, 0], tf.int64))
+    changed = [augment(image, label, dataclasses.replace(plain, **{name: 0.4}), tf.constant([0, i], tf.int64))[0] for i in range(6)]
     before, changed = before.numpy(), np.stack(changed)
     assert changed.min() >= 0
     assert changed.max() <= 255
@@ -411,8 +415,8 @@ def test_evaluation_batches_are_the_images_themselves(tmp_path):
     config = folder_config(tmp_path)
     write_image(tmp_path / "train/images/1.jpg", np.zeros((50, 30, 3), np.uint8))
     write_image(tmp_path / "train/labels/1.png", np.zeros((50, 30), np.uint8))
-    examples = data.open_split(config, "train")
-    batches = list(data.evaluation_batches(examples).as_numpy_iterator())
+    examples = open_split(config, "train")
+    batches = list(evaluation_batches(examples).as_numpy_iterator())
     assert [image.shape for image, _ in batches] == [(1, 40, 60, 3), (1, 50, 30, 3), (1, 40, 60, 3)]
     for i, (image, label) in enumerate(batches):
         assert (image.dtype, label.dtype) == (np.float32, np.uint8)
@@ -421,8 +425,8 @@ def test_evaluation_batches_are_the_images_themselves(tmp_path):
 
 
 def test_memory_of_the_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr(data, "CACHE_BYTES", 3 * 32 * 64 * 4)
-    examples = data.open_split(SMALL, "train")
+    monkeypatch.setattr(examples_module, "CACHE_BYTES", 3 * 32 * 64 * 4)
+    examples = open_split(SMALL, "train")
     first = [examples.load(i) for i in range(5)]
     kept = [examples.load(i)[0] is first[i][0] for i in range(5)]
     assert kept == [True] * 3 + [False] * 2
@@ -435,19 +439,19 @@ def test_memory_of_the_cache_is_bounded(monkeypatch):
 
 def test_class_weights():
     pixels = np.array([100, 400, 0, 1600], np.int64)
-    weights = data.class_weights(pixels, "sqrt_median_frequency")
+    weights = class_weights(pixels, "sqrt_median_frequency")
     np.testing.assert_allclose(weights, [2, 1, 0, 0.5])
     assert weights.dtype == np.float32
-    assert data.class_weights(pixels, "none").tolist() == [1, 1, 1, 1]
+    assert class_weights(pixels, "none").tolist() == [1, 1, 1, 1]
     with pytest.raises(ValueError, match="'sqrt_median_frequency', got 'median'"):
-        data.class_weights(pixels, "median")
+        class_weights(pixels, "median")
 
 
 def test_palette_is_fixed_and_distinct():
-    colours = data.palette(150)
+    colours = palette(150)
     assert (colours.dtype, colours.shape) == (np.uint8, (150, 3))
     assert len(np.unique(colours, axis=0)) == 150
-    np.testing.assert_array_equal(colours[:21], data.palette(21))
+    np.testing.assert_array_equal(colours[:21], palette(21))
     distances = np.linalg.norm(colours[:21, None].astype(int) - colours[None, :21], axis=-1) + 255 * np.eye(21)
     assert distances.min() > 25
 
@@ -457,12 +461,12 @@ def test_palette_is_fixed_and_distinct():
 
 def test_camvid(camvid_dir):
     config = DataConfig(source="folder", data_dir=str(camvid_dir), ignore_value=11, input_size=(96, 128))
-    train, val = (data.open_split(config, split) for split in ("train", "val"))
+    train, val = (open_split(config, split) for split in ("train", "val"))
     assert (len(train), len(val), train.info.num_classes) == (367, 101, 11)
     assert not set(train.names) & set(val.names)
     image, label = val.load(0)
     assert (image.shape, label.shape) == ((360, 480, 3), (360, 480))
     assert (train.class_pixels() > 0).all()
-    images, labels = next(iter(data.training_batches(train, config, 2, seed=0, first_step=0, steps=1)))
+    images, labels = next(iter(training_batches(train, config, 2, seed=0, first_step=0, steps=1)))
     assert images.shape == (2, 96, 128, 3)
     assert set(np.unique(labels)) <= {*range(11), IGNORE}

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mess_tf.backbones import build_backbone
 from mess_tf.configs import HEAD_SPACE, BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
-from mess_tf.costs import graph_nodes, model_cost, with_input_size
-from mess_tf.exits import TAP, ExitPoint, Tap, build_head, build_rest, copy_rest, final_point, find_exit_points
-from mess_tf.layers import BatchNormalization
-from mess_tf.model import build_network
+from mess_tf.network.backbones import build_backbone
+from mess_tf.network.costs import graph_nodes, model_cost, with_input_size
+from mess_tf.network.exits import TAP, ExitPoint, Tap, build_head, build_rest, copy_rest, final_point, find_exit_points
+from mess_tf.network.layers import BatchNormalization
+from mess_tf.network.model import build_network
 
 LAYERS = keras.layers
 SIZE = (32, 64)

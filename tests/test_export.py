@@ -13,18 +13,21 @@ from small_network import small_network
 
 from mess_runtime.bundle import SIGNATURE, Bundle, InputSpec, file_sha256
 from mess_runtime.runner import Runner
-from mess_tf import graphs, metrics
-from mess_tf.backbones import build_backbone
+from mess_tf import metrics
 from mess_tf.calibrate import calibrate
 from mess_tf.configs import BackboneConfig, DataConfig, HeadSpec
-from mess_tf.data import open_split
-from mess_tf.evaluate import accuracies, confusion_matrices, keras_predictor
-from mess_tf.export_tflite import Exporter, ExportError, check_parity, convert, export_candidates, export_deployment, run_signature
+from mess_tf.data.sources import open_split
+from mess_tf.export_tflite import export_candidates, export_deployment
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Predicted
-from mess_tf.model import FINAL
-from mess_tf.model import convert as convert_network
-from mess_tf.policy import decide
-from mess_tf.search import arrival_costs, evaluate_configuration, macs_costs
+from mess_tf.graph import flatbuffer
+from mess_tf.graph.conversion import ExportError, check_parity, convert, run_signature
+from mess_tf.graph.exporter import Exporter
+from mess_tf.graph.policy import decide
+from mess_tf.network.backbones import build_backbone
+from mess_tf.network.evaluation import accuracies, confusion_matrices, keras_predictor
+from mess_tf.network.model import FINAL
+from mess_tf.network.model import convert as convert_network
+from mess_tf.optimise.space import arrival_costs, evaluate_configuration, macs_costs
 
 SIZE = (32, 64)
 HEADS = ("fcn-r1-b0", "decoder-r2-b1-d2", "rest")
@@ -189,9 +192,9 @@ def test_first_convolutions_and_named_operations_stay_in_float(made):
 
     def in_float():
         graph = exporter.converted(exporter.chain(candidates)[1], ["image"])
-        converting = (graphs.OPERATORS.QUANTIZE, graphs.OPERATORS.DEQUANTIZE)
+        converting = (flatbuffer.OPERATORS.QUANTIZE, flatbuffer.OPERATORS.DEQUANTIZE)
         operations = [each for each in graph.operations if each.builtin not in converting]
-        return [each.outputs[0].description.name.decode() for each in operations if each.inputs[0].description.type == graphs.FLOAT32]
+        return [each.outputs[0].description.name.decode() for each in operations if each.inputs[0].description.type == flatbuffer.FLOAT32]
 
     errors = exporter.quantization_errors(candidates)
     assert errors == sorted(errors, reverse=True) and errors[0][0] > 0
@@ -215,7 +218,7 @@ def test_int8_keeps_the_mean_of_each_channel():
         return {"y": tf.nn.bias_add(tf.nn.conv2d(x, weights, 1, "SAME"), [1.0, -2.0])}
 
     graph = convert(function, {"x": image.shape}, "int8", lambda: iter([{"x": image}]))
-    made = run_signature(graphs.write({SIGNATURE: graph}), {"x": image})["y"].mean((0, 1, 2))
+    made = run_signature(flatbuffer.write({SIGNATURE: graph}), {"x": image})["y"].mean((0, 1, 2))
     np.testing.assert_allclose(made, function(image)["y"].numpy().mean((0, 1, 2)), atol=0.5)
 
 
@@ -225,8 +228,8 @@ def test_int8_candidates_hand_int8_on(made, tmp_path):
     exporter = Exporter(network, SIZE, precision="int8", samples=images)
     exporter.policies(tmp_path)
     prefix, head = exporter.prefix(tmp_path, "exit1"), exporter.head(tmp_path, f"exit1.{HEADS[0]}")
-    assert {each.description.type for graph in (prefix.outputs, head.inputs) for each in graph.values()} == {graphs.INT8}
-    assert [each.description.type for each in prefix.inputs.values()] == [graphs.FLOAT32]
+    assert {each.description.type for graph in (prefix.outputs, head.inputs) for each in graph.values()} == {flatbuffer.INT8}
+    assert [each.description.type for each in prefix.inputs.values()] == [flatbuffer.FLOAT32]
     exporter.head(tmp_path, FINAL)  # without weights
     for path in tmp_path.iterdir():
         interpreter = Interpreter(str(path))
@@ -311,22 +314,22 @@ def test_a_head_too_heavy_for_its_place_is_warned_of(made, tmp_path, monkeypatch
     monkeypatch.setattr(Exporter, "head", lambda self, folder, candidate: candidate)
     monkeypatch.setattr(Exporter, "policies", lambda self, folder: None)
     cost = {"exit1": 10, "exit2": 20, "final": 30, FINAL: 0} | {f"exit1.{HEADS[0]}": 15, f"exit2.{HEADS[0]}": 5}
-    monkeypatch.setattr(graphs, "macs", lambda name: cost.get(name, 1))
+    monkeypatch.setattr(flatbuffer, "macs", lambda name: cost.get(name, 1))
     export_candidates(Exporter(made[0], SIZE), tmp_path / "candidates")
     warned = [record.getMessage() for record in caplog.records if "too heavy" in record.getMessage()]
     assert warned == [f"exit1.{HEADS[0]}: costs no less than at exit2: too heavy a head for its place"]
 
 
 def test_an_exit_of_a_bundle_that_costs_no_less_than_a_deeper_one_is_warned_of(made, exporter, monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "macs", lambda graph: 100)
+    monkeypatch.setattr(flatbuffer, "macs", lambda graph: 100)
     bundle_of(made, exporter, "equal", False)
     warned = [record.getMessage() for record in caplog.records if "too heavy" in record.getMessage()]
     pairs = ("exit1: costs no less than exit2", "exit2: costs no less than final")
     assert warned == [f"{pair}: its head is too heavy for its place" for pair in pairs]
 
 
-def serve(graph: graphs.Graph, **inputs) -> dict[str, np.ndarray]:
-    return Interpreter(model_content=graphs.write({"serve": graph})).get_signature_runner("serve")(**inputs)
+def serve(graph: flatbuffer.Graph, **inputs) -> dict[str, np.ndarray]:
+    return Interpreter(model_content=flatbuffer.write({"serve": graph})).get_signature_runner("serve")(**inputs)
 
 
 def test_graphs_are_joined_and_cut_without_changing_results():
@@ -340,23 +343,23 @@ def test_graphs_are_joined_and_cut_without_changing_results():
     x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     whole, after = convert(deep, {"x": shape}), convert(lambda z: {"double": 2.0 * z}, {"z": shape})
     for name in ("end", "middle"):
-        whole = graphs.join(whole, after, {"z": name}, f"{name}.")
+        whole = flatbuffer.join(whole, after, {"z": name}, f"{name}.")
     expected = deep(tf.constant(x))
     outputs = serve(whole, x=x)
     np.testing.assert_allclose(outputs["end.double"], 2 * expected["end"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(outputs["middle.double"], 2 * expected["middle"], rtol=1e-5, atol=1e-5)
     middle = {"middle": whole.outputs["middle"]}
-    front, back = graphs.cut(whole, whole.inputs, middle), graphs.cut(whole, middle, {"end": whole.outputs["end"]})
+    front, back = flatbuffer.cut(whole, whole.inputs, middle), flatbuffer.cut(whole, middle, {"end": whole.outputs["end"]})
     np.testing.assert_array_equal(serve(back, middle=serve(front, x=x)["middle"])["end"], outputs["end"])
-    assert graphs.macs(whole) == 2 * 16 * 9 * 2 * 2 == graphs.macs(front) + graphs.macs(back)
+    assert flatbuffer.macs(whole) == 2 * 16 * 9 * 2 * 2 == flatbuffer.macs(front) + flatbuffer.macs(back)
     with pytest.raises(ValueError, match=r"inputs: must hold all that \['end'\] need, \['x'\] is missing from \[\]"):
-        graphs.cut(whole, {}, {"end": whole.outputs["end"]})
+        flatbuffer.cut(whole, {}, {"end": whole.outputs["end"]})
 
 
 def test_signatures_share_weights():
     weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     one, two = (convert(lambda x, factor=factor: {"y": tf.matmul(x, weights) + factor}, {"x": (1, 64)}) for factor in (1.0, 2.0))
-    assert len(graphs.write({"one": one, "two": two})) < 1.3 * len(graphs.write({"one": one}))
+    assert len(flatbuffer.write({"one": one, "two": two})) < 1.3 * len(flatbuffer.write({"one": one}))
 
 
 def test_a_backbone_with_dilation_is_exported(tmp_path):
@@ -380,7 +383,7 @@ def test_dilation_that_was_not_folded_is_refused():
 
 
 def test_a_file_that_differs_is_refused(monkeypatch):
-    content = graphs.write({"serve": convert(lambda x: {"y": 2.0 * x}, {"x": (1, 4)})})
+    content = flatbuffer.write({"serve": convert(lambda x: {"y": 2.0 * x}, {"x": (1, 4)})})
     inputs = {"x": np.ones((1, 4), np.float32)}
     check_parity(content, inputs, {"y": 2.0 * inputs["x"]}, {})
     with pytest.raises(ExportError, match="y: differs from Keras by"):
@@ -393,7 +396,7 @@ def test_a_file_that_differs_is_refused(monkeypatch):
 def test_a_mask_may_differ_where_classes_tie_only():
     logits = np.zeros((1, 2, 2, 3), np.float32)
     logits[0, 0, :, 1] = 1.0
-    content = graphs.write({"serve": convert(lambda x: decide(x, (2, 2), ()), {"x": logits.shape})})
+    content = flatbuffer.write({"serve": convert(lambda x: decide(x, (2, 2), ()), {"x": logits.shape})})
     mask = np.array([[[1, 1], [2, 0]]], np.uint8)
     check_parity(content, {"x": logits}, {"mask": mask}, {"mask": logits})
     with pytest.raises(ExportError, match="mask: 1 pixels differ from Keras beyond ties"):
@@ -404,7 +407,7 @@ def test_a_failed_export_leaves_the_old_bundle(made, exporter, deployed, tmp_pat
     shutil.copytree(deployed[1] / "bundle_original", tmp_path / "kept")
     before = (tmp_path / "kept" / "manifest.json").read_bytes()
     alone = Configuration("budgeted", False, (ExitChoice(*FINAL.split(".")),), None)
-    monkeypatch.setattr("mess_tf.export_tflite.check_parity", lambda *_: (_ for _ in ()).throw(ExportError("broken")))
+    monkeypatch.setattr("mess_tf.graph.exporter.check_parity", lambda *_: (_ for _ in ()).throw(ExportError("broken")))
     with pytest.raises(ExportError, match=r"model\.tflite: broken"):
         exporter.bundle(tmp_path / "kept", alone, None, made[1].info.classes)
     assert (tmp_path / "kept" / "manifest.json").read_bytes() == before

@@ -10,8 +10,8 @@ import pytest
 from benchmarks import headline, statics
 from benchmarks.headline import Measured
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig
-from mess_tf.data import resize_image
-from mess_tf.model import best_weights, build_network
+from mess_tf.data.pipelines import resize_image
+from mess_tf.network.model import best_weights, build_network
 
 
 def measured(latency_ms, right, pixels=100) -> Measured:

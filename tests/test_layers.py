@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mess_tf.layers import BatchNormalization, LogProbability, ResizeLike
+from mess_tf.network.layers import BatchNormalization, LogProbability, ResizeLike
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (4, 5, 6, 7)).astype(np.float32)
 

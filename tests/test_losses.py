@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mess_tf import losses
+from mess_tf.learning import losses
 
 # Softmax of LOGITS: (1/4, 3/4), (1/2, 1/2), (3/4, 1/4), (9/10, 1/10).
 LOGITS = tf.math.log([[[1.0, 3.0], [1.0, 1.0]], [[3.0, 1.0], [9.0, 1.0]]])

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
-from mess_tf.costs import graph_nodes, model_cost
-from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
+from mess_tf.network.costs import graph_nodes, model_cost
+from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
 
 LAYERS = keras.layers
 SIZE = (32, 64)

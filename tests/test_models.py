@@ -10,7 +10,7 @@ from mess_runtime.bundle import MANIFEST, Bundle
 from mess_runtime.runner import Runner
 from mess_tf import metrics
 from mess_tf.configs import DataConfig
-from mess_tf.data import open_split
+from mess_tf.data.sources import open_split
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 FOLDERS = [str(path.parent.relative_to(MODELS)) for path in sorted(MODELS.rglob(MANIFEST))]

@@ -7,9 +7,9 @@ from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, HardwareAcc
 from ai_edge_litert.interpreter import Interpreter
 from scipy import ndimage
 
-from mess_tf import graphs, policy
-from mess_tf.export_tflite import convert
-from mess_tf.policy import EXACT, FIDELITIES, LOW, LOW_CONFIDENCE, decide
+from mess_tf.graph import flatbuffer, policy
+from mess_tf.graph.conversion import convert
+from mess_tf.graph.policy import EXACT, FIDELITIES, LOW, LOW_CONFIDENCE, decide
 
 SIZE = (40, 56)
 THETAS = (0.3, 0.5, 0.8)
@@ -75,7 +75,7 @@ def test_low_fidelity_counts_at_the_size_of_the_logits():
 def test_tflite_equals_tensorflow(fidelity):
     logits = random_logits(2, 3.0, 6, 7)
     graph = convert(lambda logits: decide(logits, SIZE, THRESHOLDS, fidelity), {"logits": logits.shape})
-    outputs = Interpreter(model_content=graphs.write({"serve": graph})).get_signature_runner("serve")(logits=logits)
+    outputs = Interpreter(model_content=flatbuffer.write({"serve": graph})).get_signature_runner("serve")(logits=logits)
     expected = decide(tf.constant(logits), SIZE, THRESHOLDS, fidelity)
     assert outputs.keys() == expected.keys()
     for name, value in expected.items():
@@ -89,7 +89,7 @@ def test_it_holds_in_half_precision(fidelity, classes, tmp_path):
     logits = np.random.default_rng(3).normal(0, 3, (1, 45, 60, classes)).astype(np.float32)
     size, thresholds = (360, 480), [(theta, edge_aware) for theta in (0.4, 0.9) for edge_aware in (False, True)]
     graph = convert(lambda logits: decide(logits, size, thresholds, fidelity), {"logits": logits.shape})
-    (tmp_path / "policy.tflite").write_bytes(graphs.write({"serve": graph}))
+    (tmp_path / "policy.tflite").write_bytes(flatbuffer.write({"serve": graph}))
     options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=1, xnnpack_flags=4))
     model = CompiledModel.from_file(str(tmp_path / "policy.tflite"), options=options)
     (given,) = model.create_input_buffers(0)

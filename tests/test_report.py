@@ -18,10 +18,11 @@ from mess_runtime.bundle import file_sha256
 from mess_tf import configs, report
 from mess_tf.calibrate import calibrate
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig
-from mess_tf.data import open_split
+from mess_tf.data.sources import open_split
 from mess_tf.files import Deployment, Stats
-from mess_tf.model import best_weights, build_network
-from mess_tf.search import evaluate_configuration, macs_costs, original, resolve_objective, search
+from mess_tf.network.model import best_weights, build_network
+from mess_tf.optimise.search import resolve_objective, search
+from mess_tf.optimise.space import evaluate_configuration, macs_costs, original
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

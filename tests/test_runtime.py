@@ -34,8 +34,8 @@ from mess_runtime.bundle import (
     write_manifest,
 )
 from mess_runtime.runner import Runner, exit_within
-from mess_tf import graphs
-from mess_tf.export_tflite import convert
+from mess_tf.graph import flatbuffer
+from mess_tf.graph.conversion import convert
 
 HEIGHT, WIDTH, CLASSES = 32, 64, 5
 PIXELS = HEIGHT * WIDTH
@@ -134,10 +134,10 @@ def signatures(net):
 @pytest.fixture(scope="session")
 def folder(signatures, thetas, tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle")
-    (path / MODEL).write_bytes(graphs.write(signatures))
+    (path / MODEL).write_bytes(flatbuffer.write(signatures))
     segments = []
     for name, theta in zip(EXITS, (*thetas, None), strict=True):
-        alone_sha256 = sha256(graphs.write({"serve": signatures[alone_signature(name)]}))
+        alone_sha256 = sha256(flatbuffer.write({"serve": signatures[alone_signature(name)]}))
         pix = None if theta is None else 0.9
         segments.append(Segment(name, "fcn-r1-b0", 1000, 2000, alone_sha256, pix, theta, theta is not None, 0.5))
     manifest = Manifest(
@@ -165,7 +165,7 @@ def submodels(signatures, tmp_path_factory):
     """Files with one signature each."""
     path = tmp_path_factory.mktemp("submodels")
     for name, graph in signatures.items():
-        (path / f"{name}.tflite").write_bytes(graphs.write({"serve": graph}))
+        (path / f"{name}.tflite").write_bytes(flatbuffer.write({"serve": graph}))
     return path
 
 
@@ -518,13 +518,13 @@ def replace_model(folder, content):
 def test_signatures_that_do_not_fit_the_manifest(copy, signatures, engine):
     missing = {name: graph for name, graph in signatures.items() if name != "segment.exit2"}
     with pytest.raises(ValueError, match=r"signatures: must be with 'segment\.exit2', got"):
-        Runner(replace_model(copy, graphs.write(missing)), engine=engine)
+        Runner(replace_model(copy, flatbuffer.write(missing)), engine=engine)
     swapped = signatures | {"segment.exit1": signatures["alone.exit1"]}  # hands no feature over
     with pytest.raises(ValueError, match=r"segment\.exit2: input 'feature_1': must be one of"):
-        Runner(replace_model(copy, graphs.write(swapped)), engine=engine)
+        Runner(replace_model(copy, flatbuffer.write(swapped)), engine=engine)
     undecided = signatures | {"segment.exit1": signatures["segment.exit1"].renamed({"mask": "mask", "feature_1": "feature_1"})}
     with pytest.raises(ValueError, match=r"segment\.exit1: output 'confident_pixels': must be"):
-        Runner(replace_model(copy, graphs.write(undecided)), engine=engine)
+        Runner(replace_model(copy, flatbuffer.write(undecided)), engine=engine)
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)

@@ -16,27 +16,20 @@ import pytest
 from benchmarks.paper_space import drawn_stats
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
-from mess_tf import guarantee, optimum, pairs
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
-from mess_tf.search import (
+from mess_tf.optimise import guarantee, optimum, pairs
+from mess_tf.optimise.search import InfeasibleError, exit_orders, front, resolve_objective, search, search_guaranteed, search_table
+from mess_tf.optimise.space import (
     Costs,
-    InfeasibleError,
     configuration_costs,
     evaluate_configuration,
-    exit_orders,
-    front,
     latency_costs,
     macs_costs,
     mean_over_deadlines,
     mixture,
     original,
-    overview,
-    resolve_objective,
-    search,
-    search_guaranteed,
-    search_table,
-    table,
 )
+from mess_tf.search import overview, table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

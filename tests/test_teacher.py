@@ -6,9 +6,11 @@ import pytest
 import tensorflow as tf
 
 from mess_tf import configs, train
-from mess_tf.data import SOFT_STRIDE, open_split
-from mess_tf.model import build_network
-from mess_tf.teacher import SoftTargets, load_teachers, soft_targets
+from mess_tf.data.pipelines import SOFT_STRIDE
+from mess_tf.data.sources import open_split
+from mess_tf.learning.soft_targets import SoftTargets
+from mess_tf.network.model import build_network
+from mess_tf.teacher import load_teachers, soft_targets
 
 SIZE = (16, 32)
 DATA = configs.DataConfig(input_size=SIZE, synthetic_train=3, synthetic_val=1)

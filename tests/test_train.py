@@ -19,11 +19,15 @@ from conftest import SINGLE_THREAD
 
 from mess_tf import configs, train
 from mess_tf.configs import Config, DataConfig, HeadSpec, StageConfig
-from mess_tf.data import Examples, class_weights, open_split
-from mess_tf.evaluate import Accuracy, accuracies, confusion_matrices, keras_predictor
-from mess_tf.layers import BatchNormalization
+from mess_tf.data.examples import Examples
+from mess_tf.data.sources import open_split
+from mess_tf.learning import steps
+from mess_tf.learning.losses import class_weights
+from mess_tf.learning.stage import LOGIT_SHARES
 from mess_tf.metrics import class_counts, confusion_matrix, miou
-from mess_tf.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
+from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
+from mess_tf.network.layers import BatchNormalization
+from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
 from mess_tf.rescale import rescale
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -136,7 +140,7 @@ def test_gradients_are_summed_two_at_a_time():
 
     @tf.function
     def step(x):
-        return train.gradients({"a": x * variable.value, "b": x * tf.exp(variable.value), "c": tf.sin(variable.value) * x}, [variable])
+        return steps.gradients({"a": x * variable.value, "b": x * tf.exp(variable.value), "c": tf.sin(variable.value) * x}, [variable])
 
     train.fix_summation_order()
     graph = step.get_concrete_function(tf.ones(3)).graph
@@ -170,10 +174,10 @@ def make_batch(seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.constant(images, tf.float32), tf.constant(labels, tf.uint8)
 
 
-def make_step(network: MultiExitNetwork, stage: StageConfig) -> train.Step:
+def make_step(network: MultiExitNetwork, stage: StageConfig) -> steps.Step:
     parts = list(network.heads.values()) + ([network.original] if stage.trains == "network" else [])
-    optimizer = train.make_optimizer(stage, [variable for part in parts for variable in part.trainable_variables])
-    make = train.network_step if stage.trains == "network" else train.heads_step
+    optimizer = steps.make_optimizer(stage, [variable for part in parts for variable in part.trainable_variables])
+    make = steps.network_step if stage.trains == "network" else steps.heads_step
     return make(network, stage, optimizer, SIZE, np.ones(CLASSES, np.float32))
 
 
@@ -286,7 +290,7 @@ def test_distillation_switches():
 
 def test_learning_rate_schedule():
     stage = StageConfig(learning_rate=0.1, final_learning_rate=0.01, power=2.0)
-    assert [train.learning_rate(stage, step, 10) for step in (0, 5, 10)] == pytest.approx([0.1, 0.01 + 0.09 / 4, 0.01])
+    assert [steps.learning_rate(stage, step, 10) for step in (0, 5, 10)] == pytest.approx([0.1, 0.01 + 0.09 / 4, 0.01])
 
 
 def test_weight_decay_leaves_biases_and_batch_normalisation_alone():
@@ -295,7 +299,7 @@ def test_weight_decay_leaves_biases_and_batch_normalisation_alone():
     before = [variable.numpy() + 1 for variable in variables]
     for variable, value in zip(variables, before, strict=True):
         variable.assign(value)
-    train.make_optimizer(StageConfig(learning_rate=0.5, weight_decay=0.1), variables).apply([tf.zeros_like(v.value) for v in variables])
+    steps.make_optimizer(StageConfig(learning_rate=0.5, weight_decay=0.1), variables).apply([tf.zeros_like(v.value) for v in variables])
     assert {variable.name for variable in variables} == {"kernel", "gamma", "beta", "bias"}
     for variable, value in zip(variables, before, strict=True):
         factor = 0.95 if variable.name == "kernel" else 1
@@ -381,7 +385,7 @@ def test_class_weights_are_taken_back_as_far_as_validation_wants(tmp_path):
     for name, taken in row["logit_share"].items():
         bias, reached = network.logit_bias(name), {}
         trained = bias.numpy() + taken * shift
-        for share in train.LOGIT_SHARES:
+        for share in LOGIT_SHARES:
             bias.assign(trained - share * shift)
             reached[share] = accuracies(confusion_matrices(keras_predictor(network, [name], SIZE), val))[name].miou
         assert row["miou"][name] == pytest.approx(reached[taken]) == pytest.approx(max(reached.values()))

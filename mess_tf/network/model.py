@@ -10,11 +10,12 @@ import keras
 import numpy as np
 
 from mess_runtime.bundle import write_atomically
-from mess_tf.backbones import build_backbone, read_arrays
 from mess_tf.configs import Config, HeadSpec
-from mess_tf.costs import graph_nodes
-from mess_tf.exits import TAP, ExitPoint, build_head, build_rest, copy_rest, final_point, find_exit_points
-from mess_tf.layers import LogProbability
+from mess_tf.files import read_arrays
+from mess_tf.network.backbones import build_backbone
+from mess_tf.network.costs import graph_nodes
+from mess_tf.network.exits import TAP, ExitPoint, build_head, build_rest, copy_rest, final_point, find_exit_points
+from mess_tf.network.layers import LogProbability
 
 FINAL = "final.original"
 

@@ -90,3 +90,23 @@ def distillation(student: tf.Tensor, teacher: tf.Tensor, labels: tf.Tensor, filt
     if filtered:
         counted *= tf.cast(tf.argmax(teacher, -1, tf.int32) == labels, tf.float32)
     return temperature**2 * tf.math.divide_no_nan(tf.reduce_sum(counted * divergence), tf.reduce_sum(valid))
+
+
+def class_weights(class_pixels: np.ndarray, kind: str) -> np.ndarray:
+    """Computes the loss weight of every class.
+
+    Args:
+      class_pixels: int [C], labelled pixels per class.
+      kind: `none` (all ones) or `sqrt_median_frequency` (square root of the present classes' median frequency over the class's own).
+
+    Returns:
+      float32 [C]; a class without pixels weighs 0 unless kind is `none`.
+    """
+    if kind == "none":
+        return np.ones(len(class_pixels), np.float32)
+    if kind != "sqrt_median_frequency":
+        raise ValueError(f"kind: must be 'none' or 'sqrt_median_frequency', got {kind!r}")
+    present = class_pixels > 0
+    weights = np.zeros(len(class_pixels), np.float32)
+    weights[present] = np.sqrt(np.median(class_pixels[present]) / class_pixels[present])
+    return weights

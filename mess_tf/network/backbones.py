@@ -4,14 +4,14 @@ Every backbone takes RGB float32 [B, H, W, 3] in 0..255 (its preprocessing is it
 """
 
 import os
-import zipfile
 from collections.abc import Callable
 
 import keras
 import numpy as np
 
 from mess_tf.configs import BackboneConfig
-from mess_tf.layers import BatchNormalization
+from mess_tf.files import read_arrays
+from mess_tf.network.layers import BatchNormalization
 
 LITE0_PACKAGE_COMMAND = "python -m mess_tf.pretrained --output=efficientnet_lite0_imagenet.npz"
 
@@ -188,12 +188,3 @@ def _load_lite0(model: keras.Model, path: str) -> None:
             layer.set_weights(values)
         except (KeyError, ValueError) as error:
             raise ValueError(f"backbone.weights: {path!r} does not fit efficientnet_lite0 at {layer.name}: {error}") from error
-
-
-def read_arrays(path: str) -> dict[str, np.ndarray]:
-    """Reads an .npz file; raises a ValueError that names it if it is another file."""
-    try:
-        with np.load(path) as arrays:
-            return dict(arrays)
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: must be an .npz file, got {error}") from error

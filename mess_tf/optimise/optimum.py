@@ -39,8 +39,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from mess_tf import kernels, pairs
-from mess_tf.kernels import CHUNKS, MEAN, P90, P90_SHARE, PEAK, ROUNDING, SLACK, TOTAL
+from mess_tf.optimise import kernels, pairs
+from mess_tf.optimise.kernels import CHUNKS, MEAN, P90, P90_SHARE, PEAK, ROUNDING, SLACK, TOTAL
 
 # Shorter loops, in steps over sorted images, run on one core.
 PARALLEL_STEPS = 1e5

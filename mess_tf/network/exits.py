@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import keras
 
 from mess_tf.configs import HeadSpec
-from mess_tf.costs import Node, graph_nodes, with_input_size
-from mess_tf.layers import BatchNormalization, ResizeLike
+from mess_tf.network.costs import Node, graph_nodes, with_input_size
+from mess_tf.network.layers import BatchNormalization, ResizeLike
 
 ASPP_RATES = (2, 4, 8)  # at stride 16, scaled with the resolution elsewhere
 MIN_WIDTH, MAX_WIDTH = 64, 256

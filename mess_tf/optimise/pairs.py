@@ -10,7 +10,7 @@ scored. `optimum` says what linear worth, bonus and potentials are.
 import numpy as np
 from numba import njit
 
-from mess_tf.kernels import CHUNKS, MEAN, ROUNDING, SLACK, chain_costs, mean_iou, take, within
+from mess_tf.optimise.kernels import CHUNKS, MEAN, ROUNDING, SLACK, chain_costs, mean_iou, take, within
 
 # Blocks of cuts of an order, at most.
 BLOCKS = 12

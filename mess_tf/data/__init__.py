@@ -1,0 +1,1 @@
+"""Images and labels: sources, checks on opening, `tf.data` pipelines."""

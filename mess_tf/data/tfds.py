@@ -1,0 +1,60 @@
+"""Sources of TensorFlow Datasets."""
+
+import dataclasses
+
+import numpy as np
+
+from mess_tf.configs import IGNORE, DataConfig
+from mess_tf.data.examples import DataError, DatasetInfo, Examples
+from mess_tf.data.files import INVALID, apply_table
+
+_CITYSCAPES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign",
+    21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
+    32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsSource:
+    """Where a data set keeps image and label, and which stored value is which class; `others` is what all other values become."""
+
+    image: str
+    label: str
+    classes: dict[int, str]
+    others: int = INVALID
+    ignored: tuple[int, ...] = ()
+
+
+TFDS = {
+    "oxford_iiit_pet": _TfdsSource("image", "segmentation_mask", {1: "foreground", 2: "background", 3: "border"}),
+    "cityscapes/semantic_segmentation": _TfdsSource("image_left", "segmentation_label", _CITYSCAPES, others=IGNORE),
+    # The red channel of the instance annotation, which is what this data set holds: numbered object categories, 0 elsewhere.
+    "scene_parse150": _TfdsSource("image", "annotation", {i: f"category {i}" for i in range(1, 151)}, ignored=(0,)),
+}
+
+
+def open_tfds(config: DataConfig, name: str, split: str) -> Examples:
+    """Opens a TensorFlow Datasets split for random access; it is downloaded and prepared if need be. Labels are checked when read."""
+    if name not in TFDS:
+        raise DataError(f"data.source: must be one of {', '.join(f'tfds:{known}' for known in TFDS)}, got {config.source!r}")
+    import tensorflow_datasets as tfds
+
+    spec = TFDS[name]
+    records = tfds.data_source(name, split=split, data_dir=config.data_dir or None)
+    if len(records) == 0:
+        raise DataError(f"{config.source}: split {split!r} has no images")
+    table = np.full(256, spec.others, np.int16)
+    table[list(spec.classes)] = np.arange(len(spec.classes))
+    table[list(spec.ignored)] = IGNORE
+    names = [f"{split}/{index:06d}" for index in range(len(records))]
+
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+        record = records[index]
+        image, raw = np.array(record[spec.image]), record[spec.label][..., 0]
+        where = f"{config.source} {names[index]}"
+        if image.shape[:2] != raw.shape:
+            raise DataError(f"{where}: label must be as large as its image, {image.shape[:2]}, got {raw.shape}")
+        return image, apply_table(raw, table, where)
+
+    return Examples(DatasetInfo(config.source, tuple(spec.classes.values())), names, read)

@@ -1,0 +1,1 @@
+"""TFLite graphs: flatbuffers, the exit policy, conversion and its checks, submodels and bundles."""

@@ -1,0 +1,384 @@
+"""Submodels and bundles of one network: checked files."""
+
+import contextlib
+import csv
+import functools
+import io
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+from ai_edge_litert.interpreter import Interpreter
+
+from mess_runtime import bundle as bundles
+from mess_tf.data.examples import Examples, palette
+from mess_tf.data.pipelines import resize_image, resize_label
+from mess_tf.files import Configuration, made_by
+from mess_tf.graph import flatbuffer, policy
+from mess_tf.graph.conversion import (
+    FP32,
+    INT8,
+    TOLERANCE,
+    ExportError,
+    Function,
+    Tensors,
+    check_parity,
+    convert,
+    converter_of,
+    run_signature,
+)
+from mess_tf.network.costs import Cost, graph_nodes, model_cost, with_input_size
+from mess_tf.network.evaluation import accuracies, confusion_matrices
+from mess_tf.network.exits import TAP
+from mess_tf.network.model import FINAL, MultiExitNetwork
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def tensor_shapes(network: MultiExitNetwork, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """(1, height, width, channels) of every tensor in the original network, by layer name, for images of `size`."""
+    return {node.name: tuple(node.output.shape) for node in graph_nodes(with_input_size(network.original, size))}
+
+
+def logits_size(network: MultiExitNetwork, candidate: str, shapes: Shapes) -> tuple[int, int]:
+    """(height, width) of a candidate's logits: those of its shallowest tap."""
+    return max(shapes[name][1:3] for name in network.taps(candidate))
+
+
+def head_cost(network: MultiExitNetwork, candidate: str, shapes: Shapes) -> Cost:
+    """Costs of a candidate's head, from its taps to its logits; the original's own head counts as its prefix."""
+    if candidate == FINAL:
+        return Cost(0, 0, 0)
+    return model_cost(network.heads[candidate], {TAP + name: shape[1:3] for name, shape in shapes.items()})
+
+
+def policy_name(network: MultiExitNetwork, candidate: str, shapes: Shapes, mode: str, fidelity: str) -> str:
+    """Name of the submodel from this candidate's logits to `mask`, or to mask and `plain` or `edge` confidence."""
+    height, width = logits_size(network, candidate, shapes)
+    return f"{mode}{_suffix(fidelity)}.{height}x{width}"
+
+
+def head_name(candidate: str, fidelity: str) -> str:
+    """Name of the submodel from the tensors that a candidate reads to its mask and its logits."""
+    return f"head{_suffix(fidelity)}.{candidate}"
+
+
+def _suffix(fidelity: str) -> str:
+    return "" if fidelity == policy.EXACT else f"-{fidelity}"
+
+
+class Exporter:
+    """Writes checked files of one network.
+
+    Attributes:
+      network: what is exported.
+      size: (height, width) in pixels of its input.
+      fidelity: of the policy, see `policy.decide`.
+      precision: of the network, see `convert`. In int8 the policy stays in floating point. What does so in files other than fp32 may be
+        computed in float16, see `flatbuffer.write`.
+      samples: images float32 [1, H, W, 3] that int8 takes its ranges from.
+      float_operations: see `convert`.
+      shapes: see `tensor_shapes`.
+    """
+
+    def __init__(
+        self,
+        network: MultiExitNetwork,
+        size: tuple[int, int],
+        fidelity: str = policy.EXACT,
+        precision: str = FP32,
+        samples: Sequence[np.ndarray] = (),
+        float_operations: Sequence[str] = (),
+    ):
+        self.network, self.size, self.fidelity, self.precision = network, size, fidelity, precision
+        self.images, self.float_operations = samples, float_operations
+        self.shapes = tensor_shapes(network, size)
+
+    @functools.cached_property
+    def samples(self) -> list[dict[str, np.ndarray]]:
+        """An image and all tensors that heads read, for each sample image; without sample images, of noise."""
+        features_of = tf.function(self.network.features(self.network.candidates), autograph=False)
+        noise = np.random.default_rng(0).uniform(0, 255, self.shapes[bundles.IMAGE]).astype(np.float32)
+        return [
+            {bundles.IMAGE: image} | {name: tensor.numpy() for name, tensor in features_of(image, training=False).items()}
+            for image in self.images or [noise]
+        ]
+
+    def converted(self, function: Function, names: Sequence[str], precision: str | None = None) -> flatbuffer.Graph:
+        """Converts a function of the image or of tensors of the original network."""
+        shapes = {name: self.shapes[name] for name in names}
+        return convert(function, shapes, precision or self.precision, lambda: iter(self.samples), self.float_operations)
+
+    @functools.cache  # noqa: B019
+    def policy(self, height: int, width: int, thresholds: tuple[tuple[float, bool], ...]) -> flatbuffer.Graph:
+        """The exit policy on logits of a size: `logits` to `mask` and, with thresholds, `confident_pixels`."""
+
+        def function(logits):
+            return policy.decide(logits, self.size, thresholds, self.fidelity)
+
+        return convert(function, {"logits": (1, height, width, self.network.num_classes)})
+
+    def content(self, signatures: Mapping[str, flatbuffer.Graph]) -> bytes:
+        """The file of some graphs."""
+        return flatbuffer.write(signatures, self.precision != FP32)
+
+    def save(self, path: Path, graph: flatbuffer.Graph) -> bytes:
+        """Writes a graph as a file of its own."""
+        content = self.content({bundles.SIGNATURE: graph})
+        bundles.write_atomically(path, lambda temporary: temporary.write_bytes(content))
+        return content
+
+    def prefix(self, folder: Path, exit_name: str) -> flatbuffer.Graph:
+        """Image to every tensor that the heads of an exit read."""
+        model = self.network.features([name for name in self.network.candidates if name.startswith(f"{exit_name}.")])
+        graph = self.converted(lambda image: model(image, training=False), [bundles.IMAGE])
+        features = {name: flatbuffer.stored(graph, name) for name in graph.outputs if name not in self.network.taps(FINAL)}
+        graph = flatbuffer.cut(graph, graph.inputs, graph.outputs | features)  # logits are handed on as float32
+        with _named(f"prefix.{exit_name}"):
+            content = self.save(folder / f"prefix.{exit_name}.tflite", graph)
+            if self.precision in TOLERANCE:
+                inputs = {bundles.IMAGE: self.samples[0][bundles.IMAGE]}
+                expected = {name: self.samples[0][name] for name in graph.outputs}
+                check_parity(content, inputs, expected, {}, TOLERANCE[self.precision])
+        return graph
+
+    def head(self, folder: Path, candidate: str) -> flatbuffer.Graph:
+        """The tensors that a candidate reads to its mask and its logits."""
+        names = self.network.taps(candidate)
+        graph = self.converted(lambda **features: {"logits": self.network.head_logits(candidate, features)}, names)
+        graph = flatbuffer.cut(graph, {name: flatbuffer.taken(graph, name) for name in graph.inputs}, graph.outputs)
+        graph = flatbuffer.join(graph, self.policy(*logits_size(self.network, candidate, self.shapes), ()), {"logits": "logits"})
+        name = head_name(candidate, self.fidelity)
+        with _named(name):
+            content = self.save(folder / f"{name}.tflite", graph)
+            if self.precision in TOLERANCE:
+                inputs = {name: self.samples[0][name] for name in names}
+                logits = self.network.head_logits(candidate, {name: tf.constant(value) for name, value in inputs.items()})
+                self._check(content, inputs, {bundles.MASK: (logits, ())}, {"logits": logits.numpy()})
+        return graph
+
+    def policies(self, folder: Path) -> None:
+        """Logits to mask alone, and to mask and confidence, for every size of logits: their differences are what a decision costs."""
+        for size, candidate in {logits_size(self.network, name, self.shapes): name for name in self.network.candidates}.items():
+            example = np.random.default_rng(0).normal(0, 4, (1, *size, self.network.num_classes)).astype(np.float32)
+            for mode, thresholds in (("mask", ()), ("plain", ((0.9, False),)), ("edge", ((0.9, True),))):
+                name = policy_name(self.network, candidate, self.shapes, mode, self.fidelity)
+                with _named(name):
+                    content = self.save(folder / f"{name}.tflite", self.policy(*size, thresholds))
+                    self._check(content, {"logits": example}, {bundles.MASK: (tf.constant(example), thresholds)}, {})
+
+    def _check(
+        self, content: bytes, inputs: Tensors, exits: Mapping[str, tuple[tf.Tensor, Sequence[tuple[float, bool]]]], features: Tensors
+    ) -> None:
+        """Compares a file with Keras: masks by name with their logits and thresholds, and features."""
+        expected = dict(features)
+        for mask, (logits, thresholds) in exits.items():
+            for name, value in policy.decide(logits, self.size, thresholds, self.fidelity).items():
+                expected[mask.replace(bundles.MASK, name)] = value.numpy()
+        tolerance = TOLERANCE.get(self.precision, TOLERANCE[FP32])  # of int8, only the policies are compared, which are float32
+        check_parity(content, inputs, expected, {mask: logits for mask, (logits, _) in exits.items()}, tolerance)
+
+    def chain(self, candidates: Sequence[str]) -> tuple[list[keras.Model], Function]:
+        """The segments of some candidates, and all of them as one function: image to `EXIT.logits` and the features handed on."""
+        models = self.network.segments(candidates)
+
+        def function(image):
+            tensors, logits = {bundles.IMAGE: image}, {}
+            for candidate, model in zip(candidates, models, strict=True):
+                tensors |= model({name: tensors[name] for name in model.input}, training=False)
+                logits[f"{candidate.partition('.')[0]}.logits"] = tensors.pop("logits")
+            return logits | {name: tensor for name, tensor in tensors.items() if name != bundles.IMAGE}
+
+        return models, function
+
+    def quantization_errors(self, candidates: Sequence[str]) -> list[tuple[float, str]]:
+        """What int8 does to the network of some candidates: (root mean square error / scale, tensor) of every operation, largest first.
+
+        The error is that of the operation alone, on exact inputs; rounding alone makes 0.29.
+        """
+        converter, _ = converter_of(
+            self.chain(candidates)[1], {bundles.IMAGE: self.shapes[bundles.IMAGE]}, INT8, lambda: iter(self.samples)
+        )
+        debugger = tf.lite.experimental.QuantizationDebugger(
+            converter=converter, debug_dataset=lambda: ([sample[bundles.IMAGE]] for sample in self.samples[:8])
+        )
+        debugger.run()
+        text = io.StringIO()
+        debugger.layer_statistics_dump(text)
+        rows = csv.DictReader(io.StringIO(text.getvalue()))
+        return sorted(((float(row["mean_squared_error"]) ** 0.5 / float(row["scale"]), row["tensor_name"]) for row in rows), reverse=True)
+
+    def deployed(self, configuration: Configuration, input_type: str) -> dict[str, flatbuffer.Graph]:
+        """The signatures of a bundle (see `bundles`), and for each exit `logits.EXIT`, image to logits.
+
+        The network is converted once, and every signature is a part of it.
+        """
+        choices = configuration.exits
+        models, function = self.chain([f"{choice.exit}.{choice.head}" for choice in choices])
+        whole = self.converted(function, [bundles.IMAGE])
+        if input_type == "uint8":
+            pixels = tf.TensorSpec(self.shapes[bundles.IMAGE], tf.uint8, name=bundles.IMAGE)
+            whole = flatbuffer.join(_cast(pixels), whole, {bundles.IMAGE: "pixels"})
+        for choice in choices:
+            name = f"{choice.exit}.logits"
+            thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
+            decision = self.policy(*whole.outputs[name].shape[1:3], thresholds)
+            whole = flatbuffer.join(whole, decision, {"logits": name}, f"{choice.exit}.")
+        image = dict(whole.inputs)
+        features = {name: flatbuffer.stored(whole, name) for model in models for name in model.output if name != "logits"}
+
+        def results(exit_name: str) -> dict[str, flatbuffer.Tensor]:
+            names = (bundles.MASK, bundles.CONFIDENT_PIXELS)
+            return {name: whole.outputs[f"{exit_name}.{name}"] for name in names if f"{exit_name}.{name}" in whole.outputs}
+
+        signatures = {}
+        for choice, model in zip(choices, models, strict=True):
+            handed = {name: features[name] for name in model.output if name != "logits"}
+            given = {name: (image | features)[name] for name in model.input}
+            signatures[bundles.segment_signature(choice.exit)] = flatbuffer.cut(whole, given, results(choice.exit) | handed)
+        for choice in choices:
+            mask = {bundles.MASK: whole.outputs[f"{choice.exit}.{bundles.MASK}"]}
+            signatures[bundles.alone_signature(choice.exit)] = flatbuffer.cut(whole, image, mask)
+            signatures[f"logits.{choice.exit}"] = flatbuffer.cut(whole, image, {"logits": whole.outputs[f"{choice.exit}.logits"]})
+        everything = {f"{choice.exit}.{name}": tensor for choice in choices for name, tensor in results(choice.exit).items()}
+        signatures[bundles.FULL] = flatbuffer.cut(whole, image, everything)
+        return signatures
+
+    def bundle(
+        self,
+        folder: Path,
+        configuration: Configuration,
+        predicted: bundles.Predicted | None,
+        classes: Sequence[str],
+        input_spec: bundles.InputSpec | None = None,
+        examples: Examples | None = None,
+    ) -> dict[str, flatbuffer.Graph]:
+        """Writes the deployable folder of a configuration. An earlier one is replaced as a whole.
+
+        Args:
+          folder: to write.
+          configuration: exits, heads, thresholds.
+          predicted: what the search expects, if there was a search.
+          classes: names.
+          input_spec: how images go in; by default float32, stretched to the network's size.
+          examples: images to measure the mIoU of each exit on, for the manifest.
+
+        Returns:
+          The graphs of `deployed`.
+
+        Raises:
+          ExportError: the file differs from Keras, or its segments, one after another, from the network run at a stretch.
+        """
+        input_spec = input_spec or bundles.InputSpec(*self.size)
+        everything = self.deployed(configuration, input_spec.dtype)
+        signatures = {name: graph for name, graph in everything.items() if not name.startswith("logits.")}
+        content = self.content(signatures)
+        with _named(bundles.MODEL):
+            logits_of = {choice.exit: everything[f"logits.{choice.exit}"] for choice in configuration.exits}
+            self._check_bundle(content, configuration, logits_of, input_spec.dtype)
+        mious = measured_miou(content, examples, self.size, input_spec) if examples else {}
+        segments = []
+        for choice in configuration.exits:
+            alone = everything[bundles.alone_signature(choice.exit)]
+            segments.append(
+                bundles.Segment(
+                    exit=choice.exit,
+                    head=choice.head,
+                    macs=flatbuffer.macs(everything[bundles.segment_signature(choice.exit)]),
+                    alone_macs=flatbuffer.macs(alone),
+                    alone_sha256=bundles.sha256(self.content({bundles.SIGNATURE: alone})),
+                    theta_pix=choice.theta_pix,
+                    theta_img=choice.theta_img,
+                    edge_aware=configuration.edge_aware,
+                    miou=mious.get(choice.exit),
+                )
+            )
+        for before, after in itertools.pairwise(segments):
+            if before.alone_macs >= after.alone_macs:
+                logging.warning("%s: costs no less than %s: its head is too heavy for its place", before.exit, after.exit)
+        maker = made_by()
+        manifest = bundles.Manifest(
+            created_by=bundles.CreatedBy(maker["mess_tf"], tf.__version__, maker["git_commit"] or "unknown"),
+            input=input_spec,
+            classes=tuple(classes),
+            palette=tuple(tuple(int(value) for value in colour) for colour in palette(len(classes))),
+            setting=configuration.setting,
+            precision=self.precision,
+            fidelity=self.fidelity,
+            sha256=bundles.sha256(content),
+            size_bytes=len(content),
+            predicted=predicted,
+            segments=tuple(segments),
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            (fresh / bundles.MODEL).write_bytes(content)
+            bundles.write_manifest(fresh, manifest)
+            fresh.chmod(0o755)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        return everything
+
+    def _check_bundle(
+        self, content: bytes, configuration: Configuration, logits_of: Mapping[str, flatbuffer.Graph], input_type: str
+    ) -> None:
+        image = self.samples[0][bundles.IMAGE].round().astype(input_type)
+        full = run_signature(content, {bundles.IMAGE: image})
+        interpreter, tensors = Interpreter(model_content=content, num_threads=os.cpu_count()), {bundles.IMAGE: image}
+        for choice in configuration.exits:
+            alone = interpreter.get_signature_runner(bundles.alone_signature(choice.exit))(image=image)
+            segment = interpreter.get_signature_runner(bundles.segment_signature(choice.exit))
+            made = segment(**{name: tensors[name] for name in segment.get_input_details()})
+            tensors |= made
+            for name, value in made.items():
+                same = np.array_equal(value, full.get(f"{choice.exit}.{name}", value))
+                if not same or (name == bundles.MASK and not np.array_equal(alone[name], value)):
+                    raise ExportError(f"{choice.exit}: {name} of the segments, of the exit alone and of everything at a stretch differ")
+        if self.precision in TOLERANCE:
+            exits = {}
+            for choice in configuration.exits:
+                name = f"{choice.exit}.{choice.head}"
+                logits = self.network.submodel([name])(tf.constant(image, tf.float32), training=False)[name]
+                alone = self.content({bundles.SIGNATURE: logits_of[choice.exit]})
+                check_parity(alone, {bundles.IMAGE: image}, {"logits": logits.numpy()}, {}, TOLERANCE[self.precision])
+                thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
+                exits[f"{choice.exit}.{bundles.MASK}"] = (logits, thresholds)
+            self._check(content, {bundles.IMAGE: image}, exits, {})
+
+
+@contextlib.contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Puts the file's name in front of an ExportError."""
+    try:
+        yield
+    except ExportError as error:
+        raise ExportError(f"{file}: {error}") from error
+
+
+def _cast(pixels: tf.TensorSpec) -> flatbuffer.Graph:
+    """uint8 `image` to float32 `pixels`."""
+    function = tf.function(lambda image: {"pixels": tf.cast(image, tf.float32)}).get_concrete_function(pixels)
+    content = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
+    return flatbuffer.read(content, [bundles.IMAGE], ["pixels"])
+
+
+def measured_miou(content: bytes, examples: Examples, size: tuple[int, int], input_spec: bundles.InputSpec) -> dict[str, float]:
+    """mIoU (0..1) of every exit of a bundle's file over a split."""
+    run = Interpreter(model_content=content, num_threads=os.cpu_count()).get_signature_runner(bundles.FULL)
+
+    def predict(image: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = run(image=resize_image(image, size).numpy().round().astype(input_spec.dtype))
+        parts = {name.rpartition("."): value for name, value in outputs.items()}
+        return {name: resize_label(mask, image.shape[1:3]).numpy() for (name, _, kind), mask in parts.items() if kind == bundles.MASK}
+
+    return {name: accuracy.miou for name, accuracy in accuracies(confusion_matrices(predict, examples)).items()}

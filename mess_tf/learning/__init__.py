@@ -1,0 +1,1 @@
+"""Training: losses, the two steps, the stage loop, logs."""

@@ -1,0 +1,129 @@
+"""The loop of one stage: batches, evaluations, checkpoints."""
+
+import itertools
+import os
+import time
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from mess_tf.configs import Config, StageConfig
+from mess_tf.data.examples import Examples
+from mess_tf.data.pipelines import evaluation_batches, training_batches
+from mess_tf.learning.logs import Log
+from mess_tf.learning.losses import class_weights
+from mess_tf.learning.soft_targets import SoftTargets
+from mess_tf.learning.steps import heads_step, learning_rate, make_optimizer, network_step
+from mess_tf.network.evaluation import accuracies, confusion_matrices, keras_predictor
+from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights
+
+LOG_STEPS = 10
+# Of the logarithm of the class weights, tried on the validation split.
+LOGIT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+EXAMPLE_MASKS = 3
+
+
+def train_stage(
+    name: str, stage: StageConfig, network: MultiExitNetwork, config: Config, train: Examples, val: Examples, workdir: str
+) -> None:
+    """Trains one stage to its end, from its last checkpoint if there is one, and leaves `network` with the best evaluation's weights.
+
+    Raises:
+      FileNotFoundError, ValueError: for initial weights that are not there or of another network.
+      FloatingPointError: if a loss is not finite; names the steps in question.
+    """
+    folder = os.path.join(workdir, "checkpoints", name)
+    os.makedirs(folder, exist_ok=True)
+    steps_per_epoch = max(1, len(train) // stage.batch_size)
+    total_steps = stage.epochs * steps_per_epoch
+    parts = ([] if stage.trains == "heads" else [network.original]) + list(network.heads.values())
+    optimizer = make_optimizer(stage, [variable for part in parts for variable in part.trainable_variables])
+    weights = class_weights(train.class_pixels(), stage.class_weights)
+    make_step = heads_step if stage.trains == "heads" else network_step
+    train_step = make_step(network, stage, optimizer, config.data.training_size, weights)
+
+    # ---- Restore policy: (1) the stage's last checkpoint, so that a stopped run ends as an unbroken one; (2) `initial`; (3) the network
+    # as it comes.
+    step_variable, best_variable = tf.Variable(0, dtype=tf.int64), tf.Variable(-1.0)
+    checkpoint = tf.train.Checkpoint(parts=parts, optimizer=optimizer, step=step_variable, best=best_variable)
+    manager = tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
+    if manager.latest_checkpoint:
+        checkpoint.restore(manager.latest_checkpoint).assert_consumed()
+        logging.info("%s: resumed at step %d of %d from %s", name, step_variable.numpy(), total_steps, manager.latest_checkpoint)
+    elif stage.initial:
+        if not os.path.exists(stage.initial):
+            raise FileNotFoundError(f"{name}.initial: there is no file {stage.initial!r}")
+        network.load_weights(stage.initial, other_heads=True)
+    first_step = int(step_variable.numpy())
+    log = Log(os.path.join(workdir, "logs", name), first_step)
+
+    # ---- Evaluation of what this stage trains. Best weights are written before the checkpoint, so a kill in between only repeats work.
+    candidates = list(network.heads) if stage.trains == "heads" else [FINAL] if stage.exits == "none" else network.candidates
+    biases = {key: network.logit_bias(key) for key in candidates}
+    log_weights = np.log(np.where(weights > 0, weights, 1))
+    shifts = {share: share * log_weights for share in (LOGIT_SHARES if log_weights.any() else LOGIT_SHARES[:1])}
+    tried = {key: list(shifts) if biases[key] is not None else LOGIT_SHARES[:1] for key in candidates}
+    predict = keras_predictor(network, candidates, config.data.input_size, shifts)
+    examples = list(zip(val.names, evaluation_batches(val).take(EXAMPLE_MASKS).as_numpy_iterator(), strict=False))
+
+    def evaluate(done: int) -> None:
+        """Evaluates, and keeps the weights if they are the best, with the logits moved back by the best share of the class weights'
+        logarithm, by which training has moved them (logit adjustment, Menon et al., ICLR 2021). Departure: the paper says nothing of it."""
+        found = accuracies(confusion_matrices(predict, val))
+        best_share = {key: max(tried[key], key=lambda share, key=key: found[key, share].miou) for key in candidates}
+        result = {key: found[key, share].miou for key, share in best_share.items()}
+        mean = float(np.mean(list(result.values())))
+        best_of_exit = [max(keys, key=result.get) for _, keys in itertools.groupby(result, lambda key: key.split(".")[0])]
+        shown = " ".join(f"{key} {100 * result[key]:.2f}" for key in best_of_exit)
+        logging.info("%s: step %d val mIoU mean %.2f best %s", name, done, 100 * mean, shown)
+        log.write(done, epoch=done / steps_per_epoch, miou=result, logit_share=best_share)
+        for example, (image, _) in examples:
+            masks = predict(image)
+            log.masks(done, example, image, {key: masks[key, best_share[key]] for key in best_of_exit}, val.info.num_classes)
+        if mean > float(best_variable.numpy()):
+            best_variable.assign(mean)
+            trained = {key: bias.numpy() for key, bias in biases.items() if bias is not None}
+            for key, bias in trained.items():
+                biases[key].assign(bias - shifts[best_share[key]])
+            network.save_weights(best_weights(workdir, name))
+            for key, bias in trained.items():
+                biases[key].assign(bias)
+
+    # ---- Loop. A reported interval ends at every checkpoint: resumed and unbroken runs report the same, and no checkpoint follows a NaN.
+    batches = ()
+    if first_step < total_steps:
+        logging.info("%s: %d images, %d steps of %d images, %d heads", name, len(train), total_steps, stage.batch_size, len(network.heads))
+        soft = SoftTargets.load(stage.teacher, train).log_probability if stage.teacher else None
+        batches = training_batches(train, config.data, stage.batch_size, stage.seed, first_step, total_steps - first_step, soft)
+    interval: list[dict[str, tf.Tensor]] = []
+    pace: list[float] = []  # seconds per step of each interval; the first one compiles
+    started = time.perf_counter()
+    for step, batch in enumerate(batches, first_step):
+        rate = learning_rate(stage, step, total_steps)
+        optimizer.learning_rate.assign(rate)
+        interval.append(train_step(batch, step))
+        done = step + 1
+        evaluate_now = done % (stage.eval_epochs * steps_per_epoch) == 0 or done == total_steps
+        save_now = evaluate_now or done % stage.checkpoint_steps == 0
+        if save_now or done % LOG_STEPS == 0:
+            keys = dict.fromkeys(key for values in interval for key in values)
+            means = {key: float(np.mean([values[key] for values in interval if key in values])) for key in keys}
+            if bad := [key for key, value in means.items() if not np.isfinite(value)]:
+                steps = f"{done - len(interval) + 1} to {done}"
+                raise FloatingPointError(f"{name}: the loss of {bad} is not finite in steps {steps}; lower {name}.learning_rate")
+            pace.append((time.perf_counter() - started) / len(interval))
+            seconds = float(np.median(pace[1:][-20:] or pace))
+            log.write(done, epoch=done / steps_per_epoch, learning_rate=rate, loss=means)
+            print(
+                f"{name} step {done}/{total_steps} epoch {done / steps_per_epoch:.2f} lr {rate:.4f} "
+                f"loss {np.mean(list(means.values())):.4f} {seconds:.2f} s/step eta {(total_steps - done) * seconds / 60:.1f} min",
+                flush=True,
+            )
+            if evaluate_now:
+                evaluate(done)
+            if save_now:
+                step_variable.assign(done)
+                manager.save(checkpoint_number=done)
+            interval, started = [], time.perf_counter()
+    network.load_weights(best_weights(workdir, name))

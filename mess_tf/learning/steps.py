@@ -1,0 +1,166 @@
+"""One step of each stage: what is computed, what is learnt from it, and what is updated (mess.md, section 4)."""
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mess_tf.configs import StageConfig
+from mess_tf.learning import losses
+from mess_tf.network.model import FINAL, MultiExitNetwork
+
+# Images, labels and, with a teacher, its soft targets; the number of the step. Returns the loss of each exit.
+Step = Callable[[tuple[tf.Tensor, ...], int], dict[str, tf.Tensor]]
+
+
+def learning_rate(stage: StageConfig, step: int, total_steps: int) -> float:
+    """Polynomial schedule from `learning_rate` at step 0 to `final_learning_rate` at the end."""
+    remaining = (1 - step / total_steps) ** stage.power
+    return stage.final_learning_rate + (stage.learning_rate - stage.final_learning_rate) * remaining
+
+
+def make_optimizer(stage: StageConfig, variables: list[keras.Variable]) -> keras.optimizers.Optimizer:
+    """SGD with Nesterov momentum, built for all variables of a stage; biases and batch normalisation are not decayed."""
+    optimizer = keras.optimizers.SGD(
+        stage.learning_rate, momentum=stage.momentum, nesterov=stage.momentum > 0, weight_decay=stage.weight_decay or None
+    )
+    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    optimizer.build(variables)
+    return optimizer
+
+
+def sampled_pixels(stage: StageConfig, size: tuple[int, int], step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the full-resolution output on which the loss of a step is taken, int32 [R] and [S]."""
+    stride = stage.pixel_stride
+    first = np.random.default_rng([stage.seed, step]).integers(stride, size=2).tolist()
+    rows, columns = (np.arange(side // stride, dtype=np.int32) * stride + start for side, start in zip(size, first, strict=True))
+    return rows, columns
+
+
+def pick(labels: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
+    """Labels [B, H, W] at the sampled rows and columns: [B, R, S]."""
+    return tf.gather(tf.gather(labels, rows, axis=1), columns, axis=2)
+
+
+def fix_summation_order() -> None:
+    """Makes every later step give the same bits each time on a CPU, at no cost, as long as its gradients come from `gradients`.
+
+    `AddN` sums three or more tensors in an order that depends on which of them is free first. `gradients` adds two at a time; TensorFlow's
+    graph rewriting would join these sums again. (`enable_op_determinism` leaves that order open.)
+    """
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+
+
+def gradients(values: dict[str, tf.Tensor], variables: list[keras.Variable]) -> list[tf.Tensor]:
+    """Gradients of the sum of some losses, inside a `tf.function`."""
+    pairwise = tf.AggregationMethod.EXPERIMENTAL_TREE
+    return tf.gradients(list(values.values()), [variable.value for variable in variables], aggregation_method=pairwise)
+
+
+def exit_loss(stage: StageConfig, logits: tf.Tensor, teacher: tf.Tensor, target: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+    """Cross-entropy and, as the stage says, distillation (mess.md, section 4): float32 scalar.
+
+    Args:
+      stage: says which, and how they are mixed.
+      logits, teacher: float32 [..., C] of the exit, and of the final exit or of the stage's teacher.
+      target: integers [...], 0..C-1 or 255 for pixels that do not count.
+      weights: float32 [C], of the classes in the cross-entropy.
+    """
+    loss = losses.cross_entropy(logits, target, weights, stage.label_smoothing)
+    if stage.distillation == "none":
+        return loss
+    distilled = losses.distillation(logits, teacher, target, stage.distillation == "filtered", stage.temperature)
+    return stage.alpha * distilled + (1 - stage.alpha) * loss
+
+
+def network_step(
+    network: MultiExitNetwork, stage: StageConfig, optimizer: keras.optimizers.Optimizer, size: tuple[int, int], weights: np.ndarray
+) -> Step:
+    """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names.
+
+    Departure: exits may learn from the final one or from a teacher here too (the paper distils in stage 2 only).
+    """
+    early = list(network.heads)
+
+    def compiled(candidates: tuple[str, ...]) -> Callable:
+        features_of = network.features([*candidates, FINAL])
+        trained = list(network.original.trainable_variables)
+        for name in candidates:
+            trained += network.heads[name].trainable_variables
+
+        @tf.function(autograph=False)
+        def step(batch, rows, columns):
+            images, labels, *soft = batch
+            target = pick(labels, rows, columns)
+            features = features_of(images, training=True)
+            final = losses.upsample_at(network.head_logits(FINAL, features, training=True), size, rows, columns)
+            teacher = losses.upsample_at(soft[0], size, rows, columns) if soft else final
+            values = {}
+            for name in candidates:
+                logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
+                values[name] = exit_loss(stage, logits, teacher, target, weights)
+            if soft:
+                values[FINAL] = exit_loss(stage, final, teacher, target, weights)
+            else:
+                values[FINAL] = losses.cross_entropy(final, target, weights, stage.label_smoothing)
+            optimizer.apply(gradients(values, trained), trained)
+            return values
+
+        return step
+
+    def chosen(step: int) -> tuple[str, ...]:
+        if stage.exits == "none":
+            return ()
+        return tuple(early) if stage.exits == "all" else (early[losses.round_robin(step, len(early)) - 1],)
+
+    steps: dict[tuple[str, ...], Callable] = {}
+
+    def run(batch, step):
+        candidates = chosen(step)
+        if candidates not in steps:
+            steps[candidates] = compiled(candidates)
+        return steps[candidates](batch, *sampled_pixels(stage, size, step))
+
+    return run
+
+
+def heads_step(
+    network: MultiExitNetwork, stage: StageConfig, optimizer: keras.optimizers.Optimizer, size: tuple[int, int], weights: np.ndarray
+) -> Step:
+    """Makes the step of stage 2: the frozen original runs once, then the heads are trained on its features, one group after the other."""
+    names = list(network.heads)
+    features_of = network.features(names if stage.teacher else network.candidates)
+
+    @tf.function(autograph=False)
+    def frozen(batch, rows, columns):
+        images, labels, *soft = batch
+        features = features_of(images, training=False)
+        teacher = soft[0] if soft else network.head_logits(FINAL, features)
+        return features, pick(labels, rows, columns), losses.upsample_at(teacher, size, rows, columns)
+
+    def compiled(group: list[str]) -> Callable:
+        trained = [variable for name in group for variable in network.heads[name].trainable_variables]
+
+        @tf.function(autograph=False)
+        def step(features, target, teacher, rows, columns):
+            values = {}
+            for name in group:
+                logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
+                values[name] = exit_loss(stage, logits, teacher, target, weights)
+            optimizer.apply(gradients(values, trained), trained)
+            return values
+
+        return step
+
+    steps = [compiled(names[start : start + stage.group_size]) for start in range(0, len(names), stage.group_size)]
+
+    def run(batch, step):
+        rows, columns = sampled_pixels(stage, size, step)
+        features, target, teacher = frozen(batch, rows, columns)
+        values = {}
+        for group in steps:
+            values |= group(features, target, teacher, rows, columns)
+        return values
+
+    return run

@@ -1,0 +1,1 @@
+"""The multi-exit network: backbones, exits, layers, costs, accuracy."""

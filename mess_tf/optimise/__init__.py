@@ -1,0 +1,1 @@
+"""The search: costs and the definition of a configuration, the optimum and its proof, guarantees. Never imports TensorFlow."""
