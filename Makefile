@@ -30,6 +30,7 @@ notebooks: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 # The editable install puts mess_tf and mess_runtime on the path of .venv/bin/python.
 $(READY): requirements.txt pyproject.toml

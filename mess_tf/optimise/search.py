@@ -32,6 +32,8 @@ from mess_tf.files import (
     made_by,
 )
 from mess_tf.optimise import guarantee, kernels, optimum
+from mess_tf.optimise import problem as problems
+from mess_tf.optimise.anytime import best_anytime
 from mess_tf.optimise.space import Costs, configuration_costs, evaluate_configuration, mixture, original, predict
 
 # Points of the path that a guarantee is sought on, from the original network to the cheapest configuration.
@@ -67,13 +69,13 @@ def exit_orders(stats: Stats, edge_aware: bool, quantiles: int | None) -> tuple[
     return np.ascontiguousarray(order, np.int32), ends
 
 
-def _roots(stats: Stats, costs: Costs, max_early_exits: int, quantiles: int | None) -> tuple[list[bool], tuple[optimum.Root, ...]]:
+def _roots(stats: Stats, costs: Costs, max_early_exits: int, quantiles: int | None) -> tuple[list[bool], tuple[problems.Root, ...]]:
     """The parts of the space, and which kind of confidence decides in each."""
     most = min(max_early_exits, len(stats.exits) - 1)
     parts = [(None, 0, most)] if quantiles is None or most < 2 else [(None, 0, 1), (quantiles, 2, most)]
     kinds, roots = [], []
     for edge_aware in (False, True):
-        resources = optimum.Resources(
+        resources = problems.Resources(
             np.array([resource.kind for resource in costs.resources]),
             np.stack([resource.prefix for resource in costs.resources]),
             np.stack([resource.head for resource in costs.resources]),
@@ -83,7 +85,7 @@ def _roots(stats: Stats, costs: Costs, max_early_exits: int, quantiles: int | No
             least = max(least, int(edge_aware))  # one exit alone decides nothing
             if least <= most:
                 kinds.append(edge_aware)
-                roots.append(optimum.Root(*exit_orders(stats, edge_aware, grid), resources, least, most))
+                roots.append(problems.Root(*exit_orders(stats, edge_aware, grid), resources, least, most))
     return kinds, tuple(roots)
 
 
@@ -96,12 +98,12 @@ def _optimise(
     quantiles: int | None,
     deadline: float,
     horizon: float,
-) -> tuple[Configuration | None, optimum.Proof]:
+) -> tuple[Configuration | None, problems.Proof]:
     """The best configuration, None if there is none, and what was done."""
     limits = np.array([objective.limits.get(name, math.inf) for name in costs.names])
     present = (stats.tp[-1] + stats.fn[-1]).sum(0) > 0
     kinds, roots = _roots(stats, costs, 0 if setting != INPUT_DEPENDENT else max_early_exits, quantiles)
-    problem = optimum.Problem(
+    problem = problems.Problem(
         tp=np.ascontiguousarray(stats.tp[:, :, present], np.float64),
         fp=np.ascontiguousarray(stats.fp[:, :, present], np.float64),
         labelled=(stats.tp[-1] + stats.fn[-1]).sum(0)[present].astype(np.float64),
@@ -113,7 +115,7 @@ def _optimise(
         second=0,
     )
     if setting == ANYTIME:
-        chain, proof = optimum.best_anytime(problem, max_early_exits, horizon, deadline)
+        chain, proof = best_anytime(problem, max_early_exits, horizon, deadline)
         return None if chain is None else Configuration(ANYTIME, False, _choices(stats, chain), horizon), proof
 
     search_of = optimum.Optimiser(problem, deadline)
@@ -182,7 +184,7 @@ def search(
     reference = original(stats, costs)
     horizon = objective.limits.get(costs.name, reference.cost)
 
-    def best(asked: Objective) -> tuple[Configuration | None, optimum.Proof]:
+    def best(asked: Objective) -> tuple[Configuration | None, problems.Proof]:
         return _optimise(stats, costs, asked, setting, max_early_exits, quantiles, start + time_limit, horizon)
 
     configuration, proof = best(objective)
