@@ -30,6 +30,7 @@ from mess_tf.graph.conversion import convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.network.costs import Cost, model_cost
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
+from mess_tf.network.originals import define_flags
 
 THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
@@ -191,6 +192,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
+    define_flags()
     flags.DEFINE_string("workdir", None, "folder of a training", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("split", "", "split to calibrate on; default: the validation split")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 FORMAT = 1
+ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
 
 
@@ -86,6 +87,7 @@ class BackboneConfig:
       input_scale: the network resizes its image to this share of `data.input_size` before the first layer, its logits straight to the
         image's size: cheaper, and coarser. The scaled sides are rounded to multiples of 32, so that no stride meets an odd side and moves
         its features by half a pixel; 1 leaves the image as it is. The same weights fit every scale, and serve best near their own.
+      output: of `keras_file`, which of several outputs is the map of classes: its key, or the name of any layer that makes such a map.
     """
 
     name: str = "mobilenet_v2"
@@ -94,6 +96,7 @@ class BackboneConfig:
     weights: str = "none"
     batch_norm_momentum: float = 0.95
     input_scale: float = 1.0
+    output: str = ""
 
     def __post_init__(self):
         names = ("mobilenet_v2", "efficientnet_lite0", "resnet50", "keras_file")
@@ -109,6 +112,7 @@ class BackboneConfig:
         )
         _check(0 < self.batch_norm_momentum < 1, "backbone.batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
         _check(0 < self.input_scale <= 4, "backbone.input_scale", "in (0, 4]", self.input_scale)
+        _check(not self.output or self.name == "keras_file", "backbone.output", "empty unless backbone.name=keras_file", self.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,6 +372,14 @@ def with_input_scale(config: Config, input_scale: float) -> Config:
     """The same configuration for a network at another input size; without crops, which were of the size that training saw."""
     data = dataclasses.replace(config.data, crop_size=(0, 0))
     return dataclasses.replace(config, data=data, backbone=dataclasses.replace(config.backbone, input_scale=input_scale))
+
+
+def with_own_original(config: Config, workdir: str) -> Config:
+    """The same configuration, with the work folder's copy of the user's network in the place of the file, once there is one."""
+    copy = os.path.join(workdir, ORIGINAL)
+    if config.backbone.name != "keras_file" or not os.path.exists(copy):
+        return config
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=copy))
 
 
 def to_json(config: Config) -> str:

@@ -14,6 +14,7 @@ from mess_tf import configs
 from mess_tf.data.sources import open_split
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.model import load_network
+from mess_tf.network.originals import define_flags
 
 
 def table(result: dict[str, Accuracy], classes: Sequence[str]) -> str:
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
+    define_flags()
     flags.DEFINE_string("workdir", None, "folder of a training", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("split", "", "split to evaluate on; default: the validation split")

@@ -33,6 +33,7 @@ from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, load_network
+from mess_tf.network.originals import define_flags
 
 CANDIDATES, WEIGHTS = "candidates", "weights.sha256"
 EXAMPLES = 8
@@ -124,6 +125,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
+    define_flags()
     flags.DEFINE_string("workdir", None, "folder of a training", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_bool("candidates", False, "export everything that can be chosen, to measure it")

@@ -30,6 +30,7 @@ from mess_tf.data.sources import open_split
 from mess_tf.files import Deployment, Stats
 from mess_tf.graph import policy
 from mess_tf.network.model import MultiExitNetwork, load_network
+from mess_tf.network.originals import define_flags
 from mess_tf.optimise.space import Costs, evaluate_configuration, latency_costs, macs_costs
 
 STRIPS = 5
@@ -393,6 +394,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
+    define_flags()
     flags.DEFINE_string("workdir", None, "folder of a training, with stats.npz and deployment.json", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("latency", "", "the latency.json that was searched; default: the workdir's")

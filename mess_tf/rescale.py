@@ -1,6 +1,7 @@
 """A trained network at another input size: `python -m mess_tf.rescale --workdir=W --input_scale=0.75 --output=W0.75`.
 
-The new work folder has the weights of W, by a symbolic link, and `backbone.input_scale`; all that follows training is done in it as in W.
+The new work folder has the weights of W and its copy of the user's own network, by symbolic links, and `backbone.input_scale`; all that
+follows training is done in it as in W.
 Which size is best for a device is then a matter of searching each folder with the same --min_miou or --max_cost.
 """
 
@@ -33,7 +34,9 @@ def rescale(workdir: Path, input_scale: float, output: Path) -> None:
         raise FileNotFoundError(f"workdir: {str(workdir)!r} holds no {CHECKPOINTS}; `python -m mess_tf.train` makes them")
     check(not output.exists(), "output", "a folder that does not exist yet", str(output))
     output.mkdir(parents=True)
-    (output / CHECKPOINTS).symlink_to(os.path.relpath(workdir / CHECKPOINTS, output))
+    for name in (CHECKPOINTS, configs.ORIGINAL):
+        if (workdir / name).exists():
+            (output / name).symlink_to(os.path.relpath(workdir / name, output))
     write_atomically(output / "config.json", lambda temporary: temporary.write_text(configs.to_json(rescaled)))
 
 

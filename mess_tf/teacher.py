@@ -21,6 +21,7 @@ from mess_tf.data.pipelines import SOFT_STRIDE, resize_image
 from mess_tf.data.sources import open_split
 from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.network.model import load_network
+from mess_tf.network.originals import define_flags
 
 
 def predictor(network: keras.Model, input_size: tuple[int, int], mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
+    define_flags()
     flags.DEFINE_list("workdirs", None, "folders of trainings; the first one's data and input size count", required=True)
     flags.DEFINE_string("output", None, "file to write, .npz", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")

@@ -6,7 +6,9 @@ last checkpoint if there is one. WORKDIR/config.json keeps the resolved configur
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import keras
@@ -20,6 +22,7 @@ from mess_tf.data.sources import open_split
 from mess_tf.learning.stage import train_stage
 from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.model import MultiExitNetwork, build_network
+from mess_tf.network.originals import define_flags
 
 
 def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "both") -> MultiExitNetwork:
@@ -33,7 +36,8 @@ def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "bot
     keras.mixed_precision.set_global_policy(config.stage1.precision)
     keras.utils.set_random_seed(config.stage1.seed)
     train_examples, val_examples = open_split(config.data, config.data.train_split), open_split(config.data, config.data.val_split)
-    network = build_network(config, train_examples.info.num_classes)
+    network = build_network(configs.with_own_original(config, workdir), train_examples.info.num_classes)
+    keep_original(config, workdir)
     momentum = config.backbone.batch_norm_momentum
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], momentum)
     if config.stage1.epochs:
@@ -44,6 +48,14 @@ def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "bot
         network.add_heads(config.exits.head_specs, momentum)
         train_stage("stage2", config.stage2, network, config, train_examples, val_examples, workdir)
     return network
+
+
+def keep_original(config: Config, workdir: str) -> None:
+    """Copies the user's own network into the work folder, which then is all that later starts and commands need besides the data."""
+    path = Path(workdir, configs.ORIGINAL)
+    if config.backbone.name == "keras_file" and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: shutil.copyfile(config.backbone.weights, temporary))
 
 
 def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, overrides: Sequence[str]) -> Config:
@@ -82,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
+    define_flags()
     flags.DEFINE_string("workdir", None, "folder for everything that this run makes", required=True)
     flags.DEFINE_string("recipe", "", f"one of {sorted(configs.RECIPES)}")
     flags.DEFINE_string("data", "", "data source, in place of the recipe's: synthetic, folder, voc or tfds:NAME")

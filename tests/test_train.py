@@ -447,6 +447,9 @@ def test_a_network_of_ones_own_gets_exits_and_keeps_its_weights(tmp_path):
     overrides += ["backbone.name=keras_file", f"backbone.weights={tmp_path / 'own.keras'}", "stage1.epochs=0", "stage2.epochs=1"]
     config = train.resolve_config(str(tmp_path / "run"), "", "", "", overrides)
     train.train(config, str(tmp_path / "run"))
+    (tmp_path / "own.keras").unlink()  # the work folder alone suffices, wherever it is moved to
+    (tmp_path / "run").rename(tmp_path / "moved")
+    rescale(tmp_path / "moved", 1.0, tmp_path / "run")
     network = load_network(str(tmp_path / "run"), config, CLASSES)
     assert network.candidates == ["exit1.fcn-r1-b0", FINAL] and not (tmp_path / "run" / "checkpoints" / "stage1").exists()
     picture = np.random.default_rng(0).uniform(0, 255, (1, *SIZE, 3)).astype(np.float32)

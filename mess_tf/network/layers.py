@@ -43,10 +43,38 @@ class ResizeLike(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("mess_tf")
 class LogProbability(keras.layers.Layer):
-    """Turns softmax probabilities [..., C] into logits whose softmax they are."""
+    """Turns softmax probabilities [..., C] into logits whose softmax they are.
+
+    Of independent sigmoids, the softmax of what it makes is the share of each class in their sum, and the largest stays the largest.
+    """
 
     def call(self, inputs):
         return tf.math.log(tf.maximum(tf.cast(inputs, tf.float32), 1e-7))
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+
+@keras.saving.register_keras_serializable("mess_tf")
+class TwoClasses(keras.layers.Layer):
+    """Turns one channel [..., 1] of a binary segmentation into raw logits float32 [..., 2], the background's first.
+
+    Attributes:
+      probability: whether the channel is the sigmoid of a logit, or the logit itself.
+    """
+
+    def __init__(self, probability: bool, **kwargs):
+        super().__init__(**kwargs)
+        self.probability = probability
+
+    def call(self, inputs):
+        foreground = tf.cast(inputs, tf.float32)
+        if not self.probability:
+            return tf.concat([tf.zeros_like(foreground), foreground], -1)
+        return tf.math.log(tf.maximum(tf.concat([1 - foreground, foreground], -1), 1e-7))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], 2)
+
+    def get_config(self):
+        return super().get_config() | {"probability": self.probability}

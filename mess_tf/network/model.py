@@ -10,12 +10,12 @@ import keras
 import numpy as np
 
 from mess_runtime.bundle import write_atomically
-from mess_tf.configs import Config, HeadSpec
+from mess_tf.configs import Config, HeadSpec, with_own_original
 from mess_tf.files import read_arrays
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.costs import graph_nodes
 from mess_tf.network.exits import TAP, ExitPoint, build_head, build_rest, copy_rest, final_point, find_exit_points
-from mess_tf.network.layers import LogProbability
+from mess_tf.network.originals import load_original, plain_original
 
 FINAL = "final.original"
 
@@ -44,17 +44,22 @@ class MultiExitNetwork:
         return [*self.heads, FINAL]
 
     def add_heads(self, specs: Sequence[HeadSpec], momentum: float) -> None:
-        """Puts each of `specs` at every exit point. A head of the same name that is there already is kept as it is, any other goes."""
-        kept, self.heads = self.heads, {}
+        """Puts each of `specs` at every exit point. A head of the same name that is there already is kept as it is, any other goes.
+
+        Raises:
+          ValueError: if a head does not fit; the heads stay as they were.
+        """
+        heads: dict[str, keras.Model] = {}
         for point in self.exit_points:
             for spec in specs:
                 name = f"{point.name}.{spec.name}"
-                if name in kept:
-                    self.heads[name] = kept[name]
+                if name in self.heads:
+                    heads[name] = self.heads[name]
                 elif spec.kind == "rest":
-                    self.heads[name] = build_rest(self.original, point)
+                    heads[name] = build_rest(self.original, point)
                 else:
-                    self.heads[name] = build_head(spec, point, self.num_classes, momentum)
+                    heads[name] = build_head(spec, point, self.num_classes, momentum)
+        self.heads = heads
 
     def taps(self, candidate: str) -> tuple[str, ...]:
         """Names of the layers whose outputs a candidate reads; for the original, its last layer."""
@@ -182,66 +187,37 @@ class MultiExitNetwork:
         return segments
 
 
-def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[int, int]) -> MultiExitNetwork:
+def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[int, int], output: str = "") -> MultiExitNetwork:
     """Turns any functional segmentation network into a multi-exit network; its layers and weights are used as they are.
+
+    Layers of equal names, and those with a name that means something else here (such as `image` or `logits`), are renamed, in `model` too.
+    What `model` computes in half precision, the network computes in Keras' global precision.
 
     Args:
       model: functional or a built Sequential, one image [B, H, W, 3] to one map [B, h, w, C] (any h, w; it is resized
         to the image bilinearly). The image holds 0..255: a network that wants something else starts with a layer that makes it so. The
-        map holds logits, or probabilities if a softmax follows the last layer with weights.
+        map holds logits, or probabilities if a softmax or sigmoid follows the last layer with weights. One channel is the logit or the
+        probability of the second of two classes.
       exits: number of exits, the final one included, of which the early ones are put at equal workload (mess.md, section 2), or the
         names of the layers to put early exits at.
       input_size: (height, width) in pixels for which the workload is counted.
+      output: the key of the map among several outputs, or the name of the layer that makes it; may be empty if there is one output.
 
     Returns:
       A network without early heads (see `MultiExitNetwork.add_heads`).
 
     Raises:
-      ValueError: for a model that is not functional or has other inputs or outputs, or too few cut points.
+      ValueError: for a model that is not functional, has other inputs or outputs, layers that are channels_first or weights that are not
+        float32, was made for another size only, or has too few cut points.
     """
-    if not _is_graph(model):
-        raise ValueError(f"model: must be a functional Keras model or a built Sequential, got {type(model).__name__}")
-    shapes = [tuple(tensor.shape) for tensor in (*model.inputs, *model.outputs)]
-    if len(model.inputs) != 1 or len(shapes) != 2 or len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][3] != 3:
-        raise ValueError(f"model: must map one image [B, H, W, 3] to one map [B, h, w, C], got inputs and outputs of shapes {shapes}")
-    network = _flatten(keras.Model(model.inputs[0], model.outputs[0], name=model.name))
-    if _ends_in_softmax(network):
-        network = keras.Model(network.input, LogProbability()(network.output), name=network.name)
-    return MultiExitNetwork(network, find_exit_points(network, exits, input_size))
-
-
-def _is_graph(operation) -> bool:
-    """Whether the layers inside are known: a functional model, or a Sequential that has been built."""
-    if isinstance(operation, keras.Sequential):
-        return operation.built
-    return isinstance(operation, keras.Model) and hasattr(operation, "operations")
-
-
-def _ends_in_softmax(model: keras.Model) -> bool:
-    """Whether a softmax is applied in or after the last layer that has weights."""
-    for node in reversed(graph_nodes(model)):
-        softmax = getattr(node.operation, "activation", None) is keras.activations.softmax
-        if softmax or type(node.operation).__name__ == "Softmax" or getattr(node.operation, "weights", ()):
-            return softmax or type(node.operation).__name__ == "Softmax"
-    return False
-
-
-def _flatten(model: keras.Model) -> keras.Model:
-    """Puts the layers of nested models into the outer graph, so that cut points inside them are seen; the input becomes `image`."""
-
-    def conversion(operation) -> bool:  # what inlining a nested model puts in front of it
-        return type(operation).__name__ == "ConvertToTensor"
-
-    def call(operation, *args, **kwargs):
-        if conversion(operation):
-            return args[0]
-        return operation.call(*args) if _is_graph(operation) else operation(*args, **kwargs)
-
-    while True:
-        image = keras.tree.map_structure(lambda t: keras.Input(batch_shape=t.shape, dtype=t.dtype, name="image"), model.input)
-        model = keras.models.clone_model(model, input_tensors=image, clone_function=lambda layer: layer, call_function=call)
-        if not any(_is_graph(operation) or conversion(operation) for operation in model.operations):
-            return model
+    original, renamed = plain_original(model, output)
+    size = tuple(original.input.shape[1:3])
+    if any(side not in (None, wanted) for side, wanted in zip(size, input_size, strict=True)):
+        raise ValueError(
+            f"input_size: must be {size}, the only one that {model.name} takes, got {input_size}; keras.Input((None, None, 3)) takes any"
+        )
+    exits = exits if isinstance(exits, int) else [renamed.get(name, name) for name in exits]
+    return MultiExitNetwork(original, find_exit_points(original, exits, input_size))
 
 
 def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
@@ -254,15 +230,7 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
       FileNotFoundError, ValueError: for a .keras file that is not there, cannot be read, or has other classes than the data.
     """
     if config.backbone.name == "keras_file":
-        path = config.backbone.weights
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"backbone.weights: there is no file {path!r}")
-        try:
-            original = keras.models.load_model(path, compile=False)
-        except (TypeError, ValueError, OSError) as error:
-            raise ValueError(f"backbone.weights: Keras cannot load {path!r}: {error}") from error
-        if original.output.shape[3] != num_classes:
-            raise ValueError(f"backbone.weights: {path!r} must have the data's {num_classes} classes, got {original.output.shape[3]}")
+        original = load_original(config.backbone.weights)
     else:
         backbone = build_backbone(config.backbone)
         point = final_point(backbone, config.data.input_size)
@@ -270,7 +238,18 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
         tensors = {node.name: node.output for node in graph_nodes(backbone)}
         logits = head([tensors[tensor.name.removeprefix(TAP)] for tensor in head.inputs])
         original = keras.Model(backbone.input, logits, name=config.backbone.name)
-    network = convert(original, config.exits.layers or config.exits.count, config.data.input_size)
+    try:
+        network = convert(original, config.exits.layers or config.exits.count, config.data.input_size, config.backbone.output)
+    except ValueError as error:
+        if config.backbone.name != "keras_file" or str(error).startswith(("exits.", "backbone.")):
+            raise
+        raise ValueError(f"backbone.weights: {config.backbone.weights!r}: {error}") from error
+    if network.num_classes != num_classes:
+        path, received = config.backbone.weights, network.num_classes
+        raise ValueError(f"backbone.weights: {path!r} must have the data's {num_classes} classes, got {received}")
+    training_size, sides = config.data.training_size, tuple(network.original.input.shape[1:3])
+    if any(side not in (None, wanted) for side, wanted in zip(sides, training_size, strict=True)):
+        raise ValueError(f"data.crop_size: must be (0, 0) with a network that takes images of {sides} only, got {config.data.crop_size}")
     if config.backbone.input_scale == 1:
         return network
     if config.data.training_size != config.data.input_size:
@@ -288,6 +267,7 @@ def best_weights(workdir: str, stage: str) -> str:
 
 def load_network(workdir: str, config: Config, num_classes: int) -> MultiExitNetwork:
     """Rebuilds a trained network: with all candidate heads after stage 2, with the plain ones after stage 1."""
+    config = with_own_original(config, workdir)
     if config.backbone.name != "keras_file":
         config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="none"))
     for stage, specs in (("stage2", config.exits.head_specs), ("stage1", (HeadSpec.parse(config.exits.plain_head),))):
