@@ -2,36 +2,31 @@
 
 import argparse
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from android_bench import adb, benchmark_model, verify
 from android_bench.session import Options, Session, Store
+from mess_runtime import terminal
 
 FAILURES = (adb.AdbError, benchmark_model.BenchmarkError, OSError, ValueError)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(1, f"{self.prog}: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="android_bench", description=__doc__, allow_abbrev=False)
+def _parser() -> terminal.ArgumentParser:
+    parser = terminal.ArgumentParser(prog="android_bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("devices", help="list the phones that adb sees", allow_abbrev=False).set_defaults(function=_devices)
+    commands.add_parser("devices", help="list the phones that adb sees").set_defaults(function=_devices)
 
-    run = commands.add_parser("run", help="measure WORKDIR/candidates", allow_abbrev=False)
+    run = commands.add_parser("run", help="measure WORKDIR/candidates")
     run.add_argument("--output", type=Path, metavar="FILE", help="default: WORKDIR/latency.json; merged if it exists")
     run.add_argument("--details", action="store_true", help="also find the time per operation and the peak memory")
     run.set_defaults(function=_run)
 
-    check = commands.add_parser("verify", help="compare a deployment's prediction with the phone", allow_abbrev=False)
+    check = commands.add_parser("verify", help="compare a deployment's prediction with the phone")
     check.add_argument("--output", type=Path, metavar="FILE", help="default: WORKDIR/verification.json")
     check.add_argument("--deployment", type=Path, metavar="FILE", help="default: WORKDIR/deployment.json")
     check.set_defaults(function=_verify, details=False)
@@ -88,7 +83,7 @@ def _say(line: str) -> None:
 
 
 def _complain(problem: object) -> None:
-    print(f"android_bench: {problem}", file=sys.stderr, flush=True)
+    terminal.complain(f"android_bench: {problem}")
 
 
 def _on_phones(arguments: argparse.Namespace, store: Store, work: Callable[[Session], Any]) -> tuple[list[Any], int]:
@@ -171,13 +166,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Runs a command and returns its exit code: 0, or 1 after any problem, each of which is one line on stderr."""
-    arguments = _parser().parse_args()
-    try:
+    """Runs a command and returns its exit code, see `terminal.run`; 1 after any problem of a phone, each one a line on stderr."""
+
+    def command() -> int:
+        arguments = _parser().parse_args()
         return arguments.function(arguments)
-    except FAILURES as error:
-        _complain(re.sub(r"\s+", " ", str(error)))
-        return 1
+
+    return terminal.run("android_bench", command)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import flags, logging
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE, check, file_sha256
-from mess_tf import configs, metrics
+from mess_tf import configs, metrics, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, resize_image, resize_label
 from mess_tf.data.sources import open_split
@@ -175,10 +175,7 @@ def calibrate(
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.INFO)
-    tf.get_logger().setLevel("ERROR")  # no remarks on tracing one function per head
+def main() -> None:
     config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
     split = FLAGS.split or config.data.val_split
     examples = open_split(config.data, split)
@@ -198,4 +195,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "", "split to calibrate on; default: the validation split")
     flags.DEFINE_enum("fidelity", policy.EXACT, policy.FIDELITIES, "what the exit policy computes at full size, as in export_tflite")
     flags.DEFINE_list("theta_pix", [str(theta) for theta in THETA_PIX], "grid of pixel thresholds")
-    app.run(main)
+    terminal.run(main)

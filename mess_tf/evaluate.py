@@ -7,10 +7,10 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from mess_runtime.bundle import write_json
-from mess_tf import configs
+from mess_tf import configs, terminal
 from mess_tf.data.sources import open_split
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.model import load_network
@@ -27,8 +27,7 @@ def table(result: dict[str, Accuracy], classes: Sequence[str]) -> str:
     return "\n".join(rows)
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main() -> None:
     config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
     split = FLAGS.split or config.data.val_split
     examples = open_split(config.data, split)
@@ -47,4 +46,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a training", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("split", "", "split to evaluate on; default: the validation split")
-    app.run(main)
+    terminal.run(main)

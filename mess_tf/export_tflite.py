@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
-from absl import app, flags, logging
+from absl import flags, logging
 from PIL import Image
 
 from mess_runtime import bundle as bundles
-from mess_tf import configs
+from mess_tf import configs, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import resize_image
 from mess_tf.data.sources import open_split
@@ -96,12 +95,9 @@ def export_deployment(
     exporter.save(submodels / "original.tflite", original[bundles.alone_signature("final")])
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.INFO)
-    tf.get_logger().setLevel("ERROR")  # no remarks on tracing one function per head
-    if FLAGS.candidates == bool(FLAGS.deployment):
-        raise app.UsageError("give either --candidates or --deployment=FILE")
+def main() -> None:
+    given = [name for name in ("--candidates", "--deployment") if flags.FLAGS[name[2:]].value]
+    bundles.check(len(given) == 1, "arguments", "either --candidates or --deployment=FILE", " ".join(given))
     workdir = Path(FLAGS.workdir)
     config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
     examples = open_split(config.data, config.data.val_split)
@@ -143,4 +139,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("input", "float32", bundles.INPUT_TYPES, "type of the image that goes into a bundle")
     flags.DEFINE_enum("resize", "stretch", bundles.RESIZES, "how images of another size are fitted to the network's")
     flags.DEFINE_bool("measure", True, "measure the mIoU of each exit on the validation split, for the manifest")
-    app.run(main)
+    terminal.run(main)

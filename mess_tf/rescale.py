@@ -8,10 +8,10 @@ Which size is best for a device is then a matter of searching each folder with t
 import os
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from mess_runtime.bundle import check, write_atomically
-from mess_tf import configs
+from mess_tf import configs, terminal
 
 CHECKPOINTS = "checkpoints"
 
@@ -40,8 +40,7 @@ def rescale(workdir: Path, input_scale: float, output: Path) -> None:
     write_atomically(output / "config.json", lambda temporary: temporary.write_text(configs.to_json(rescaled)))
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
     rescale(Path(FLAGS.workdir), FLAGS.input_scale, Path(FLAGS.output))
     print(FLAGS.output)
 
@@ -51,4 +50,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a training", required=True)
     flags.DEFINE_float("input_scale", None, "share of the input size", required=True)
     flags.DEFINE_string("output", None, "folder to make", required=True)
-    app.run(main)
+    terminal.run(main)

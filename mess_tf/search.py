@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from mess_runtime.bundle import FORMAT, INPUT_DEPENDENT, SETTINGS, check, file_sha256, read_json, write_json
+from mess_tf import terminal
 from mess_tf.files import RISKS, Deployment, Stats
 from mess_tf.metrics import miou
 from mess_tf.optimise import guarantee
@@ -135,7 +136,7 @@ def _limits(values) -> dict[str, float]:
     return limits
 
 
-def main(_: Sequence[str]) -> None:
+def main() -> None:
     """The command; see the flags."""
     values = flags.FLAGS
     path = os.path.join(values.workdir, "stats.npz")
@@ -221,4 +222,4 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "output", None, "The file to write, or the folder for several; default: deployment.json or deployments in the workdir."
     )
-    app.run(main)
+    terminal.run(main)

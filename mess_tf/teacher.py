@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
-from mess_tf import configs
+from mess_tf import configs, terminal
 from mess_tf.configs import DataConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import SOFT_STRIDE, resize_image
@@ -61,8 +61,7 @@ def load_teachers(workdirs: Sequence[str], scales: Sequence[float], data: DataCo
     return networks
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main() -> None:
     data = configs.with_data_dir(configs.load_config(FLAGS.workdirs[0]), FLAGS.data_dir).data
     examples = open_split(data, data.train_split)
     networks = load_teachers(FLAGS.workdirs, [float(scale) for scale in FLAGS.scales], data, examples.info.num_classes)
@@ -77,4 +76,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "file to write, .npz", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_list("scales", ["1", "1.25"], "image sizes, as shares of each network's own backbone.input_scale")
-    app.run(main)
+    terminal.run(main)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import keras
-import tensorflow as tf
-from absl import app, flags, logging
+from absl import flags
 
 from mess_runtime.bundle import write_atomically
-from mess_tf import configs
+from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.sources import open_split
 from mess_tf.learning.stage import train_stage
@@ -83,10 +82,7 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
     return config
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.INFO)
-    tf.get_logger().setLevel("ERROR")  # no remarks on tracing one function per head
+def main() -> None:
     config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
     train(config, FLAGS.workdir, FLAGS.stages)
     print(os.path.join(FLAGS.workdir, "checkpoints"))
@@ -101,4 +97,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "root folder of the data")
     flags.DEFINE_multi_string("set", [], "section.field=value, e.g. stage1.epochs=30; may be given several times")
     flags.DEFINE_enum("stages", "both", ["stage1", "both"], "stages to run")
-    app.run(main)
+    terminal.run(main)

@@ -389,7 +389,7 @@ def test_nothing_to_talk_to(bench, adb_server, workdir, tool, monkeypatch, tmp_p
         (["--repetitions=0"], "repetitions: must be at least 1"),
         (["--sustained=-1"], "sustained: must be at least 0"),
         (["--app=nowhere.apk"], "nowhere.apk: must be an existing file"),
-        (["--backend=quantum"], "invalid choice: 'quantum'"),
+        (["--backend=quantum"], "--backend: must be one of 'xnnpack'"),
     ],
 )
 def test_arguments(bench, workdir, tool, words, message):

@@ -90,4 +90,4 @@ def test_a_search_in_other_statistics_is_an_error(workdir, tmp_path, monkeypatch
     (tmp_path / "deployment.json").write_text(json.dumps(document | {"stats_sha256": "0" * 64}))
     monkeypatch.setattr(report, "FLAGS", SimpleNamespace(workdir=str(tmp_path)), raising=False)
     with pytest.raises(ValueError, match=r"deployment\.json: must be searched in this stats\.npz"):
-        report.main([])
+        report.main()

@@ -825,8 +825,8 @@ def test_inspect_prints_the_segments(command, folder, thetas):
         (["run", "nowhere", "x.png", "--output=out"], "manifest.json"),
         (["benchmark", "nowhere.tflite", "--output=out.json"], "nowhere.tflite"),
         (["benchmark", ".", "--output=out.json"], "holds no file with the suffix .tflite"),
-        (["run", "nowhere"], "the following arguments are required"),
-        (["fly"], "invalid choice: 'fly'"),
+        (["run", "nowhere"], "sources, --output: must be given, got nothing"),
+        (["fly"], "command: must be one of 'run', 'benchmark', 'inspect', got 'fly'"),
     ],
 )
 def test_user_errors_are_one_line(command, monkeypatch, tmp_path, arguments, message):

@@ -4,21 +4,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from mess_runtime import terminal
 from mess_runtime.bundle import SETTINGS, Bundle, Manifest, read_json, write_json
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(1, f"{self.prog}: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mess_runtime", description=__doc__, allow_abbrev=False)
+def _parser() -> terminal.ArgumentParser:
+    parser = terminal.ArgumentParser(prog="mess_runtime", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser("run", help="segment images, videos and cameras: a palette PNG and a JSON line per frame", allow_abbrev=False)
+    run = commands.add_parser("run", help="segment images, videos and cameras: a palette PNG and a JSON line per frame")
     run.add_argument("bundle", type=Path)
     run.add_argument("sources", nargs="+", help="image and video files, folders whose images are all taken, camera:NUMBER")
     run.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the masks")
@@ -36,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--engine", choices=("compiled", "interpreter"), help="default: the faster of those installed")
     run.set_defaults(function=_run)
 
-    benchmark = commands.add_parser("benchmark", help="measure .tflite files on this machine", allow_abbrev=False)
+    benchmark = commands.add_parser("benchmark", help="measure .tflite files on this machine")
     benchmark.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, and folders whose .tflite are all measured")
     benchmark.add_argument("--output", required=True, type=Path, metavar="FILE", help="latency.json, merged if it exists")
     benchmark.add_argument("--threads", type=int, default=1)
@@ -45,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--rounds", type=int, default=5, help="turns that the samples are spread over")
     benchmark.set_defaults(function=_benchmark)
 
-    inspect = commands.add_parser("inspect", help="check a bundle and print what it holds", allow_abbrev=False)
+    inspect = commands.add_parser("inspect", help="check a bundle and print what it holds")
     inspect.add_argument("bundle", type=Path)
     inspect.set_defaults(function=_inspect)
     return parser
@@ -77,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 }
                 print(json.dumps(line), flush=True)
         except UnreadableError as error:
-            print(f"mess_runtime: {error}", file=sys.stderr)
+            terminal.complain(f"mess_runtime: {terminal.one_line(error)}")
             failures += 1
     print(arguments.output)
     return 1 if failures else 0
@@ -132,13 +127,13 @@ def _describe(manifest: Manifest) -> str:
 
 
 def main() -> int:
-    """Runs a command and returns its exit code: 0, or 1 after an error, which is one line on stderr."""
-    arguments = _parser().parse_args()
-    try:
+    """Runs a command and returns its exit code, see `terminal.run`."""
+
+    def command() -> int:
+        arguments = _parser().parse_args()
         return arguments.function(arguments)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"mess_runtime: {error}", file=sys.stderr)
-        return 1
+
+    return terminal.run("mess_runtime", command)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""How the commands `python -m mess_tf.X` meet the person at the terminal: `mess_runtime.terminal` for flags of absl.
+
+A command defines its flags where it is the main program, and ends with `terminal.run(main)`.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import flags
+
+from mess_runtime import terminal
+from mess_runtime.bundle import check
+
+HELP = ("-h", "-help", "--help")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Parses the flags, runs a command's main function and exits; see `mess_runtime.terminal.run`."""
+    name = main.__globals__["__spec__"].name if main.__globals__.get("__spec__") else sys.argv[0]
+    flags.DEFINE_bool("verbose", False, "Also show other libraries' lines, and the traceback of an error.", module_name=sys.argv[0])
+
+    def command() -> None:
+        if any(word in HELP for word in sys.argv[1:]):
+            print(_help(name, main.__globals__["__doc__"] or ""))
+            return
+        _parse(sys.argv)
+        if flags.FLAGS.verbose:
+            terminal.show_libraries()
+        main()
+
+    sys.exit(terminal.run(name, command))
+
+
+def check_left_out(needless: bool, names: str, reason: str) -> None:
+    """Raises a ValueError for a flag that would have no effect.
+
+    Args:
+      needless: whether they have none here.
+      names: of the flags, with spaces between.
+      reason: the end of `--device: must be left out ...`.
+    """
+    for name in names.split():
+        check(not (needless and flags.FLAGS[name].present), f"--{name}", f"left out {reason}", flags.FLAGS[name].value)
+
+
+def numbers(name: str) -> list[float]:
+    """The numbers of a list flag, none if it was not given.
+
+    Raises:
+      ValueError: one is not a number.
+    """
+    try:
+        return [float(word) for word in flags.FLAGS[name].value or ()]
+    except ValueError:
+        raise ValueError(f"--{name}: must be numbers with commas between, got {','.join(flags.FLAGS[name].value)!r}") from None
+
+
+def _own() -> dict[str, flags.Flag]:
+    """The flags of the command, by name, in the order in which it defines them."""
+    return {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(sys.argv[0])}
+
+
+def _parse(words: list[str]) -> None:
+    own = _own()
+    names = [f"--{name}" for name in own]
+    try:
+        others = flags.FLAGS(words)[1:]
+    except flags.UnrecognizedFlagError as error:
+        (word,) = (word for word in words[1:] if word.startswith("-") and word.lstrip("-").partition("=")[0] == error.flagname)
+        raise ValueError(terminal.unknown_flag(word, names)) from error
+    except (flags.Error, ValueError) as error:
+        raise ValueError(_message(str(error).splitlines()[0], own)) from error
+    foreign = [f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present and name not in own]  # of libraries
+    if foreign:
+        raise ValueError(terminal.unknown_flag(foreign[0], names))
+    check(not others, "arguments", "flags, as --help names them", " ".join(others))
+
+
+def _message(said: str, own: dict[str, flags.Flag]) -> str:
+    """What absl said, in the words of all other errors."""
+    if missing := re.fullmatch(r"Missing value for flag (\S+)", said):
+        return f"{missing[1]}: must be given a value, got nothing"
+    if not (wrong := re.fullmatch(r"flag --(\w+)=(.*?): (.*)", said)):
+        return said
+    name, value, reason = wrong.groups()
+    if "must have a value" in reason:
+        return f"--{name}: must be given, got nothing"
+    parser = own[name].parser
+    values = getattr(parser, "enum_values", None)
+    required = f"one of {', '.join(values)}" if values else parser.syntactic_help or "true or false"
+    return f"--{name}: must be {required}, got {value!r}"
+
+
+def _help(name: str, docstring: str) -> str:
+    """The command's docstring and its flags."""
+    rows = []
+    for flag in _own().values():
+        values = getattr(flag.parser, "enum_values", None)
+        value = "" if flag.boolean else "=" + ("|".join(values) if values else flag.flag_type().split()[-1].upper())
+        default = "" if flag.default in (None, "", [], False) else f" Default: {flag.default_as_str}."
+        required = " Required." if any("must have a value" in each.message for each in flag.validators) else ""
+        text = " ".join(flag.help.removesuffix("repeat this option to specify a list of values").split()).rstrip(".; ")
+        rows.append((f"--{flag.name}{value}", f"{re.sub('^<.*?>: ', '', text)}.{required}{default}"))
+    rows.append(("--help", "Show this."))
+    width = max(len(left) for left, _ in rows)
+    table = [f"  {left:{width}}  {right}" for left, right in rows]
+    return "\n".join([f"python -m {name}: {inspect.cleandoc(docstring)}", "", *table])
