@@ -16,6 +16,8 @@ from mess_runtime.bundle import check
 
 HELP = ("-h", "-help", "--help")
 
+_after_flags: list[Callable[[], None]] = []
+
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, runs a command's main function and exits; see `mess_runtime.terminal.run`."""
@@ -29,9 +31,16 @@ def run(main: Callable[[], None]) -> NoReturn:
         _parse(sys.argv)
         if flags.FLAGS.verbose:
             terminal.show_libraries()
+        for action in _after_flags:
+            action()
         main()
 
     sys.exit(terminal.run(name, command))
+
+
+def after_flags(action: Callable[[], None]) -> None:
+    """Does something between the flags and the main function, for a module that defines flags of several commands."""
+    _after_flags.append(action)
 
 
 def check_left_out(needless: bool, names: str, reason: str) -> None:
@@ -59,8 +68,9 @@ def numbers(name: str) -> list[float]:
 
 
 def _own() -> dict[str, flags.Flag]:
-    """The flags of the command, by name, in the order in which it defines them."""
-    return {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(sys.argv[0])}
+    """The flags of the command, by name, in the order in which they were defined; libraries have flags too."""
+    modules = [sys.argv[0], *(name for name in flags.FLAGS.flags_by_module_dict() if name.startswith("mess_tf."))]
+    return {flag.name: flag for module in modules for flag in flags.FLAGS.get_flags_for_module(module)}
 
 
 def _parse(words: list[str]) -> None:

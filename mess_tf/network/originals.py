@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 import keras
-from absl import app, flags
+from absl import flags
 
+from mess_tf import terminal
 from mess_tf.network.costs import Node, graph_nodes
 from mess_tf.network.layers import LogProbability, TwoClasses
 
@@ -21,7 +22,7 @@ def define_flags() -> None:
     """Defines the flags of every command that may load a network of custom classes. What they ask for is done before `main` begins."""
     flags.DEFINE_multi_string(_IMPORT, [], "module to import first, which registers the custom classes of a .keras file")
     flags.DEFINE_bool(_UNSAFE, False, "run the Python code that a .keras file carries in Lambda layers; only for files that you trust")
-    app.call_after_init(lambda: allow(flags.FLAGS[_IMPORT].value, flags.FLAGS[_UNSAFE].value))
+    terminal.after_flags(lambda: allow(flags.FLAGS[_IMPORT].value, flags.FLAGS[_UNSAFE].value))
 
 
 def allow(imports: Sequence[str], unsafe_loading: bool) -> None:
