@@ -1,11 +1,12 @@
 # make demo: the whole path on synthetic data, in minutes on a CPU.   make test: the test suite.   make lint: style.
-# make notebooks: every notebook, from start to end, at a small size.
+# make notebooks: every notebook from start to end at a small size, and the commands that the pages begin with.
+# make docs: the pages and the API reference, into runs/docs.
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/ready
 export TF_CPP_MIN_LOG_LEVEL = 2
 
-.PHONY: demo demo-commands test notebooks lint
+.PHONY: demo demo-commands test notebooks docs lint
 
 demo: $(READY)
 	@start=$$(date +%s) && $(MAKE) --no-print-directory demo-commands && echo "make demo: $$(($$(date +%s) - start)) seconds"
@@ -26,6 +27,11 @@ test: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/python -m pytest -q -m notebook
+
+# Fresh, since warnings of pages that did not change would not come again.
+docs: $(READY)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs runs/docs
+	@echo runs/docs/index.html
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,11 +5,12 @@ its heads read), per candidate `head.EXIT.HEAD` (those tensors to the mask and i
 Their latencies add up to those of any deployment. Beside them, `weights.sha256` says of which weights they are, once all are there.
 
 `python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes
-  WORKDIR/bundle/           one .tflite with a signature per segment, one per exit alone and one for everything, sharing weights; manifest
-  WORKDIR/bundle_original/  the same of the original network alone
-  WORKDIR/submodels/        one network per file, for benchmark tools: `alone.EXIT` (image to mask), `segment.EXIT` (as in the bundle) and
-                            `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax); `original`
-  WORKDIR/examples/         some validation images to try them on
+
+* WORKDIR/bundle/: one .tflite with a signature per segment, one per exit alone and one for everything, sharing weights; manifest
+* WORKDIR/bundle_original/: the same of the original network alone
+* WORKDIR/submodels/: one network per file, for benchmark tools: `alone.EXIT` (image to mask), `segment.EXIT` (as in the bundle) and
+  `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax); `original`
+* WORKDIR/examples/: some validation images to try them on
 
 Both take --precision=fp32|fp16|int8. Every file is checked before it is kept.
 """

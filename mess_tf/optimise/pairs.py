@@ -202,7 +202,7 @@ def joint_vectors(onward, first, second, passes, bands):
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def tightest(on, open_):
-    """The smallest of on + open_ over the potentials."""
+    """The smallest of `on + open_` over the potentials."""
     least = np.float32(1e30)
     for s in range(POTENTIALS):
         least = min(least, on[s] + open_[OPEN + s])

@@ -181,9 +181,8 @@ def evaluate_configuration(stats: Stats, costs: Costs, configuration: Configurat
       configuration: a deployment or a plain configuration.
 
     Returns:
-      mIoU (0..1): of the counts summed over the images, each taken at the exit where it leaves; with `anytime`, the mean mIoU of the
-        result that stands at a deadline anywhere between 0 and the horizon, 0 before the first result.
-      Mean cost of an image.
+      Three values. mIoU (0..1): of the counts summed over the images, each taken at the exit where it leaves; with `anytime`, the mean
+      mIoU of the result that stands at a deadline anywhere between 0 and the horizon, 0 before the first result. Mean cost of an image.
       int64 [I], the exit where each image leaves, as position in `configuration.exits`; with `anytime` always the last.
     """
     chain = [stats.candidates.index(f"{choice.exit}.{choice.head}") for choice in configuration.exits]

@@ -1,10 +1,11 @@
 """The deployable folder: a manifest and one .tflite, checked before anything runs.
 
 The .tflite has these signatures, which share their weights:
-  segment.EXIT  image or features of earlier segments to `mask`, `confident_pixels` where there is a decision, and the features that
-                later segments still need; run one after another, they are the chain
-  alone.EXIT    image to `mask` of one exit, without the heads of those before and without a decision
-  full          image to EXIT.mask (and EXIT.confident_pixels) of every exit, at a stretch
+
+* `segment.EXIT`: image or features of earlier segments to `mask`, `confident_pixels` where there is a decision, and the features that
+  later segments still need; run one after another, they are the chain
+* `alone.EXIT`: image to `mask` of one exit, without the heads of those before and without a decision
+* `full`: image to EXIT.mask (and EXIT.confident_pixels) of every exit, at a stretch
 
 The strict JSON reading and atomic writing here also serve latency.json. This module needs no interpreter.
 """
