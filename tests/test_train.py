@@ -360,7 +360,7 @@ def test_the_best_evaluation_is_kept(tmp_path, monkeypatch):
         seen.append(weights_of(network.original))
         return {name: Accuracy(means[len(seen) - 1], 0.0, ()) for name in matrices}
 
-    monkeypatch.setattr(train, "accuracies", accuracies_to_order)
+    monkeypatch.setattr("mess_tf.learning.stage.accuracies", accuracies_to_order)
     run_stage(tmp_path, network, exits="none", epochs=3, eval_epochs=1)
     assert [row["miou"] for row in rows_of(tmp_path, "miou")] == [{FINAL: mean} for mean in means]
     assert same(weights_of(network.original), seen[1]) and not same(seen[1], seen[2])
