@@ -26,7 +26,13 @@ PARSERS = {"mess_runtime": mess_runtime.__main__._parser, "android_bench": andro
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TARGETS = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 SECTIONS = {field.name: {inner.name for inner in dataclasses.fields(field.type)} for field in dataclasses.fields(Config)}
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -79,9 +85,8 @@ def _defined(tree: ast.Module) -> set[str]:
     for node in tree.body:
         if isinstance(node, ast.Assign):
             left, right = node.targets[0], node.value
-            pairs = (
-                zip(left.elts, right.elts, strict=True) if isinstance(left, ast.Tuple) and isinstance(right, ast.Tuple) else [(left, right)]
-            )
+            several = isinstance(left, ast.Tuple) and isinstance(right, ast.Tuple)
+            pairs = zip(left.elts, right.elts, strict=True) if several else [(left, right)]
             constants |= {ast.unparse(name): value.value for name, value in pairs if isinstance(value, ast.Constant)}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith("DEFINE_")]
     return {name.value if isinstance(name := call.args[0], ast.Constant) else constants[name.id] for call in calls}
@@ -143,14 +148,13 @@ def test_flags_fields_files_and_modules_in_sentences_exist(page):
             assert (REPOSITORY / code).exists(), code
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, *sorted((REPOSITORY / "notebooks").glob("*.ipynb"))], ids=name_of)
 def test_imports_in_examples_exist(page):
-    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
-        if language == "python":
-            for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.ImportFrom):
-                    names = set(re.findall(r"^(?:def |class )?(\w+)", source_of(node.module).read_text(encoding="utf-8"), re.MULTILINE))
-                    assert {alias.name for alias in node.names} <= names, ast.unparse(node)
+    for module, names in re.findall(r"from ((?:mess_|android_bench)[\w.]*) import ([\w, ]+)", page.read_text(encoding="utf-8")):
+        path = source_of(module)
+        assert path, module
+        defined = re.findall(r"^(?:def |class )?(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(names.replace(" ", "").split(",")) <= set(defined), (module, names)
 
 
 @every_page
