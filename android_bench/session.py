@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from android_bench import adb, benchmark_model
 from android_bench.benchmark_model import BenchmarkError, Measurement, OpTime, Settings
+from mess_runtime import terminal
 from mess_runtime.benchmark import LatencyRow, LatencyTable, created_by
 from mess_runtime.bundle import FORMAT, check, decode_versioned, file_sha256, read_json, write_json
 
@@ -394,9 +395,16 @@ class Session:
         return [each for each in order if each not in there]
 
     def _repeat(self, program: Binary | App, conditions: Conditions, submodels: Mapping[str, Path], missing: Sequence) -> None:
+        with terminal.Bar(self.device.serial, len(missing), "run", say=self.say) as bar:
+            self._run_all(program, conditions, submodels, missing, bar)
+
+    def _run_all(
+        self, program: Binary | App, conditions: Conditions, submodels: Mapping[str, Path], missing: Sequence, bar: terminal.Bar
+    ) -> None:
         begin, failed, in_a_row = time.monotonic(), set(), 0
         for count, (repetition, sha256) in enumerate(missing, 1):
             if sha256 in failed:
+                bar.advance(line="")
                 continue
             if self.stopped.is_set():
                 raise adb.AdbError(self.device.serial, "measure", "stopped; the same command goes on from here")
@@ -409,6 +417,7 @@ class Session:
                 failed.add(sha256)
                 in_a_row += 1
                 self._problem(f"measure {name}: {error}")
+                bar.advance(line="")
                 if in_a_row == FAILURES_IN_A_ROW:
                     raise BenchmarkError(f"{self.device.serial}: {in_a_row} submodels in a row failed") from error
                 continue
@@ -418,10 +427,8 @@ class Session:
                 self.store.add(rows=rows.values())
             eta = (time.monotonic() - begin) / count * (len(missing) - count)
             warm = "-" if before.battery_c is None else f"{before.battery_c:.1f}"
-            self.say(
-                f"repetition {repetition}/{self.options.repetitions} {count}/{len(missing)} {name} p50_ms={measurement.p50_ms:.3f} "
-                f"on={measurement.backend_obtained} battery_c={warm} eta_s={eta:.0f}"
-            )
+            note = f"{name} p50_ms={measurement.p50_ms:.3f} on={measurement.backend_obtained} battery_c={warm}"
+            bar.advance(note, f"repetition {repetition}/{self.options.repetitions} {count}/{len(missing)} {note} eta_s={eta:.0f}")
 
     def _cool(self) -> adb.Thermal:
         """Waits until the phone is cool, unless the speed of a hot one is asked for, and returns its temperatures."""

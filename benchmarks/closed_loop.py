@@ -89,7 +89,7 @@ def main(argv) -> None:
     examples = open_split(config.data, FLAGS.split)
     stats = Stats.load(workdir / "stats.npz")
     rows = benchmark_files(
-        sorted((workdir / CANDIDATES).glob("*.tflite")), threads=FLAGS.threads, runs=FLAGS.runs, min_seconds=0.0, rounds=5, progress=print
+        sorted((workdir / CANDIDATES).glob("*.tflite")), threads=FLAGS.threads, runs=FLAGS.runs, min_seconds=0.0, rounds=5, progress=True
     )
     costs = latency_costs(stats, [dataclasses.asdict(row) for row in rows])
     network = load_network(FLAGS.workdir, config, examples.info.num_classes)

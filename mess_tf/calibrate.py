@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from absl import flags, logging
+from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE, check, file_sha256
+from mess_runtime.terminal import Bar
 from mess_tf import configs, metrics, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, resize_image, resize_label
@@ -121,19 +122,20 @@ def calibrate(
     confident = np.zeros((len(candidates), len(examples), len(theta_pix), 2), np.int64)
     changed = np.zeros(confident.shape[:2], np.int64)
     batches = enumerate(evaluation_batches(examples))
-    while chunk := list(itertools.islice(batches, CHUNK)):
-        final_masks: dict[int, np.ndarray] = {}
-        for candidate, logits in logits_of([resize_image(image, size).numpy() for _, (image, _) in chunk]):
-            k = candidates.index(candidate)
-            for (i, (_, label)), each in zip(chunk, logits, strict=True):
-                outputs = policy_runner(each.shape)(logits=each)
-                confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(len(theta_pix), 2)
-                prediction = resize_label(outputs[MASK], tuple(label.shape[1:3]))
-                counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label.numpy(), prediction.numpy(), num_classes))
-                if candidate == FINAL:
-                    final_masks[i] = outputs[MASK]
-                changed[k, i] = (outputs[MASK] != final_masks[i]).sum()
-            logging.log_every_n_seconds(logging.INFO, "calibrate: image %d of %d, %s", 10, chunk[-1][0] + 1, len(examples), candidate)
+    with Bar("calibrate", len(examples) * len(candidates), "mask") as bar:
+        while chunk := list(itertools.islice(batches, CHUNK)):
+            final_masks: dict[int, np.ndarray] = {}
+            for candidate, logits in logits_of([resize_image(image, size).numpy() for _, (image, _) in chunk]):
+                k = candidates.index(candidate)
+                for (i, (_, label)), each in zip(chunk, logits, strict=True):
+                    outputs = policy_runner(each.shape)(logits=each)
+                    confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(len(theta_pix), 2)
+                    prediction = resize_label(outputs[MASK], tuple(label.shape[1:3]))
+                    counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label.numpy(), prediction.numpy(), num_classes))
+                    if candidate == FINAL:
+                        final_masks[i] = outputs[MASK]
+                    changed[k, i] = (outputs[MASK] != final_masks[i]).sum()
+                    bar.advance(candidate)
 
     def sha256(path: Path) -> str:
         return file_sha256(path) if exported else ""

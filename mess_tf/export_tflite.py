@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from PIL import Image
 
 from mess_runtime import bundle as bundles
+from mess_runtime.terminal import progress
 from mess_tf import configs, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import resize_image
@@ -56,14 +57,13 @@ def export_candidates(exporter: Exporter, folder: Path) -> None:
     reached = {name: flatbuffer.macs(exporter.prefix(folder, name)) for name in exits}
     exporter.policies(folder)
     cost = {}
-    for i, candidate in enumerate(network.candidates, 1):
+    for candidate in progress(network.candidates, "export", "head"):
         exit_name, _, head = candidate.partition(".")
         cost[exit_name, head] = reached[exit_name] + flatbuffer.macs(exporter.head(folder, candidate))
-        logging.log_every_n_seconds(logging.INFO, "export: head %d of %d", 10, i, len(network.candidates))
     for (exit_name, head), value in cost.items():
         deeper = [name for name in exits[exits.index(exit_name) + 1 :] if cost.get((name, head), np.inf) <= value]
         if deeper:
-            logging.warning("%s.%s: costs no less than at %s: too heavy a head for its place", exit_name, head, deeper[0])
+            print(f"{exit_name}.{head}: costs no less than at {deeper[0]}: too heavy a head for its place")
     bundles.write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_text(network.weights_sha256()))
 
 

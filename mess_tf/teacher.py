@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
+from mess_runtime.terminal import progress
 from mess_tf import configs, terminal
 from mess_tf.configs import DataConfig
 from mess_tf.data.examples import Examples
@@ -42,12 +43,10 @@ def soft_targets(networks: Sequence[keras.Model], examples: Examples, input_size
     """The mean probabilities over networks (image of the input size to logits) and mirror images."""
     views = [predictor(network, input_size, mirrored) for network in networks for mirrored in (False, True)]
     result = []
-    for index in range(len(examples)):
+    for index in progress(range(len(examples)), "teacher", "image"):
         image, _ = examples.load(index)
         mean = sum(view(image) for view in views) / len(views)
         result.append(np.log(np.maximum(mean, 1e-4)).astype(np.float16))
-        if (index + 1) % 50 == 0:
-            print(f"{index + 1} of {len(examples)} images", flush=True)
     return SoftTargets(examples.names, np.stack(result))
 
 

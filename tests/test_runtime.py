@@ -569,7 +569,7 @@ def test_backend_is_read_from_the_graph(monkeypatch):
     assert benchmark._backend(types.SimpleNamespace()) == "unknown"
 
 
-def test_files_are_measured_in_turns_until_runs_and_time_suffice(submodels, monkeypatch):
+def test_files_are_measured_in_turns_until_runs_and_time_suffice(submodels, monkeypatch, capsys):
     files = [submodels / "segment.exit1.tflite", submodels / "segment.final.tflite"]
     invocations, invoke = [], engines.Interpreter.invoke
 
@@ -578,8 +578,8 @@ def test_files_are_measured_in_turns_until_runs_and_time_suffice(submodels, monk
         invoke(interpreter)
 
     monkeypatch.setattr(engines.Interpreter, "invoke", counting)
-    lines = []
-    rows = benchmark.benchmark_files(files, warmup=2, runs=6, min_seconds=0.0, rounds=3, progress=lines.append)
+    rows = benchmark.benchmark_files(files, warmup=2, runs=6, min_seconds=0.0, rounds=3, progress=True)
+    lines = capsys.readouterr().out.splitlines()
     turns = [len(list(group)) for _, group in itertools.groupby(invocations, key=id)]
     assert turns == [4] * 6
     assert [row.runs for row in rows] == [6, 6] and all(row.drift > 0 for row in rows)

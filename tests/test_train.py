@@ -348,7 +348,8 @@ def test_a_short_run_learns_to_beat_the_best_constant_answer(tmp_path, capsys):
     assert all(accuracy.miou > 2 * constant for accuracy in result.values())
     assert rows_of(tmp_path, "miou")[-1]["miou"] == pytest.approx({name: accuracy.miou for name, accuracy in result.items()})
 
-    line = capsys.readouterr().out.splitlines()[-1]
+    line, evaluation = capsys.readouterr().out.splitlines()[-2:]
+    assert evaluation.startswith("stage1: step 96 val mIoU mean ")
     assert re.fullmatch(r"stage1 step 96/96 epoch 12\.00 lr 0\.\d{4} loss \d\.\d{4} \d+\.\d\d s/step eta 0\.0 min", line)
 
 

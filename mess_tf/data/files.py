@@ -7,15 +7,14 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
+from mess_runtime import terminal
 from mess_tf.configs import IGNORE, DataConfig
 from mess_tf.data.examples import DataError, DatasetInfo, Examples
 
 INVALID = -1  # in a label table: a stored value that must not occur
 _SHOWN_PROBLEMS = 5
-_LOGGED_SCAN = 1000  # labels from which on the scan announces itself
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
@@ -72,12 +71,11 @@ def _open_files(info: DatasetInfo, pairs: list[tuple[pathlib.Path, pathlib.Path]
     table[: info.num_classes] = np.arange(info.num_classes)
     table[ignore_value] = IGNORE
 
-    if len(pairs) >= _LOGGED_SCAN:
-        logging.info("checking %d labels, the first is %s", len(pairs), pairs[0][1])
     counts = np.zeros(info.num_classes, np.int64)
     problems = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for result in pool.map(lambda pair: _check_pair(*pair, table, info.num_classes), pairs):
+        results = pool.map(lambda pair: _check_pair(*pair, table, info.num_classes), pairs)
+        for _, result in zip(terminal.progress(pairs, f"check {pairs[0][1].parent}", "label"), results, strict=True):
             if isinstance(result, DataError):
                 problems.append(str(result))
             else:

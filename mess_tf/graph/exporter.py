@@ -14,7 +14,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import logging
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime import bundle as bundles
@@ -302,7 +301,7 @@ class Exporter:
             )
         for before, after in itertools.pairwise(segments):
             if before.alone_macs >= after.alone_macs:
-                logging.warning("%s: costs no less than %s: its head is too heavy for its place", before.exit, after.exit)
+                print(f"{before.exit}: costs no less than {after.exit}: its head is too heavy for its place")
         maker = made_by()
         manifest = bundles.Manifest(
             created_by=bundles.CreatedBy(maker["mess_tf"], tf.__version__, maker["git_commit"] or "unknown"),

@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
+from mess_runtime import terminal
 from mess_tf.configs import Config, StageConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, training_batches
@@ -50,7 +50,7 @@ def train_stage(
     manager = tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
     if manager.latest_checkpoint:
         checkpoint.restore(manager.latest_checkpoint).assert_consumed()
-        logging.info("%s: resumed at step %d of %d from %s", name, step_variable.numpy(), total_steps, manager.latest_checkpoint)
+        print(f"{name}: resumed at step {step_variable.numpy()} of {total_steps} from {manager.latest_checkpoint}", flush=True)
     elif stage.initial:
         if not os.path.exists(stage.initial):
             raise FileNotFoundError(f"{name}.initial: there is no file {stage.initial!r}")
@@ -76,7 +76,7 @@ def train_stage(
         mean = float(np.mean(list(result.values())))
         best_of_exit = [max(keys, key=result.get) for _, keys in itertools.groupby(result, lambda key: key.split(".")[0])]
         shown = " ".join(f"{key} {100 * result[key]:.2f}" for key in best_of_exit)
-        logging.info("%s: step %d val mIoU mean %.2f best %s", name, done, 100 * mean, shown)
+        print(f"{name}: step {done} val mIoU mean {100 * mean:.2f} best {shown}", flush=True)
         log.write(done, epoch=done / steps_per_epoch, miou=result, logit_share=best_share)
         for example, (image, _) in examples:
             masks = predict(image)
@@ -93,37 +93,38 @@ def train_stage(
     # ---- Loop. A reported interval ends at every checkpoint: resumed and unbroken runs report the same, and no checkpoint follows a NaN.
     batches = ()
     if first_step < total_steps:
-        logging.info("%s: %d images, %d steps of %d images, %d heads", name, len(train), total_steps, stage.batch_size, len(network.heads))
+        print(f"{name}: {len(train)} images, {total_steps} steps of {stage.batch_size} images, {len(network.heads)} heads", flush=True)
         soft = SoftTargets.load(stage.teacher, train).log_probability if stage.teacher else None
         batches = training_batches(train, config.data, stage.batch_size, stage.seed, first_step, total_steps - first_step, soft)
     interval: list[dict[str, tf.Tensor]] = []
     pace: list[float] = []  # seconds per step of each interval; the first one compiles
     started = time.perf_counter()
-    for step, batch in enumerate(batches, first_step):
-        rate = learning_rate(stage, step, total_steps)
-        optimizer.learning_rate.assign(rate)
-        interval.append(train_step(batch, step))
-        done = step + 1
-        evaluate_now = done % (stage.eval_epochs * steps_per_epoch) == 0 or done == total_steps
-        save_now = evaluate_now or done % stage.checkpoint_steps == 0
-        if save_now or done % LOG_STEPS == 0:
-            keys = dict.fromkeys(key for values in interval for key in values)
-            means = {key: float(np.mean([values[key] for values in interval if key in values])) for key in keys}
-            if bad := [key for key, value in means.items() if not np.isfinite(value)]:
-                steps = f"{done - len(interval) + 1} to {done}"
-                raise FloatingPointError(f"{name}: the loss of {bad} is not finite in steps {steps}; lower {name}.learning_rate")
-            pace.append((time.perf_counter() - started) / len(interval))
-            seconds = float(np.median(pace[1:][-20:] or pace))
-            log.write(done, epoch=done / steps_per_epoch, learning_rate=rate, loss=means)
-            print(
-                f"{name} step {done}/{total_steps} epoch {done / steps_per_epoch:.2f} lr {rate:.4f} "
-                f"loss {np.mean(list(means.values())):.4f} {seconds:.2f} s/step eta {(total_steps - done) * seconds / 60:.1f} min",
-                flush=True,
-            )
-            if evaluate_now:
-                evaluate(done)
-            if save_now:
-                step_variable.assign(done)
-                manager.save(checkpoint_number=done)
-            interval, started = [], time.perf_counter()
+    with terminal.Bar(name, total_steps, "step", first_step) as bar:
+        for step, batch in enumerate(batches, first_step):
+            rate = learning_rate(stage, step, total_steps)
+            optimizer.learning_rate.assign(rate)
+            interval.append(train_step(batch, step))
+            done = step + 1
+            evaluate_now = done % (stage.eval_epochs * steps_per_epoch) == 0 or done == total_steps
+            save_now = evaluate_now or done % stage.checkpoint_steps == 0
+            if save_now or done % LOG_STEPS == 0:
+                keys = dict.fromkeys(key for values in interval for key in values)
+                means = {key: float(np.mean([values[key] for values in interval if key in values])) for key in keys}
+                if bad := [key for key, value in means.items() if not np.isfinite(value)]:
+                    steps = f"{done - len(interval) + 1} to {done}"
+                    raise FloatingPointError(f"{name}: the loss of {bad} is not finite in steps {steps}; lower {name}.learning_rate")
+                pace.append((time.perf_counter() - started) / len(interval))
+                seconds = float(np.median(pace[1:][-20:] or pace))
+                log.write(done, epoch=done / steps_per_epoch, learning_rate=rate, loss=means)
+                eta = (total_steps - done) * seconds / 60
+                note = f"epoch {done / steps_per_epoch:.2f} lr {rate:.4f} loss {np.mean(list(means.values())):.4f} {seconds:.2f} s/step"
+                bar.advance(note, f"{name} step {done}/{total_steps} {note} eta {eta:.1f} min")
+                if evaluate_now:
+                    evaluate(done)
+                if save_now:
+                    step_variable.assign(done)
+                    manager.save(checkpoint_number=done)
+                interval, started = [], time.perf_counter()
+            else:
+                bar.advance(line="")
     network.load_weights(best_weights(workdir, name))

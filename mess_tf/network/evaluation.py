@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from mess_runtime import terminal
 from mess_tf import metrics
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, resize_image, resize_label
@@ -50,9 +51,9 @@ def keras_predictor(
 def confusion_matrices(predict: Predictor, examples: Examples) -> dict[Hashable, np.ndarray]:
     """Sums confusion matrices over a split: name to int64 [C, C] (see `metrics.confusion_matrix`)."""
     total: dict[Hashable, np.ndarray] = {}
-    for image, label in evaluation_batches(examples).as_numpy_iterator():
-        for name, mask in predict(image).items():
-            matrix = metrics.confusion_matrix(label, mask, examples.info.num_classes)
+    for image, label in terminal.progress(evaluation_batches(examples), "evaluate", "image"):
+        for name, mask in predict(image.numpy()).items():
+            matrix = metrics.confusion_matrix(label.numpy(), mask, examples.info.num_classes)
             total[name] = total[name] + matrix if name in total else matrix
     return total
 

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 
+from mess_runtime import terminal
 from mess_tf.optimise import kernels
 from mess_tf.optimise.problem import Problem, Proof
 
@@ -33,7 +34,7 @@ def best_anytime(problem: Problem, max_early_exits: int, horizon: float, deadlin
     proof = Proof(cut={"bound": 0})
     best, best_chain = np.full(2, np.inf), np.full(most + 1, -1)
     limits, floor = problem.limits.copy(), problem.min_miou
-    for first in range(candidates):
+    for first in terminal.progress(range(candidates), "search", "candidate"):
         whole = 1 + int(extensions[problem.exit_of[first], most])
         proof.covered += whole
         if time.perf_counter() > deadline:

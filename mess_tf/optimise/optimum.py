@@ -39,6 +39,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import minimize
 
+from mess_runtime import terminal
 from mess_tf.optimise import kernels, pairs
 from mess_tf.optimise.kernels import CHUNKS, MEAN, P90, P90_SHARE, PEAK, ROUNDING, SLACK, TOTAL
 from mess_tf.optimise.problem import Found, Node, Problem, Proof, Relaxation, Values, Wish
@@ -474,7 +475,7 @@ class Optimiser:
 
     def run(self) -> None:
         """Searches until nothing better is left or the time is up."""
-        with concurrent.futures.ThreadPoolExecutor(CHUNKS) as self.pool:
+        with concurrent.futures.ThreadPoolExecutor(CHUNKS) as self.pool, terminal.Bar("search", 1000) as bar:
             self._start()
             heap, ticket = [(-math.inf, i, node) for i, node in enumerate(self._nodes())], itertools.count(1 << 32)
             while heap and time.perf_counter() < self.deadline:
@@ -490,6 +491,7 @@ class Optimiser:
                 until = min(1.5 * time.perf_counter() - 0.5 * begin, self.deadline)  # a third of the time
                 while wanders and time.perf_counter() < until:  # with fewer early exits, bounds alone soon lead to the optimum
                     self._wander()
+                bar.reach(1000 * (self.proof.scored + sum(self.proof.cut.values())) // max(1, self.proof.covered))
         left = [node for _, _, node in heap if node.upper >= self.floor - SLACK]
         self.proof.cut["bound"] += sum(node.count() for _, _, node in heap) - sum(node.count() for node in left)
         self.proof.open = sum(node.count() for node in left)

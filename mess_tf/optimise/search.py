@@ -12,6 +12,7 @@ Source: Kouris et al., "Multi-Exit Semantic Segmentation Networks", ECCV 2022. D
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mess_runtime import terminal
 from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, SETTINGS, check
 from mess_tf.files import (
     Certificate,
@@ -378,11 +380,10 @@ def search_table(
       Device, constraint and deployment, None where the constraint is out of reach.
     """
     rows = []
-    for device, costs in devices.items():
-        for constraint in constraints:
-            objective = resolve_objective(original(stats, costs), costs, setting, **constraint)
-            try:
-                rows.append((device, constraint, search(stats, costs, objective, setting, **space)))
-            except InfeasibleError:
-                rows.append((device, constraint, None))
+    for (device, costs), constraint in terminal.progress([*itertools.product(devices.items(), constraints)], "search", "row"):
+        objective = resolve_objective(original(stats, costs), costs, setting, **constraint)
+        try:
+            rows.append((device, constraint, search(stats, costs, objective, setting, **space)))
+        except InfeasibleError:
+            rows.append((device, constraint, None))
     return rows

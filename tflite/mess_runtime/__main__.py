@@ -89,7 +89,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         runs=arguments.runs,
         min_seconds=arguments.min_seconds,
         rounds=arguments.rounds,
-        progress=lambda line: print(line, flush=True),
+        progress=True,
     )
     write_json(arguments.output, table.merged(rows).to_json())
     print(arguments.output)

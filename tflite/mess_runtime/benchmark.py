@@ -1,5 +1,6 @@
 """Latency of .tflite files on this machine, and latency.json, the table that the search reads."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -8,13 +9,14 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 import mess_runtime
+from mess_runtime import terminal
 from mess_runtime.bundle import FORMAT, check, check_sha256, decode_versioned, file_sha256
 from mess_runtime.engines import RUNTIME, Interpreter, open_interpreter
 
@@ -153,7 +155,7 @@ def benchmark_files(
     runs: int = 50,
     min_seconds: float = 0.5,
     rounds: int = 5,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
 ) -> list[LatencyRow]:
     """Measures files in turns, so that drift of the machine meets all of them alike; one is loaded at a time.
 
@@ -163,7 +165,7 @@ def benchmark_files(
       warmup: invocations after each loading that are not counted.
       runs, min_seconds: least number and least total time of a file's samples, spread over the rounds.
       rounds: turns.
-      progress: receives a line after every file of every round.
+      progress: shows a bar on a terminal, elsewhere a line after every file of every round.
 
     Returns:
       A row per file, over the samples of all rounds.
@@ -179,16 +181,19 @@ def benchmark_files(
         files.setdefault(file_sha256(path), Path(path))
     samples, medians = ({sha256: [] for sha256 in files} for _ in range(2))
     backends, temperatures = {}, {}
-    begin = time.perf_counter()
-    for count, (number, (sha256, path)) in enumerate(itertools.product(range(1, rounds + 1), files.items()), start=1):
-        interpreter = open_interpreter(path, threads)
-        latest = _sample(path, interpreter, warmup, math.ceil(runs / rounds), min_seconds / rounds)
-        samples[sha256] += latest
-        medians[sha256].append(float(np.median(latest)))
-        backends[sha256] = _backend(interpreter)
-        temperatures[sha256] = _temperature_c()
-        eta = (time.perf_counter() - begin) / count * (rounds * len(files) - count)
-        progress(f"round {number}/{rounds} {path.stem} p50_ms={np.median(samples[sha256]):.3f} eta_s={eta:.0f}")
+    begin, total = time.perf_counter(), rounds * len(files)
+    with terminal.Bar("measure", total, "file") if progress else contextlib.nullcontext() as bar:
+        for count, (number, (sha256, path)) in enumerate(itertools.product(range(1, rounds + 1), files.items()), start=1):
+            interpreter = open_interpreter(path, threads)
+            latest = _sample(path, interpreter, warmup, math.ceil(runs / rounds), min_seconds / rounds)
+            samples[sha256] += latest
+            medians[sha256].append(float(np.median(latest)))
+            backends[sha256] = _backend(interpreter)
+            temperatures[sha256] = _temperature_c()
+            if bar:
+                eta = (time.perf_counter() - begin) / count * (total - count)
+                note = f"{path.stem} p50_ms={np.median(samples[sha256]):.3f}"
+                bar.advance(note, f"round {number}/{rounds} {note} eta_s={eta:.0f}")
     machine = {
         "device": platform.node() or "unknown",
         "soc": _soc(),

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NoReturn, Self, TypeVar
 
 OURS = ("mess_runtime", "mess_tf", "android_bench")
@@ -216,51 +216,74 @@ class ArgumentParser(argparse.ArgumentParser):
 # === Progress ===
 
 
-class Bar:
-    """Progress of long work: a bar with the time left on a terminal, lines elsewhere. To be entered and left as a context.
+def _say(line: str) -> None:
+    print(line, flush=True)
 
-    `what` is done to `total` of a `unit`, of which `done` are done already. Several bars stand below each other, in any threads.
+
+class Bar:
+    """Progress of long work: on a terminal a bar with the time left, elsewhere lines. To be entered and left as a context.
+
+    Several bars stand below each other, whichever thread they are of. Lines that are printed meanwhile stand above them.
     """
 
-    _lock = threading.Lock()
-    _display: Any = None  # of rich, shared by all bars
+    _lock = threading.RLock()
+    _display: Any = None  # of rich, for all bars
     _open: int = 0
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0):
-        self._what, self._total, self._unit, self._first, self._done = what, total, unit, done, done
+    def __init__(self, what: str, total: int, unit: str = "", done: int = 0, say: Callable[[str], None] = _say):
+        """Does nothing yet.
+
+        Args:
+          what: is being done.
+          total, unit: of how many of what; without a unit, only the share is shown.
+          done: how many are done already.
+          say: receives the lines where there is no bar.
+        """
+        self._what, self._total, self._unit, self._say = what, total, unit, say
+        self._first = self._done = done
 
     def __enter__(self) -> Self:
         self._start = self._last = time.monotonic()
         with Bar._lock:
+            Bar._open += 1
             if Bar._display is None:
                 Bar._display = _open_display()
-            Bar._open += 1
-            self._task = Bar._display and Bar._display.add_task(
-                self._what, total=self._total, completed=self._done, unit=self._unit, note=""
-            )
+            self._task = None if Bar._display is None else self._shown(Bar._display)
         return self
 
-    def advance(self, note: str = "", line: str | None = None) -> None:
-        """One more is done.
+    def _shown(self, display: Any) -> int:
+        return display.add_task(self._what, total=self._total, completed=self._done, count=self._count(), note="")
+
+    def _count(self) -> str:
+        return f"{self._unit} {self._done} of {self._total}" if self._unit else f"{self._done / max(self._total, 1):.0%}"
+
+    def advance(self, note: str | None = None, line: str | None = None) -> None:
+        """One more is done, see `reach`."""
+        self.reach(self._done + 1, note, line)
+
+    def reach(self, done: int, note: str | None = None, line: str | None = None) -> None:
+        """So many are done.
 
         Args:
-          note: what to show beside the bar, or in the line that there is from time to time without one.
-          line: to print without a bar, at once, in place of that line.
+          done: of the total, those from before included.
+          note: what to show beside the bar from now on.
+          line: without a bar, to be printed at once, or nothing if empty. By default there is a line every ten seconds.
         """
-        self._done += 1
+        self._done = done
         now = time.monotonic()
         if self._task is not None:
             with Bar._lock:
-                Bar._display.update(self._task, completed=self._done, note=note)
+                Bar._display.update(self._task, completed=done, count=self._count(), **({} if note is None else {"note": note}))
                 if now - self._last >= REFRESH_S:
                     self._last = now
                     Bar._display.refresh()
         elif line is not None:
-            print(line, flush=True)
-        elif now - self._last >= LINE_S:
+            if line:
+                self._say(line)
+        elif now - self._last >= LINE_S and done > self._first:
             self._last = now
-            left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
-            print(f"{self._what}: {self._unit} {self._done} of {self._total}, {note}{note and ', '}eta {left:.0f} s", flush=True)
+            left = (now - self._start) / (done - self._first) * (self._total - done)
+            self._say(f"{self._what}: {self._count()}, eta {left:.0f} s")
 
     def __exit__(self, *_: Any) -> None:
         with Bar._lock:
@@ -271,8 +294,8 @@ class Bar:
                 _close_bars()
 
 
-def progress(items: Collection[T], what: str, unit: str) -> Iterator[T]:
-    """Yields the items and shows how far they are: a bar on a terminal, elsewhere `what: unit 3 of 10, eta 20 s` from time to time."""
+def progress(items: Iterable[T], what: str, unit: str) -> Iterator[T]:
+    """Yields items, whose number is known, and shows how far they are: a bar, or `what: unit 3 of 10, eta 20 s` from time to time."""
     with Bar(what, len(items), unit) as bar:
         for item in items:
             yield item
@@ -280,16 +303,15 @@ def progress(items: Collection[T], what: str, unit: str) -> Iterator[T]:
 
 
 def _open_display() -> Any:
-    """rich's display of bars, or None where there is no terminal to draw on, or no rich."""
+    """rich's display of bars; None where there is no terminal to draw on, or no rich."""
     if not sys.stdout.isatty():
         return None
     try:
-        from rich import progress as bars
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     except ModuleNotFoundError:
         return None
-    text = "{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TextColumn(text), bars.TimeRemainingColumn())
-    display = bars.Progress(*columns, bars.TextColumn("{task.fields[note]}", markup=False), auto_refresh=False, transient=True)
+    texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[count]", "fields[note]")]
+    display = Progress(texts[0], BarColumn(), texts[1], TimeRemainingColumn(), texts[2], auto_refresh=False, transient=True)
     display.start()
     return display
 
