@@ -41,7 +41,7 @@ def sides(exporters: Mapping[str, Exporter], candidate: str) -> dict[str, Callab
     """Of the candidate's network by precision, of every policy by `FIDELITY.DECISION`, and of the textbook's: threads to a run."""
     exporter = exporters[FP32]
     model, size = exporter.network.submodel([candidate]), exporter.size
-    shape = (1, *logits_size(exporter.network, candidate, exporter.shapes), exporter.network.num_classes)
+    shape = (1, *logits_size(candidate, exporter.shapes), exporter.network.num_classes)
 
     def network(image):
         return {"logits": model(image, training=False)[candidate]}

@@ -152,7 +152,7 @@ def calibrate(
     }
 
     def policy_sha256(mode: str) -> tuple[str, ...]:
-        return tuple(sha256(Path(folder) / f"{policy_name(network, name, shapes, mode, fidelity)}.tflite") for name in candidates)
+        return tuple(sha256(Path(folder) / f"{policy_name(name, shapes, mode, fidelity)}.tflite") for name in candidates)
 
     return Stats(
         split=split,

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from mess_tf.network.costs import graph_nodes, model_cost, with_input_size
 
@@ -67,6 +68,36 @@ def test_with_input_size_keeps_the_layers_and_knows_all_shapes():
     assert fixed.get_layer("conv") is model.get_layer("conv")
     x = np.random.normal(size=(1, 7, 9, 3)).astype(np.float32)
     np.testing.assert_array_equal(fixed(x), model(x))
+
+
+class Encoder(LAYERS.Layer):
+    """Everything that multiplies, inside a layer of one's own."""
+
+    def build(self, shape):
+        self.down, self.depthwise = LAYERS.Conv2D(8, 3, 2, "same"), LAYERS.DepthwiseConv2D(3, padding="same")
+        self.up, self.grouped = LAYERS.Conv2DTranspose(4, 2, 2), LAYERS.Conv2D(6, 3, padding="same", groups=2)
+        self.project, self.attend = LAYERS.EinsumDense("abc,cd->abd", (None, 6)), LAYERS.MultiHeadAttention(2, 3)
+        self.dense, self.norm = LAYERS.Dense(7), LAYERS.BatchNormalization()
+
+    def call(self, x):
+        x = self.norm(self.grouped(self.up(self.depthwise(self.down(x)))))
+        x = self.project(tf.reshape(x, (-1, 64, 6)))
+        return tf.reshape(self.dense(self.attend(x, x)), (-1, 8, 8, 7))
+
+
+def test_a_custom_layer_counts_what_its_graph_does():
+    image = keras.Input((None, None, 3), name="image")
+    model = keras.Model(image, LAYERS.Conv2D(2, 1)(Encoder()(image)))
+    convolutions = 16 * 8 * 27 + 16 * 8 * 9 + 16 * 8 * 4 * 4 + 64 * 6 * 9 * 2
+    attention = 3 * 64 * 6 * 6 + 2 * 2 * 64 * 64 * 3 + 64 * 6 * 6  # queries, keys, values; products of 2 heads; projection
+    assert model_cost(model, (8, 8)).macs == convolutions + 64 * 6 * 6 + attention + 64 * 6 * 7 + 64 * 7 * 2
+
+
+def test_products_of_tensors_count():
+    a = keras.Input(batch_shape=(1, 6, 4))
+    product = keras.ops.einsum("...ij,...kj->...ik", a, a) + keras.ops.matmul(a, keras.ops.transpose(a, (0, 2, 1)))
+    counted = {node.name.rstrip("_0123456789"): node.macs for node in graph_nodes(keras.Model(a, LAYERS.Dot((2, 2))([product, product])))}
+    assert {name: macs for name, macs in counted.items() if macs} == {"einsum": 6 * 6 * 4, "matmul": 6 * 6 * 4, "dot": 6 * 6 * 6}
 
 
 def test_a_model_among_the_layers_is_an_error():

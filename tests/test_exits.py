@@ -122,6 +122,68 @@ def test_taps_are_what_they_declare(config):
     assert end.tap.macs == total
 
 
+def test_pooled_context_is_no_place_for_an_exit():
+    x = image = keras.Input((96, 128, 3))
+    for channels in (16, 32, 64):
+        x = LAYERS.Conv2D(channels, 3, 2, "same", activation="relu")(x)
+    pooled = [LAYERS.Resizing(12, 16)(LAYERS.Conv2D(16, 1)(LAYERS.AveragePooling2D((12 // n, 16 // n))(x))) for n in (1, 2, 3, 6)]
+    x = LAYERS.Conv2D(64, 3, padding="same")(LAYERS.Concatenate()([x, *pooled]))
+    points = find_exit_points(keras.Model(image, LAYERS.Conv2D(8, 1)(x)), 4, (96, 128))
+    assert [point.tap.stride for point in points] == [4, 8, 8]
+
+
+def two_branches() -> keras.Model:
+    """Detail at stride 8 and meaning at stride 32 from the image on, as in BiSeNetV2."""
+    image = detail = meaning = keras.Input((96, 128, 3), name="image")
+    for index, channels in enumerate((16, 32, 64)):
+        detail = LAYERS.Conv2D(channels, 3, 2, "same", activation="relu", name=f"detail{index}")(detail)
+    for index, channels in enumerate((8, 16, 32, 64, 64)):
+        meaning = LAYERS.Conv2D(channels, 3, 2, "same", activation="relu", name=f"meaning{index}")(meaning)
+    low = LAYERS.Multiply()([meaning, LAYERS.AveragePooling2D(4)(detail)])
+    return keras.Model(image, LAYERS.Conv2D(8, 1)(LAYERS.Add()([detail, LAYERS.UpSampling2D(4)(low)])), name="two")
+
+
+def test_exits_of_two_branches_read_both():
+    points = find_exit_points(two_branches(), 5, (96, 128))
+    assert [(point.tap.name, point.shallow.name) for point in points] == [
+        ("meaning0", "meaning0"),
+        ("meaning1", "detail0"),
+        ("meaning2", "detail1"),
+        ("meaning3", "detail2"),
+    ]
+    assert [point.tap.name for point in find_exit_points(two_branches(), ["detail0", "detail2"], (96, 128))] == ["detail0", "detail2"]
+
+
+def test_what_bypasses_a_layer_is_named():
+    message = r"exits\.layers: must be some .*; the path through meaning0 -> meaning1 -> .* bypasses 'detail1'"
+    with pytest.raises(ValueError, match=message):
+        find_exit_points(two_branches(), ["detail1", "meaning1"], (96, 128))
+    message = r"exits\.count: two has 4 block boundaries, so at most 5, got 9"
+    with pytest.raises(ValueError, match=message):
+        find_exit_points(two_branches(), 9, (96, 128))
+
+
+def test_convolutions_in_custom_layers_make_boundaries():
+    class Stage(LAYERS.Layer):
+        def build(self, shape):
+            self.conv = LAYERS.Conv2D(2 * shape[-1], 3, 2, "same")
+
+        def call(self, x):
+            return self.conv(x)
+
+    x = image = keras.Input((None, None, 3), name="image")
+    for index in range(4):
+        x = Stage(name=f"stage{index}")(x)
+    model = keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(x))
+    assert [(point.tap.name, point.tap.stride) for point in find_exit_points(model, 4, (32, 64))] == [
+        ("stage0", 2),
+        ("stage1", 4),
+        ("stage2", 8),
+    ]
+    with pytest.raises(ValueError, match="model: must multiply its image with weights, none of the layers of idle does"):
+        find_exit_points(keras.Model(image, LAYERS.ReLU()(image), name="idle"), 2, (32, 64))
+
+
 # === Heads ===
 
 
@@ -242,10 +304,42 @@ def test_rest_of_a_decoder_keeps_its_resolution():
         assert model_cost(rest, sizes).macs < 0.4 * (model_cost(network.original, SIZE).macs - point.tap.macs)
 
 
+def test_rest_of_a_network_that_joins_maps_of_fixed_sizes_is_half_as_large_throughout():
+    image = keras.Input((32, 64, 3), name="image")
+    x = LAYERS.Conv2D(6, 3, strides=2, padding="same", name="tap")(image)
+    y = LAYERS.UpSampling2D(2)(LAYERS.Conv2D(6, 1, strides=2)(x))
+    bins = LAYERS.Resizing(16, 32)(LAYERS.Conv2D(2, 1)(LAYERS.AveragePooling2D((8, 8))(y)))
+    context = LAYERS.UpSampling2D((16, 32))(LAYERS.AveragePooling2D((16, 32))(y))
+    resized = keras.ops.image.resize(LAYERS.Concatenate()([x, y, bins, context]), (32, 64))
+    original = keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(LAYERS.Concatenate()([resized, LAYERS.Conv2D(2, 1)(image)])))
+    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)), (32, 64))
+    assert rest.output.shape == (None, 16, 32, CLASSES)
+    constants = [np.random.normal(size=(1, 1, 1, x.shape[-1])).astype(np.float32) * np.ones((1, *x.shape[1:3], 1)) for x in rest.inputs]
+    sources = [original.get_layer(tensor.name.removeprefix(TAP)).output for tensor in rest.inputs]
+    np.testing.assert_allclose(rest(constants), keras.Model(sources, original.output)(constants)[:, ::2, ::2], rtol=1e-4, atol=1e-5)
+
+
+def unet(size: tuple[int | None, int | None]) -> keras.Model:
+    image = keras.Input((*size, 3), name="image")
+    first = LAYERS.Conv2D(4, 3, padding="same", name="first")(image)
+    second = LAYERS.Conv2D(6, 3, strides=2, padding="same", name="second")(first)
+    third = LAYERS.Conv2D(8, 3, strides=2, padding="same", name="third")(second)
+    x = LAYERS.Concatenate()([LAYERS.UpSampling2D(2)(third), second])
+    x = LAYERS.Concatenate()([LAYERS.UpSampling2D(2)(LAYERS.Conv2D(6, 3, padding="same")(x)), first])
+    return keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(x))
+
+
+def test_rest_of_a_unet_fits_or_says_which_sizes_would():
+    point = ExitPoint("exit1", Tap("third", 4, 8, 1), Tap("third", 4, 8, 1))
+    assert build_rest(unet((None, None)), point, (16, 24)).name == "exit1.rest"
+    with pytest.raises(ValueError, match=r"rest does not fit exit1, .*; it does with sides .* divisible by 8, such as \(24, 24\): "):
+        build_rest(unet((None, None)), point, (20, 24))
+
+
 def test_rest_of_layers_that_depend_on_their_size_is_an_error():
     image = keras.Input((32, 32, 3), name="image")
     x = LAYERS.Conv2D(6, 3, strides=2, padding="same", name="tap")(image)
-    y = LAYERS.UpSampling2D(2)(LAYERS.Conv2D(6, 3, padding="same")(x))
-    original = keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(LAYERS.Concatenate()([y, LAYERS.Conv2D(2, 1)(image)])))
+    weights_per_place = LAYERS.Dense(CLASSES)(LAYERS.Flatten()(x))
+    original = keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(x) + LAYERS.Reshape((1, 1, CLASSES))(weights_per_place))
     with pytest.raises(ValueError, match="rest does not fit exit1"):
         build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)))

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
 from mess_tf.files import Configuration, ExitChoice
-from mess_tf.graph.exporter import Exporter
+from mess_tf.graph.exporter import Exporter, logits_size, policy_name
 from mess_tf.network import originals
 from mess_tf.network.costs import graph_nodes
 from mess_tf.network.model import FINAL, MultiExitNetwork, build_network, convert
@@ -266,3 +266,16 @@ def test_heads_stay_as_they_were_if_one_does_not_fit():
         network.add_heads([HeadSpec("fcn", 8), HeadSpec("rest")], 0.9)
     assert network.heads == before
     assert network.candidates == ["exit1.fcn-r8-b0", FINAL]
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_the_policy_of_a_head_is_of_the_size_of_its_logits(factor, tmp_path):
+    image, x = trunk(SIZE)
+    x = LAYERS.Conv2D(24, 3, padding="same", activation="relu")(x)
+    network = convert(keras.Model(image, LAYERS.UpSampling2D(factor)(LAYERS.Conv2D(CLASSES, 1)(x))), 4, SIZE)
+    network.add_heads([HeadSpec("fcn", 8), HeadSpec("rest")], 0.9)
+    exporter = Exporter(network, SIZE)
+    sizes = {name: logits_size(name, exporter.shapes) for name in ("exit3.fcn-r8-b0", "exit3.rest", FINAL)}
+    assert sizes == {"exit3.fcn-r8-b0": (4, 6), "exit3.rest": (2 * factor, 3 * factor), FINAL: (4 * factor, 6 * factor)}
+    assert exporter.head(tmp_path, "exit3.rest").outputs["logits"].shape == (1, 2 * factor, 3 * factor, CLASSES)
+    assert policy_name("exit3.rest", exporter.shapes, "mask", "exact") == f"mask.{2 * factor}x{3 * factor}"

@@ -42,13 +42,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def tensor_shapes(network: MultiExitNetwork, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """(1, height, width, channels) of every tensor in the original network, by layer name, for images of `size`."""
-    return {node.name: tuple(node.output.shape) for node in graph_nodes(with_input_size(network.original, size))}
+    """(1, height, width, channels) for images of `size`: of every tensor in the original, by layer name, and of each candidate's logits."""
+    shapes = {node.name: tuple(node.output.shape) for node in graph_nodes(with_input_size(network.original, size))}
+    features = {name: keras.KerasTensor(shape) for name, shape in shapes.items()}
+    return shapes | {name: tuple(network.head_logits(name, features).shape) for name in network.candidates}
 
 
-def logits_size(network: MultiExitNetwork, candidate: str, shapes: Shapes) -> tuple[int, int]:
-    """(height, width) of a candidate's logits: those of its shallowest tap."""
-    return max(shapes[name][1:3] for name in network.taps(candidate))
+def logits_size(candidate: str, shapes: Shapes) -> tuple[int, int]:
+    """(height, width) of a candidate's logits."""
+    return shapes[candidate][1:3]
 
 
 def head_cost(network: MultiExitNetwork, candidate: str, shapes: Shapes) -> Cost:
@@ -58,9 +60,9 @@ def head_cost(network: MultiExitNetwork, candidate: str, shapes: Shapes) -> Cost
     return model_cost(network.heads[candidate], {TAP + name: shape[1:3] for name, shape in shapes.items()})
 
 
-def policy_name(network: MultiExitNetwork, candidate: str, shapes: Shapes, mode: str, fidelity: str) -> str:
+def policy_name(candidate: str, shapes: Shapes, mode: str, fidelity: str) -> str:
     """Name of the submodel from this candidate's logits to `mask`, or to mask and `plain` or `edge` confidence."""
-    height, width = logits_size(network, candidate, shapes)
+    height, width = logits_size(candidate, shapes)
     return f"{mode}{_suffix(fidelity)}.{height}x{width}"
 
 
@@ -153,7 +155,7 @@ class Exporter:
         names = self.network.taps(candidate)
         graph = self.converted(lambda **features: {"logits": self.network.head_logits(candidate, features)}, names)
         graph = flatbuffer.cut(graph, {name: flatbuffer.taken(graph, name) for name in graph.inputs}, graph.outputs)
-        graph = flatbuffer.join(graph, self.policy(*logits_size(self.network, candidate, self.shapes), ()), {"logits": "logits"})
+        graph = flatbuffer.join(graph, self.policy(*logits_size(candidate, self.shapes), ()), {"logits": "logits"})
         name = head_name(candidate, self.fidelity)
         with _named(name):
             content = self.save(folder / f"{name}.tflite", graph)
@@ -165,10 +167,10 @@ class Exporter:
 
     def policies(self, folder: Path) -> None:
         """Logits to mask alone, and to mask and confidence, for every size of logits: their differences are what a decision costs."""
-        for size, candidate in {logits_size(self.network, name, self.shapes): name for name in self.network.candidates}.items():
+        for size, candidate in {logits_size(name, self.shapes): name for name in self.network.candidates}.items():
             example = np.random.default_rng(0).normal(0, 4, (1, *size, self.network.num_classes)).astype(np.float32)
             for mode, thresholds in (("mask", ()), ("plain", ((0.9, False),)), ("edge", ((0.9, True),))):
-                name = policy_name(self.network, candidate, self.shapes, mode, self.fidelity)
+                name = policy_name(candidate, self.shapes, mode, self.fidelity)
                 with _named(name):
                     content = self.save(folder / f"{name}.tflite", self.policy(*size, thresholds))
                     self._check(content, {"logits": example}, {bundles.MASK: (tf.constant(example), thresholds)}, {})

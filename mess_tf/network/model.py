@@ -28,11 +28,13 @@ class MultiExitNetwork:
       original: functional model, RGB float32 [B, H, W, 3] in 0..255 to raw logits float32 [B, h, w, C].
       exit_points: where early exits can be, shallow to deep.
       heads: candidate name to functional model, taps to raw logits.
+      input_size: (height, width) in pixels that heads must fit; None if `original` has a size of its own.
     """
 
     original: keras.Model
     exit_points: tuple[ExitPoint, ...]
     heads: dict[str, keras.Model] = dataclasses.field(default_factory=dict)
+    input_size: tuple[int, int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -56,7 +58,7 @@ class MultiExitNetwork:
                 if name in self.heads:
                     heads[name] = self.heads[name]
                 elif spec.kind == "rest":
-                    heads[name] = build_rest(self.original, point)
+                    heads[name] = build_rest(self.original, point, self.input_size)
                 else:
                     heads[name] = build_head(spec, point, self.num_classes, momentum)
         self.heads = heads
@@ -217,7 +219,7 @@ def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[in
             f"input_size: must be {size}, the only one that {model.name} takes, got {input_size}; keras.Input((None, None, 3)) takes any"
         )
     exits = exits if isinstance(exits, int) else [renamed.get(name, name) for name in exits]
-    return MultiExitNetwork(original, find_exit_points(original, exits, input_size))
+    return MultiExitNetwork(original, find_exit_points(original, exits, input_size), input_size=input_size)
 
 
 def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
