@@ -31,7 +31,7 @@ from common import most_accurate
 from headline import BLOCK
 
 from mess_runtime.benchmark import LatencyRow, benchmark_files
-from mess_runtime.bundle import ANYTIME, BUDGETED, Bundle
+from mess_runtime.bundle import ALONE, ANYTIME, BUDGETED, Bundle
 from mess_runtime.runner import Result, Runner
 from mess_tf import configs, metrics
 from mess_tf.data.examples import Examples
@@ -98,7 +98,7 @@ def main(argv) -> None:
     folder = workdir / "closed_loop"
     exits_alone = most_accurate(stats)
     all_exits = Configuration(ANYTIME, False, tuple(exits_alone), 1.0)
-    exporter.bundle(folder / "exits", all_exits, None, examples.info.classes)
+    exporter.bundle(folder / "exits", all_exits, None, examples.info.classes, extra_signatures=(ALONE,))
     deployments = []
     for target in targets:
         objective = resolve_objective(original(stats, costs), costs, "input-dependent", max_drop_pp=target)

@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
-from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, Bundle, InputSpec
+from mess_runtime.bundle import ANYTIME, EXTRA_SIGNATURES, INPUT_DEPENDENT, Bundle, InputSpec
 from mess_tf import configs, metrics
 from mess_tf.data.examples import Examples
 from mess_tf.data.sources import open_split
@@ -61,7 +61,7 @@ class Trained:
             early = [ExitChoice(choice.exit, choice.head, *theta) for choice in early]
         configuration = Configuration(*((INPUT_DEPENDENT, True, (*early, last), None) if theta else (ANYTIME, False, (*early, last), 1.0)))
         spec = InputSpec(*self.size, input_type)
-        exporter.bundle(folder, configuration, None, self.examples.info.classes, spec, self.examples if measure else None)
+        exporter.bundle(folder, configuration, None, self.examples.info.classes, spec, self.examples if measure else None, EXTRA_SIGNATURES)
         return Bundle.load(folder)
 
 

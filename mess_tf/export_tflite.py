@@ -6,7 +6,7 @@ Their latencies add up to those of any deployment. Beside them, `weights.sha256`
 
 `python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes
 
-* WORKDIR/bundle/: one .tflite with a signature per segment, one per exit alone and one for everything, sharing weights; manifest
+* WORKDIR/bundle/: one .tflite with a signature per segment, sharing weights, and those of --extra_signatures; manifest
 * WORKDIR/bundle_original/: the same of the original network alone
 * WORKDIR/submodels/: one network per file, for benchmark tools: `alone.EXIT` (image to mask), `segment.EXIT` (as in the bundle) and
   `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax); `original`
@@ -16,7 +16,7 @@ Both take --precision=fp32|fp16|int8. Every file is checked before it is kept.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,7 @@ def export_deployment(
     workdir: Path,
     input_spec: bundles.InputSpec | None = None,
     examples: Examples | None = None,
+    extra_signatures: Collection[str] = (),
 ) -> None:
     """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`.
 
@@ -85,8 +86,10 @@ def export_deployment(
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
     predicted = bundles.Predicted(deployment.original.miou, cost, (1.0,))
-    original = exporter.bundle(workdir / "bundle_original", alone, predicted, classes, input_spec, examples)
-    signatures = exporter.bundle(workdir / "bundle", deployment, deployment.predicted.in_manifest(), classes, input_spec, examples)
+    original = exporter.bundle(workdir / "bundle_original", alone, predicted, classes, input_spec, examples, extra_signatures)
+    signatures = exporter.bundle(
+        workdir / "bundle", deployment, deployment.predicted.in_manifest(), classes, input_spec, examples, extra_signatures
+    )
     submodels = workdir / "submodels"
     shutil.rmtree(submodels, ignore_errors=True)
     submodels.mkdir(parents=True)
@@ -113,7 +116,7 @@ def main() -> None:
         print(workdir / CANDIDATES)
         return
     input_spec = bundles.InputSpec(*config.data.input_size, FLAGS.input, FLAGS.resize)
-    export_deployment(exporter, deployment, classes, workdir, input_spec, examples if FLAGS.measure else None)
+    export_deployment(exporter, deployment, classes, workdir, input_spec, examples if FLAGS.measure else None, FLAGS.extra_signatures)
     (workdir / "examples").mkdir(exist_ok=True)
     for i in range(min(EXAMPLES, len(examples))):
         Image.fromarray(examples.load(i)[0]).save(workdir / "examples" / f"{Path(examples.names[i]).name}.png")
@@ -139,5 +142,11 @@ if __name__ == "__main__":
     )
     flags.DEFINE_enum("input", "float32", bundles.INPUT_TYPES, "type of the image that goes into a bundle")
     flags.DEFINE_enum("resize", "stretch", bundles.RESIZES, "how images of another size are fitted to the network's")
+    flags.DEFINE_multi_enum(
+        "extra_signatures",
+        [],
+        bundles.EXTRA_SIGNATURES,
+        "beside the segments of a bundle: every exit alone, for several in budgeted; everything",
+    )
     flags.DEFINE_bool("measure", True, "measure the mIoU of each exit on the validation split, for the manifest")
     terminal.run(main)

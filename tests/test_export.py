@@ -412,3 +412,69 @@ def test_a_failed_export_leaves_the_old_bundle(made, exporter, deployed, tmp_pat
         exporter.bundle(tmp_path / "kept", alone, None, made[1].info.classes)
     assert (tmp_path / "kept" / "manifest.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_every_tensor_of_a_file_has_a_name_of_its_own(deployed):
+    for path in (deployed[1] / "bundle" / "model.tflite", *(deployed[1] / "submodels").glob("*.tflite")):
+        model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(path.read_bytes(), 0))
+        names = [tensor.name for subgraph in model.subgraphs for tensor in subgraph.tensors]
+        assert all(names) and len(set(names)) == len(names)
+
+
+def test_a_bundle_has_no_signature_that_nobody_asked_for(made, exporter, deployed):
+    segments = {f"segment.{name}" for name in ("exit1", "exit2", "final")}
+    path = deployed[1] / "bundle" / "model.tflite"
+    assert flatbuffer.read_signatures(path.read_bytes()).keys() == segments
+    bundle = bundle_of(made, exporter, "extra", False, extra_signatures=("alone", "full"))
+    assert flatbuffer.read_signatures(bundle.path.read_bytes()).keys() == segments | {
+        "full",
+        *(name.replace("segment", "alone") for name in segments),
+    }
+    image = made[1].load(0)[0]
+    for name in ("exit1", "exit2", "final"):
+        masks = [Runner(each).run(image, "budgeted", name).mask for each in (bundle, Bundle.load(deployed[1] / "bundle"))]
+        np.testing.assert_array_equal(*masks)
+
+
+def test_a_graph_is_the_same_once_written_and_read(deployed):
+    content = (deployed[1] / "bundle" / "model.tflite").read_bytes()
+    graphs = flatbuffer.read_signatures(content)
+    again = flatbuffer.read_signatures(flatbuffer.write(graphs))
+    for name, graph in graphs.items():
+        kinds = [[each.builtin for each in one.operations] for one in (graph, again[name])]
+        assert kinds[0] == kinds[1] and graph.inputs.keys() == again[name].inputs.keys()
+    assert again["segment.exit2"].outputs.keys() == graphs["segment.exit2"].outputs.keys()
+
+
+def test_a_sum_that_is_read_on_is_handed_out_as_a_copy():
+    def function(x):
+        y = x + 1.0
+        return {"sum": y, "end": tf.nn.relu(y), "untouched": x * 2.0}
+
+    x = np.arange(4, dtype=np.float32).reshape(1, 2, 2, 1)
+    graph = flatbuffer.with_copied_outputs(convert(function, {"x": x.shape}))
+    made = {name: next(each for each in graph.operations if tensor in each.outputs) for name, tensor in graph.outputs.items()}
+    assert {name: flatbuffer.OPERATOR_NAMES[each.builtin] for name, each in made.items()} == {
+        "sum": "RESHAPE",
+        "end": "RELU",
+        "untouched": "MUL",
+    }
+    outputs = serve(graph, x=x)
+    np.testing.assert_array_equal(outputs["sum"], x + 1)
+    np.testing.assert_array_equal(outputs["end"], x + 1)
+
+
+def test_pooled_maps_are_broadcast_as_they_are():
+    """As behind the pooled context of an ASPP, in int8, which GPU delegates get wrong with a RESHAPE in between."""
+    shape = (1, 4, 4, 8)
+    samples = [{"x": np.random.default_rng(i).normal(size=shape).astype(np.float32)} for i in range(4)]
+    x = keras.Input(shape[1:])
+    context = keras.layers.Conv2D(8, 1, use_bias=False)(keras.layers.GlobalAveragePooling2D(keepdims=True)(x))
+    y = keras.layers.BatchNormalization()(keras.layers.Add()([keras.layers.Conv2D(8, 1, use_bias=False)(x), context]))
+    model = keras.Model(x, y)
+    graph = convert(lambda x: {"y": model(x, training=False)}, {"x": shape}, "int8", lambda: iter(samples))
+    (addition,) = [each for each in graph.operations if each.builtin == flatbuffer.OPERATORS.ADD and len(each.inputs[1].shape) == 4]
+    assert sorted(tensor.shape for tensor in addition.inputs) == [(1, 1, 1, 8), shape]
+    assert not [each for each in graph.operations if each.builtin == flatbuffer.OPERATORS.RESHAPE]
+    expected = model(samples[0]["x"]).numpy()
+    np.testing.assert_allclose(serve(graph, **samples[0])["y"], expected, atol=0.05 * np.abs(expected).max())

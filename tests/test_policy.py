@@ -146,6 +146,28 @@ def test_counts_of_large_images_do_not_overflow():
     assert count == pytest.approx(2161 * 3841 / 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_an_image_that_is_confident_everywhere_counts_all_its_pixels(fidelity):
+    logits = np.zeros((1, 23, 30, 2), np.float32)
+    logits[..., 1] = 9.0
+    counts = decide(tf.constant(logits), (360, 480), [(0.9, False), (0.9, True)], fidelity)["confident_pixels"].numpy()
+    assert counts.tolist() == [360 * 480] * 2
+
+
+def test_the_policy_is_made_of_what_gpu_delegates_take():
+    """No integer division, which they compute in floats; slices within their tensor; tables read with one index in one dimension."""
+    for fidelity in FIDELITIES:
+        graph = convert(lambda logits, fidelity=fidelity: decide(logits, SIZE, THRESHOLDS, fidelity), {"logits": (1, 6, 7, 4)})
+        for operation in graph.operations:
+            name = flatbuffer.OPERATOR_NAMES[operation.builtin]
+            assert name not in ("FLOOR_DIV", "DIV", "ARG_MAX")
+            if name == "STRIDED_SLICE":
+                end = np.frombuffer(bytes(operation.inputs[2].content), np.int32)
+                assert (end <= operation.inputs[0].shape).all()
+            if name == "GATHER":
+                assert [tensor.shape for tensor in operation.inputs] == [(6 * 7 + 1,), (1,)]
+
+
 def test_classes_far_apart_leave_no_pixel_confident_between_them():
     logits = np.zeros((1, 2, 2, 2), np.float32)
     logits[:, :, 0, 0] = logits[:, :, 1, 1] = 1000.0

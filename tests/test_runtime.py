@@ -515,6 +515,19 @@ def replace_model(folder, content):
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
+def test_budgeted_without_signatures_of_exits_alone(copy, signatures, net, images, engine):
+    """Segments one after another give the same masks; latencies of exits alone are not theirs."""
+    segments = {name: graph for name, graph in signatures.items() if name.startswith("segment.")}
+    run = Runner(replace_model(copy, flatbuffer.write(segments)), engine=engine)
+    for index, name in enumerate(EXITS):
+        result = run.run(images[4], "budgeted", name)
+        assert (result.exit, [step.exit for step in result.trace]) == (name, list(EXITS[: index + 1]))
+        np.testing.assert_array_equal(result.mask, net.everything(images[4])[0][index])
+    with pytest.raises(ValueError, match=r"latency_budget_ms: must be left out for a file without alone\.EXIT"):
+        run.run(images[4], "budgeted", latency_budget_ms=5.0)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
 def test_signatures_that_do_not_fit_the_manifest(copy, signatures, engine):
     missing = {name: graph for name, graph in signatures.items() if name != "segment.exit2"}
     with pytest.raises(ValueError, match=r"signatures: must be with 'segment\.exit2', got"):

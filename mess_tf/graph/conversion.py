@@ -62,7 +62,7 @@ def convert(
             content = converter.convert()
     except Exception as error:
         raise ExportError(f"conversion failed: {error}") from error
-    graph = flatbuffer.read(content, sorted(inputs), outputs)
+    graph = flatbuffer.with_broadcasts(flatbuffer.read(content, sorted(inputs), outputs))
     if found := flatbuffer.problems(graph):
         raise ExportError(f"ops: must be builtin, without SPACE_TO_BATCH_ND, and of static shape, got {found}")
     return graph

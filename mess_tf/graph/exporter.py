@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -260,6 +260,7 @@ class Exporter:
         classes: Sequence[str],
         input_spec: bundles.InputSpec | None = None,
         examples: Examples | None = None,
+        extra_signatures: Collection[str] = (),
     ) -> dict[str, flatbuffer.Graph]:
         """Writes the deployable folder of a configuration. An earlier one is replaced as a whole.
 
@@ -270,6 +271,7 @@ class Exporter:
           classes: names.
           input_spec: how images go in; by default float32, stretched to the network's size.
           examples: images to measure the mIoU of each exit on, for the manifest.
+          extra_signatures: of `bundles.EXTRA_SIGNATURES`, written beside the segments.
 
         Returns:
           The graphs of `deployed`.
@@ -279,12 +281,11 @@ class Exporter:
         """
         input_spec = input_spec or bundles.InputSpec(*self.size)
         everything = self.deployed(configuration, input_spec.dtype)
-        signatures = {name: graph for name, graph in everything.items() if not name.startswith("logits.")}
-        content = self.content(signatures)
+        kept = (bundles.segment_signature(""), *extra_signatures)
+        content = self.content({name: graph for name, graph in everything.items() if name.startswith(kept)})
         with _named(bundles.MODEL):
-            logits_of = {choice.exit: everything[f"logits.{choice.exit}"] for choice in configuration.exits}
-            self._check_bundle(content, configuration, logits_of, input_spec.dtype)
-        mious = measured_miou(content, examples, self.size, input_spec) if examples else {}
+            self._check_bundle(content, configuration, everything, input_spec.dtype)
+        mious = measured_miou(self.content({bundles.FULL: everything[bundles.FULL]}), examples, self.size, input_spec) if examples else {}
         segments = []
         for choice in configuration.exits:
             alone = everything[bundles.alone_signature(choice.exit)]
@@ -331,30 +332,32 @@ class Exporter:
         return everything
 
     def _check_bundle(
-        self, content: bytes, configuration: Configuration, logits_of: Mapping[str, flatbuffer.Graph], input_type: str
+        self, content: bytes, configuration: Configuration, everything: Mapping[str, flatbuffer.Graph], input_type: str
     ) -> None:
         image = self.samples[0][bundles.IMAGE].round().astype(input_type)
-        full = run_signature(content, {bundles.IMAGE: image})
+        at_a_stretch = self.content({bundles.FULL: everything[bundles.FULL]})
+        full = run_signature(at_a_stretch, {bundles.IMAGE: image})
         interpreter, tensors = Interpreter(model_content=content, num_threads=os.cpu_count()), {bundles.IMAGE: image}
         for choice in configuration.exits:
-            alone = interpreter.get_signature_runner(bundles.alone_signature(choice.exit))(image=image)
+            alone = self.content({bundles.SIGNATURE: everything[bundles.alone_signature(choice.exit)]})
+            mask = run_signature(alone, {bundles.IMAGE: image})[bundles.MASK]
             segment = interpreter.get_signature_runner(bundles.segment_signature(choice.exit))
             made = segment(**{name: tensors[name] for name in segment.get_input_details()})
             tensors |= made
             for name, value in made.items():
                 same = np.array_equal(value, full.get(f"{choice.exit}.{name}", value))
-                if not same or (name == bundles.MASK and not np.array_equal(alone[name], value)):
+                if not same or (name == bundles.MASK and not np.array_equal(mask, value)):
                     raise ExportError(f"{choice.exit}: {name} of the segments, of the exit alone and of everything at a stretch differ")
         if self.precision in TOLERANCE:
             exits = {}
             for choice in configuration.exits:
                 name = f"{choice.exit}.{choice.head}"
                 logits = self.network.submodel([name])(tf.constant(image, tf.float32), training=False)[name]
-                alone = self.content({bundles.SIGNATURE: logits_of[choice.exit]})
-                check_parity(alone, {bundles.IMAGE: image}, {"logits": logits.numpy()}, {}, TOLERANCE[self.precision])
+                to_logits = self.content({bundles.SIGNATURE: everything[f"logits.{choice.exit}"]})
+                check_parity(to_logits, {bundles.IMAGE: image}, {"logits": logits.numpy()}, {}, TOLERANCE[self.precision])
                 thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
                 exits[f"{choice.exit}.{bundles.MASK}"] = (logits, thresholds)
-            self._check(content, {bundles.IMAGE: image}, exits, {})
+            self._check(at_a_stretch, {bundles.IMAGE: image}, exits, {})
 
 
 @contextlib.contextmanager

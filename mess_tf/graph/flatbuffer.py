@@ -17,6 +17,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 OPERATORS = schema.BuiltinOperator
 FLOAT32, INT8 = schema.TensorType.FLOAT32, schema.TensorType.INT8
+ELEMENTWISE = (OPERATORS.ADD, OPERATORS.SUB, OPERATORS.MUL, OPERATORS.DIV, OPERATORS.MAXIMUM, OPERATORS.MINIMUM)
 OPERATOR_NAMES = {code: name for name, code in vars(OPERATORS).items() if not name.startswith("_")}
 
 
@@ -63,6 +64,24 @@ def read(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> Graph
     """Reads a .tflite with one subgraph, whose inputs and outputs have these names, in order."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
     (subgraph,) = model.subgraphs
+    return _graph(model, subgraph, inputs, outputs)
+
+
+def read_signatures(content: bytes) -> dict[str, Graph]:
+    """Reads a .tflite as `write` makes it: its graphs by the name of the signature."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
+    graphs = {}
+    for definition in model.signatureDefs:
+        subgraph = model.subgraphs[definition.subgraphIndex]
+        inputs, outputs = (
+            {each.tensorIndex: each.name.decode() for each in tensors} for tensors in (definition.inputs, definition.outputs)
+        )
+        names = [inputs[i] for i in subgraph.inputs], [outputs[i] for i in subgraph.outputs]
+        graphs[definition.signatureKey.decode()] = _graph(model, subgraph, *names)
+    return graphs
+
+
+def _graph(model: schema.ModelT, subgraph: schema.SubGraphT, inputs: Sequence[str], outputs: Sequence[str]) -> Graph:
     tensors = [Tensor(each, model.buffers[each.buffer].data) for each in subgraph.tensors]
     operations = [
         Operation(
@@ -130,6 +149,57 @@ def cut(graph: Graph, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor
     if missing:
         raise ValueError(f"inputs: must hold all that {sorted(outputs)} need, {missing} is missing from {sorted(inputs)}")
     return Graph({name: tensor for name, tensor in inputs.items() if id(tensor) in needed}, dict(outputs), kept[::-1])
+
+
+def with_broadcasts(graph: Graph) -> Graph:
+    """A graph whose elementwise operations read [1, 1, 1, C] as it is, where the converter put a RESHAPE to [C] before them.
+
+    LiteRT's GPU delegates take what comes out of such a RESHAPE of int8 for whole numbers, and compute nonsense without an error.
+    """
+    whole: dict[int, Tensor] = {}
+    for operation in graph.operations:
+        source, result = operation.inputs[0], operation.outputs[0]
+        if (
+            operation.builtin == OPERATORS.RESHAPE
+            and source.content is None
+            and source.shape[-1:] == result.shape == (math.prod(source.shape),)
+        ):
+            readers = [each for each in graph.operations if result in each.inputs]
+            wide = all(each.builtin in ELEMENTWISE and max(len(i.shape) for i in each.inputs) == len(source.shape) for each in readers)
+            if wide and result not in graph.outputs.values():
+                whole[id(result)] = source
+    operations = [
+        Operation(each.description, each.code, [whole.get(id(tensor), tensor) for tensor in each.inputs], each.outputs)
+        for each in graph.operations
+        if id(each.outputs[0]) not in whole
+    ]
+    return Graph(graph.inputs, graph.outputs, operations)
+
+
+def with_copied_outputs(graph: Graph) -> Graph:
+    """A graph that hands out a copy of what an elementwise operation made, if it reads that on itself.
+
+    LiteRT's GPU delegate on OpenCL hands out an operand instead of such a sum (google-ai-edge/LiteRT, issue 8599).
+    """
+    read = {id(tensor) for operation in graph.operations for tensor in operation.inputs}
+    operations, outputs = list(graph.operations), dict(graph.outputs)
+    for operation in graph.operations:
+        (made, *_) = operation.outputs
+        for name in [name for name, tensor in graph.outputs.items() if tensor is made and id(made) in read]:
+            if operation.builtin in ELEMENTWISE:
+                outputs[name] = Tensor(copy.copy(made.description), None)
+                operations.append(_reshape(made, outputs[name]))
+    return Graph(graph.inputs, outputs, operations)
+
+
+def _reshape(source: Tensor, result: Tensor) -> Operation:
+    shape, description, code, options = schema.TensorT(), schema.OperatorT(), schema.OperatorCodeT(), schema.ReshapeOptionsT()
+    shape.name, shape.type, shape.shape = b"shape", schema.TensorType.INT32, [len(result.shape)]
+    options.newShape = np.array(result.shape, np.int32)
+    code.builtinCode = code.deprecatedBuiltinCode = OPERATORS.RESHAPE
+    code.version = 1
+    description.builtinOptionsType, description.builtinOptions = schema.BuiltinOptions.ReshapeOptions, options
+    return Operation(description, code, [source, Tensor(shape, np.frombuffer(options.newShape.tobytes(), np.uint8))], [result])
 
 
 def stored(graph: Graph, name: str) -> Tensor:
@@ -260,7 +330,8 @@ class _Once:
 def write(graphs: Mapping[str, Graph], half_precision: bool = False) -> bytes:
     """One .tflite with a signature per graph, under its name.
 
-    Constants of equal content, and what graphs say of the same tensor, are stored once; only the first graph names the tensor.
+    Constants of equal content and equal scales are stored once. Every tensor has a name of its own, since tools that edit files ask for
+    that; outputs that a graph reads itself are copied, see `with_copied_outputs`.
 
     Args:
       graphs: by the name of the signature.
@@ -273,9 +344,11 @@ def write(graphs: Mapping[str, Graph], half_precision: bool = False) -> bytes:
     model.buffers = [schema.BufferT()]  # the first one is empty, for all that is not constant
     buffers: dict[bytes, int] = {}
     codes: dict[tuple, int] = {}
-    quantizations: dict[int, _Once] = {}
+    quantizations: dict[str, _Once] = {}
+    names: dict[str, int] = {}
     for signature, graph in graphs.items():
-        model.subgraphs.append(_subgraph(signature, graph, model, buffers, codes, quantizations))
+        graph = with_copied_outputs(graph)
+        model.subgraphs.append(_subgraph(signature, graph, model, buffers, codes, quantizations, names))
         definition = schema.SignatureDefT()
         definition.signatureKey, definition.subgraphIndex = signature, len(model.subgraphs) - 1
         definition.inputs = _tensor_maps(graph.inputs, model.subgraphs[-1].inputs)
@@ -298,7 +371,8 @@ def _subgraph(
     model: schema.ModelT,
     buffers: dict[bytes, int],
     codes: dict[tuple, int],
-    quantizations: dict[int, _Once],
+    quantizations: dict[str, _Once],
+    names: dict[str, int],
 ) -> schema.SubGraphT:
     subgraph = schema.SubGraphT()
     subgraph.name, subgraph.tensors, subgraph.operators = name, [], []
@@ -311,10 +385,10 @@ def _subgraph(
             positions[id(tensor)] = len(subgraph.tensors)
             description = copy.copy(tensor.description)
             description.buffer = 0
+            description.name = _unique((description.name or b"tensor").decode(), names)
             if (quantization := description.quantization) is not None:
-                if id(quantization) in quantizations:
-                    description.name = None
-                description.quantization = quantizations.setdefault(id(quantization), _Once(quantization))
+                described = repr({key: value if value is None else np.ravel(value).tolist() for key, value in vars(quantization).items()})
+                description.quantization = quantizations.setdefault(described, _Once(quantization))
             if tensor.content is not None:
                 content = bytes(tensor.content)
                 if content not in buffers:
@@ -341,6 +415,13 @@ def _subgraph(
         subgraph.operators.append(description)
     subgraph.outputs = positions_of(graph.outputs.values())
     return subgraph
+
+
+def _unique(name: str, names: dict[str, int]) -> str:
+    """The name, with a number behind it where it is taken; `names` holds those that are, and how often each was asked for."""
+    count = names.get(name, 0)
+    names[name] = count + 1
+    return _unique(f"{name}.{count}", names) if count else name
 
 
 def _tensor_maps(tensors: Iterable[str], positions: np.ndarray) -> list[schema.TensorMapT]:

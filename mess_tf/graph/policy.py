@@ -60,28 +60,26 @@ def decide(
     low = tuple(logits.shape[1:3])
     confidence_size = size if fidelity == EXACT else low
     pixels = math.prod(confidence_size)
-    whole, rest = divmod(math.prod(size), pixels)
-    parts = 2**31 // pixels  # of a pixel; a share of the image in these fits int32
+    # A table, since GPUs divide and multiply integers as floats.
+    scaled = None if fidelity == EXACT else (np.arange(pixels + 1) * math.prod(size) // pixels).astype(np.int32)
     window = median_window(confidence_size, logits)
     classes, signs = _planes(logits, confidence_size, thresholds, window)
     counts = []
     edges = _edges(classes) if any(edge_aware for _, edge_aware in thresholds) else None
     for (_, edge_aware), sign in zip(thresholds, signs, strict=True):
-        balance = tf.clip_by_value(sign, -1.0, 1.0)
+        confident = tf.clip_by_value(sign, 0.0, 1.0)
         if edge_aware:
-            half = tf.clip_by_value(_along_both(tf.nn.avg_pool2d, sign, window) * STEEP, -1.0, 1.0)
-            balance = tf.transpose(balance)
-            balance += edges * (half - balance)
-        confident = (tf.reduce_sum(tf.cast(tf.reduce_sum(balance, 1), tf.int32)) + pixels) // 2
-        counts.append(confident * whole + confident * (rest * parts // pixels) // parts)
+            most = tf.clip_by_value(_along_both(tf.nn.avg_pool2d, sign, window) * STEEP, 0.0, 1.0)
+            confident = tf.transpose(confident)
+            confident += edges * (most - confident)
+        count = tf.reduce_sum(tf.cast(tf.reduce_sum(confident, 1), tf.int32), keepdims=True)
+        counts.append(count if scaled is None else tf.gather(scaled, count))
     if fidelity == LOW_CONFIDENCE:
         classes, _ = _planes(logits, size, (), window)
-    mask = tf.cast(classes, tf.uint8)
     if fidelity == LOW:
-        rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, low, strict=True))
-        mask = tf.gather(tf.gather(mask, columns, axis=1), rows, axis=0)
-    outputs = {MASK: tf.reshape(mask, (1, *size))}
-    return outputs | {CONFIDENT_PIXELS: tf.stack(counts)} if counts else outputs
+        classes = _enlarged(tf.transpose(_enlarged(tf.transpose(classes), size[1])), size[0])
+    outputs = {MASK: tf.reshape(tf.cast(classes, tf.uint8), (1, *size))}
+    return outputs | {CONFIDENT_PIXELS: tf.concat(counts, 0)} if counts else outputs
 
 
 def median_window(size: tuple[int, int], logits: tf.Tensor) -> int:
@@ -118,12 +116,18 @@ def _strips(logits: tf.Tensor, size: tuple[int, int]) -> Iterator[tf.Tensor]:
     strips = math.ceil(size[0] * size[1] * classes / STRIP_VALUES)
     step = 16 * math.ceil(size[1] / strips / 16)
     for left in range(0, size[1], step):
-        upsampled = _resized(wide[..., left : left + step], (size[0], classes))
+        upsampled = _resized(wide[..., left : min(left + step, size[1])], (size[0], classes))
         yield upsampled - tf.reduce_max(upsampled, 2, keepdims=True)
 
 
 def _resized(values: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     return values if tuple(values.shape[1:3]) == size else tf.image.resize(values, size)
+
+
+def _enlarged(values: tf.Tensor, rows: int) -> tf.Tensor:
+    """[h, w] with the nearest of the h rows in each of so many; whole rows are copied, as the columns stand in for the channels."""
+    height, width = values.shape
+    return tf.reshape(tf.image.resize(tf.reshape(values, (1, height, 1, width)), (rows, 1), "nearest"), (rows, width))
 
 
 def _joined(strips: list[tf.Tensor]) -> tf.Tensor:

@@ -1,6 +1,6 @@
 """The deployable folder: a manifest and one .tflite, checked before anything runs.
 
-The .tflite has these signatures, which share their weights:
+The .tflite has these signatures, which share their weights, the last two only where they were asked for, as each that runs takes memory:
 
 * `segment.EXIT`: image or features of earlier segments to `mask`, `confident_pixels` where there is a decision, and the features that
   later segments still need; run one after another, they are the chain
@@ -29,7 +29,7 @@ MODEL = "model.tflite"
 
 # Names inside a .tflite: the signature of files that have only one, that of everything, inputs and outputs.
 SIGNATURE = "serve"
-FULL = "full"
+ALONE, FULL = EXTRA_SIGNATURES = ("alone", "full")
 IMAGE = "image"
 MASK = "mask"
 CONFIDENT_PIXELS = "confident_pixels"
@@ -59,7 +59,7 @@ def segment_signature(exit: str) -> str:
 
 def alone_signature(exit: str) -> str:
     """Name of the signature from the image to one exit alone."""
-    return f"alone.{exit}"
+    return f"{ALONE}.{exit}"
 
 
 def check_sha256(value: str) -> None:

@@ -130,8 +130,9 @@ class Runner:
 
         Args:
           image: uint8 [h, w, 3], RGB, any size; fitted to the network as the manifest says, and the mask back by nearest neighbours.
-          setting: `input-dependent` leaves at the first exit with enough confident pixels, `budgeted` runs one exit without the heads
-            before it, `anytime` gives the latest result that was finished by the deadline; by default what the manifest says.
+          setting: `input-dependent` leaves at the first exit with enough confident pixels, `budgeted` runs to one exit, without
+            the heads before it where the file has `alone.EXIT`, `anytime` gives the latest result that was finished by the deadline; by
+            default what the manifest says.
           exit: the exit for `budgeted`; by default the last.
           latency_budget_ms: instead of `exit`: takes the best exit whose latency.json median keeps it, see `exit_within`.
           deadline_ms: for `anytime`, counted like the latency in the result. A segment that cannot make it even in the least time it
@@ -156,6 +157,8 @@ class Runner:
         if setting == BUDGETED:
             check(exit is None or latency_budget_ms is None, "latency_budget_ms", "left out where the exit is given", latency_budget_ms)
             if latency_budget_ms is not None:
+                measured = len(self._exits) == 1 or alone_signature(self._exits[-1]) in self._engine.inputs
+                check(measured, "latency_budget_ms", "left out for a file without alone.EXIT, whose latencies these are", latency_budget_ms)
                 exit = exit_within(self.manifest, self.latency, latency_budget_ms, self.threads)
             return self._budgeted(image, self._exits[-1] if exit is None else exit)
         if setting == ANYTIME:
@@ -212,6 +215,10 @@ class Runner:
     def _budgeted(self, image: np.ndarray, exit: str) -> Result:
         check(exit in self._exits, "exit", f"one of {', '.join(self._exits)}", exit)
         signature = alone_signature(exit)
+        if signature not in self._engine.inputs:
+            self._take(image)
+            trace = [self._step(segment) for segment in self._signatures[: self._exits.index(exit) + 1]]
+            return self._result(segment_signature(exit), trace, image)
         if signature not in self._fastest_ms:
             self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._image.shape)})
             self._warm_up([signature])
