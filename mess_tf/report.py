@@ -1,75 +1,57 @@
-"""What a training and its search came to, as one HTML page and PNGs.
+"""What a training and its search came to, as one HTML page.
 
-`python -m mess_tf.report --workdir=W [--data_dir=D] [--latency=latency.json]`, after `mess_tf.search`, writes WORKDIR/report/: index.html,
-which holds everything and needs nothing else, and each of its pictures as PNG. The lines of its charts take the colour of the page's text,
-so that it reads in light and dark.
+`python -m mess_tf.report --workdir=W [--data_dir=D] [--latency=latency.json]`, after `mess_tf.search`, writes WORKDIR/report/index.html,
+which holds everything and needs nothing else: no other file, no network. What it shows is collected here; `pages/report.html` lays it out,
+and `pages/report.js` draws the charts and the image viewer. The tables need no JavaScript and hold the charts' values too.
 """
 
+import base64
 import dataclasses
-import html
 import io
 import itertools
 import json
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+import jinja2
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from matplotlib.figure import Figure
+from PIL import Image
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import file_sha256, read_json, write_atomically
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, file_sha256, read_json, write_atomically
+from mess_runtime.terminal import progress
 from mess_tf import configs, metrics, terminal
+from mess_tf.configs import IGNORE
 from mess_tf.data.examples import Examples, palette
-from mess_tf.data.pipelines import resize_image
+from mess_tf.data.pipelines import resize_image, resize_label
 from mess_tf.data.sources import open_split
 from mess_tf.files import Deployment, Stats
 from mess_tf.graph import policy
-from mess_tf.network.model import MultiExitNetwork, load_network
+from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
 from mess_tf.network.originals import define_flags
-from mess_tf.optimise.space import Costs, evaluate_configuration, latency_costs, macs_costs
+from mess_tf.optimise import guarantee
+from mess_tf.optimise.search import front
+from mess_tf.optimise.space import Costs, evaluate_configuration, latency_costs, macs_costs, mixture, original, predict
 
-STRIPS = 5
-INK = "#010203"  # stands for the colour of the page's text in every SVG
-STYLE = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+PAGES = Path(__file__).with_name("pages")
+FRONT_POINTS = 20
+FRONT_SECONDS = 2.0  # for each point, after which the best found is shown
+CURVE_POINTS = 200  # of each curve, evenly picked from those that there are
+IMAGES = 36  # at most, and fewer where they fill so many bytes of the page:
+IMAGE_BYTES = 3_500_000
+IMAGE_SIDE = 480  # pixels of the longer side
+CONFIDENCE_COLOURS = ((22, 11, 57), (120, 28, 109), (208, 66, 74), (251, 155, 6), (252, 255, 164))  # from 0 to 1, as bright as it is sure
+ERRORS = {  # what an exit does to a pixel, and its colour
+    "right": (235, 235, 235),
+    "wrong": (240, 170, 40),
+    "wrong, original right": (200, 30, 30),
+    "right, original wrong": (40, 110, 210),
+    "no label": (128, 128, 128),
 }
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
-:root {{ color-scheme: light dark; --line: #8886; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 0 auto; padding: 1rem 1.5rem 4rem; }}
-h2 {{ margin-top: 2.5rem; border-bottom: 1px solid var(--line); }}
-svg, img {{ max-width: 100%; height: auto; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .15rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }}
-th:first-child, td:first-child {{ text-align: left; }}
-p, figcaption {{ max-width: 75ch; }} figure {{ margin: 0; }} figcaption {{ opacity: .75; }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""
-
-
-def exit_colours(exits: Sequence[str]) -> dict[str, tuple]:
-    """A colour per exit, shallow to deep, readable on white and on black."""
-    return dict(zip(exits, matplotlib.colormaps["turbo"](np.linspace(0.12, 0.88, len(exits))), strict=True))
 
 
 def exit_of(candidate: str) -> str:
@@ -77,72 +59,114 @@ def exit_of(candidate: str) -> str:
     return candidate.partition(".")[0]
 
 
-# === Pictures ===
+def chain_of(deployment: Deployment) -> list[str]:
+    """The chosen candidates, shallow to deep."""
+    return [f"{choice.exit}.{choice.head}" for choice in deployment.exits]
 
 
-def front_picture(stats: Stats, costs: Costs, deployment: Deployment) -> Figure:
-    """Accuracy against cost: every candidate left at alone, the front of these, the original and the chosen configuration."""
-    scale, unit = (1e-9, "GMACs") if costs.name == "macs" else (1.0, "ms")
-    cost = scale * (costs.prefix[stats.exit_of_candidate] + costs.head)
-    miou = 100 * metrics.miou(stats.tp.sum(1), stats.fp.sum(1), stats.fn.sum(1))
-    figure = Figure((9, 5))
-    axes = figure.add_subplot(xlabel=f"mean {unit} per image", ylabel=f"mIoU % on {stats.split}")
-    for name, colour in exit_colours(stats.exits).items():
-        here = [k for k, candidate in enumerate(stats.candidates) if exit_of(candidate) == name]
-        axes.scatter(
-            cost[here], miou[here], s=70 if name == "final" else 22, color=[colour], marker="*" if name == "final" else "o", label=name
-        )
-    order = np.argsort(cost)
-    best = np.maximum.accumulate(miou[order])
-    front = order[miou[order] >= best]
-    axes.step(cost[front], miou[front], where="post", color=INK, linewidth=0.8, label="best exit alone")
-    predicted = deployment.predicted
-    axes.scatter(scale * predicted.cost_mean, 100 * predicted.miou, s=190, facecolors="none", edgecolors=INK, linewidths=2, label="chosen")
-    axes.axhline(100 * deployment.original.miou, color=INK, linewidth=0.8, linestyle=":", label="original's mIoU")
-    low = min(miou[front].min(), 100 * predicted.miou)
-    axes.set_ylim(low - 3, miou.max() + 1.5)
-    axes.legend(ncols=2, loc="lower right")
-    return figure
+def unit(cost_name: str) -> tuple[str, float]:
+    """Unit in which a cost is shown, and the factor to it."""
+    return ("GMACs", 1e-9) if cost_name == "macs" else ("ms", 1.0)
 
 
-def exit_rates_picture(stats: Stats, deployment: Deployment) -> Figure:
-    """Share of images that would leave at the first chosen exit for each threshold of its image confidence, and the confidences."""
-    choice = deployment.exits[0]
-    confidence = np.sort(image_confidence(stats, deployment, 0))
-    figure = Figure((9, 3.2))
-    axes = figure.add_subplot(xlabel=f"image confidence at {choice.exit}, pixels above {choice.theta_pix:.2f}", ylabel="images")
-    axes.hist(confidence, bins=24, color=exit_colours(stats.exits)[choice.exit], alpha=0.7)
-    axes.axvline(choice.theta_img, color=INK, linewidth=1.5)
-    axes.annotate("leaves →", (choice.theta_img, axes.get_ylim()[1]), xytext=(4, -12), textcoords="offset points")
-    rate = axes.twinx()
-    rate.spines["right"].set_visible(True)
-    rate.set(ylabel="% of images leaving, by threshold", ylim=(0, 105))
-    rate.step(confidence, 100 * (1 - np.arange(confidence.size) / confidence.size), where="pre", color=INK, linewidth=0.9)
-    return figure
+def css_colours(colours: Iterable[Sequence[int]]) -> list[str]:
+    """RGB of 0..255 as CSS writes it."""
+    return [f"rgb({' '.join(map(str, colour))})" for colour in colours]
 
 
-def training_picture(workdir: Path, exits: Sequence[str]) -> Figure:
-    """Losses and val mIoU of every exit over both stages; of stage 2's heads, the mean loss and the best mIoU of each exit."""
-    stages = [name for name in ("stage1", "stage2") if (workdir / "logs" / name / "metrics.jsonl").exists()]
-    figure = Figure((9, 5.5))
-    axes = figure.subplots(2, len(stages), squeeze=False)
-    for column, stage in enumerate(stages):
-        rows = [json.loads(line) for line in (workdir / "logs" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        for line, (field, join, label) in enumerate((("loss", np.mean, "loss"), ("miou", max, "val mIoU %"))):
-            panel = axes[line, column]
-            panel.set(title=stage if line == 0 else None, xlabel="epoch", ylabel=label)
-            curves: dict[str, list[tuple[float, float]]] = {}
-            for row in rows:
-                for name, keys in itertools.groupby(row.get(field, {}), exit_of):
-                    value = float(join([row[field][key] for key in keys]))
-                    curves.setdefault(name, []).append((row["epoch"], 100 * value if field == "miou" else value))
-            for name in curves:
-                colour = exit_colours(exits)[name]
-                panel.plot(
-                    *zip(*curves[name], strict=True), color=colour, label=name, marker="o" if field == "miou" else None, markersize=3
-                )
-            panel.legend(fontsize=8, ncols=2)
-    return figure
+# === What the page shows ===
+
+
+def searched_costs(stats: Stats, deployment: Deployment, latencies: LatencyTable | None) -> Costs:
+    """The costs that the deployment was searched with: of the device and threads at which the original network costs what it says.
+
+    Raises:
+      ValueError: the latencies are of other submodels, or of no device that gives the original network that cost.
+    """
+    if latencies is None:
+        return macs_costs(stats)
+    rows = [dataclasses.asdict(row) for row in latencies.rows]
+    for device, threads in sorted({(row["device"], row["threads"]) for row in rows}):
+        costs = latency_costs(stats, rows, device, threads)
+        if np.isclose(original(stats, costs).cost, deployment.original.cost, rtol=1e-9):
+            return costs
+    raise ValueError(f"latency: must be the file that was searched, where the original takes {deployment.original.cost:g} ms")
+
+
+def judging(stats: Stats, deployment: Deployment) -> Stats:
+    """The statistics of the images that the prediction is of: all, or those that the search kept out of choosing."""
+    if deployment.predicted.images == len(stats.images):
+        return stats
+    return guarantee.split(stats, deployment.predicted.images / len(stats.images))[1]
+
+
+def difference_interval(stats: Stats, costs: Costs, deployment: Deployment) -> tuple[float, float]:
+    """Of the mIoU, chosen less original: 95 % bootstrap over the images, each drawn for both."""
+    images = np.arange(len(stats.images))
+    drawn = guarantee.resamples(images.size)
+
+    def mious(candidate: np.ndarray) -> np.ndarray:
+        return metrics.miou(*(drawn @ counts[candidate, images] for counts in (stats.tp, stats.fp, stats.fn)))
+
+    return guarantee.interval(mious(mixture(stats, costs, deployment)) - mious(np.full(images.size, -1)))
+
+
+def exit_names(stats: Stats) -> list[dict[str, Any]]:
+    """Every exit, shallow to deep, with the hue in degrees of its colour."""
+    return [{"name": name, "hue": round(hue)} for name, hue in zip(stats.exits, np.linspace(250, 30, len(stats.exits)), strict=True)]
+
+
+def front_space(deployment: Deployment) -> dict[str, Any]:
+    """Which configurations the front is of; with `anytime`, whose mIoU is a mean over deadlines, those of one exit."""
+    if deployment.setting != INPUT_DEPENDENT:
+        return {"setting": BUDGETED, "max_early_exits": 0}
+    return {"setting": INPUT_DEPENDENT, "max_early_exits": max(2, len(deployment.exits) - 1)}
+
+
+def front_points(stats: Stats, costs: Costs, deployment: Deployment) -> list[dict[str, Any]]:
+    """Configurations, each with its mIoU in percent and its cost in the unit shown: heads alone, the front, the original, the chosen one.
+
+    All are scored on all images of the statistics. The front has at most FRONT_POINTS, each found within FRONT_SECONDS, `open` where that
+    was too short to prove that it is the best; it has none where nothing was found in that time.
+    """
+    scale = unit(costs.name)[1]
+
+    def alone(k: int, kind: str = "head") -> dict[str, Any]:
+        name = stats.candidates[k]
+        cost = scale * float(costs.prefix[stats.exit_of_candidate[k]] + costs.head[k])
+        miou = 100 * float(metrics.miou(*(counts[k].sum(0) for counts in (stats.tp, stats.fp, stats.fn))))
+        choice = {"exit": exit_of(name), "head": name.partition(".")[2], "theta_pix": None, "theta_img": None, "leave": 1.0}
+        return {"kind": kind, "miou": miou, "mean": cost, "p90": cost, "edge_aware": False, "exits": [choice]}
+
+    def configured(kind: str, configuration, predicted) -> dict[str, Any]:
+        exits = [
+            dataclasses.asdict(choice) | {"leave": rate} for choice, rate in zip(configuration.exits, predicted.exit_rates, strict=True)
+        ]
+        return {
+            "kind": kind,
+            "miou": 100 * predicted.miou,
+            "mean": scale * predicted.cost_mean,
+            "p90": scale * predicted.cost_p90,
+            "edge_aware": configuration.edge_aware,
+            "exits": exits,
+        }
+
+    try:
+        space = front_space(deployment) | {"quantiles": deployment.certificate.quantiles, "time_limit": FRONT_SECONDS}
+        found = front(stats, costs, FRONT_POINTS, **space)
+    except TimeoutError:
+        found = []
+    predicted = predict(stats, costs, deployment)
+    chosen = configured("chosen", deployment, predicted) | {
+        "miou_interval": [100 * value for value in predicted.miou_interval],
+        "mean_interval": [scale * value for value in predicted.cost_interval],
+    }
+    return [
+        *(alone(k) for k in range(len(stats.candidates) - 1)),
+        *(configured("front", each, each.predicted) | {"open": each.certificate.open > 0} for each in found),
+        alone(len(stats.candidates) - 1, "original"),
+        chosen,
+    ]
 
 
 def image_confidence(stats: Stats, deployment: Deployment, index: int) -> np.ndarray:
@@ -153,166 +177,207 @@ def image_confidence(stats: Stats, deployment: Deployment, index: int) -> np.nda
     return stats.confident[candidate, :, threshold, int(deployment.edge_aware)] / stats.pixels
 
 
-def strips(network: MultiExitNetwork, examples: Examples, stats: Stats, deployment: Deployment, size: tuple[int, int], leaves_at) -> Figure:
-    """Some images in rows, from sure to unsure at the first chosen exit: image, label, each chosen exit's mask and confidence."""
-    names = [f"{choice.exit}.{choice.head}" for choice in deployment.exits]
-    features_of = network.features(names)
-    decides = deployment.exits[0].theta_pix is not None
-    order = np.argsort(-image_confidence(stats, deployment, 0)) if decides else np.arange(len(examples))
-    chosen = order[np.linspace(0, len(order) - 1, min(STRIPS, len(order))).astype(int)]
-    colours = np.vstack([palette(len(stats.classes)), [0, 0, 0]]).astype(np.uint8)
-    figure = Figure((2.3 * (2 + 2 * len(names)), 1.9 * len(chosen)))
-    axes = figure.subplots(len(chosen), 2 + 2 * len(names), squeeze=False)
-    for panel in axes.flat:
-        panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
-    for row, index in zip(axes, chosen, strict=True):
+def thinned(points: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """At most CURVE_POINTS of the points of a curve, evenly picked, its ends among them."""
+    return [points[i] for i in np.unique(np.linspace(0, len(points) - 1, min(len(points), CURVE_POINTS)).round().astype(int))]
+
+
+def exit_rate_curves(stats: Stats, deployment: Deployment) -> list[dict[str, Any]]:
+    """For each chosen exit that decides: thresholds, each with the percentage of all images that reach it, and the chosen one."""
+    curves = []
+    for k, choice in enumerate(deployment.exits[:-1] if deployment.setting == INPUT_DEPENDENT else ()):
+        confidence, first = np.unique(np.sort(image_confidence(stats, deployment, k)), return_index=True)
+        points = np.stack([confidence, 100 * (1 - first / len(stats.images))], axis=1)
+        reached = points[confidence >= choice.theta_img - 1e-9, 1].max(initial=0.0)
+        curves.append({"name": choice.exit, "points": thinned(points.tolist()), "chosen": [choice.theta_img, float(reached)]})
+    return curves
+
+
+def training_panels(workdir: Path, exits: Sequence[str]) -> list[dict[str, Any]]:
+    """Loss and val mIoU of every exit over each stage; of stage 2's heads, the mean loss and the best mIoU of each exit."""
+    panels = []
+    for stage in ("stage1", "stage2"):
+        path = workdir / "logs" / stage / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        for field, join, label in (("loss", np.mean, "loss"), ("miou", max, "val mIoU %")):
+            curves: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                for name, keys in itertools.groupby(row.get(field, {}), exit_of):
+                    value = float(join([row[field][key] for key in keys]))
+                    curves.setdefault(name, []).append((row["epoch"], 100 * value if field == "miou" else value))
+            if curves:
+                series = [{"name": name, "points": thinned(curves[name])} for name in exits if name in curves]
+                panels.append({"title": f"{stage}: {label}", "ylabel": label, "series": series})
+    return panels
+
+
+# === Images ===
+
+
+def data_uri(pixels: np.ndarray, size: tuple[int, int], quality: int | None) -> str:
+    """Pixels as a WebP picture of a (width, height): with a quality, resized smoothly; without, to the nearest pixel and lossless."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(pixels).resize(size, Image.Resampling.BOX if quality else Image.Resampling.NEAREST)
+    picture.save(buffer, "webp", lossless=quality is None, quality=quality or 100, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def worth_showing(miou: np.ndarray, lost: np.ndarray, leaves_at: np.ndarray, confidence: np.ndarray) -> list[int]:
+    """Which images the page holds, the most telling first: those that lose most, the worst ones, and of each exit from sure to unsure.
+
+    Args:
+      miou: float64 [I], of each image where it leaves.
+      lost: float64 [I], by leaving there.
+      leaves_at: int64 [I], position of that exit.
+      confidence: float64 [I], at the first exit.
+    """
+    kinds = [np.argsort(-lost, kind="stable"), np.argsort(miou, kind="stable")]
+    by_confidence = np.argsort(-confidence, kind="stable")
+    for position in np.unique(leaves_at):
+        here = by_confidence[leaves_at[by_confidence] == position]
+        kinds.append(here[np.linspace(0, here.size - 1, min(here.size, IMAGES // 4)).round().astype(int)])
+    taken = dict.fromkeys(int(index) for turn in itertools.zip_longest(*kinds) for index in turn if index is not None)
+    return list(taken)[:IMAGES]
+
+
+def error_map(label: np.ndarray, mask: np.ndarray, final: np.ndarray) -> np.ndarray:
+    """The pixels of ERRORS, uint8 [H, W, 3], of a label, an exit's mask and the original network's, each uint8 [H, W]."""
+    here, there = mask == label, final == label
+    kind = np.select([label == IGNORE, here & there, there, here], [4, 0, 2, 3], 1)
+    return np.array([*ERRORS.values()], np.uint8)[kind]
+
+
+def confidence_map(logits: tf.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Largest probability of each pixel, uint8 [H, W, 3] in CONFIDENCE_COLOURS."""
+    probability = tf.nn.softmax(tf.image.resize(logits, size))[0].numpy().max(-1)
+    knots = np.linspace(0, 1, len(CONFIDENCE_COLOURS))
+    return np.stack([np.interp(probability, knots, channel) for channel in zip(*CONFIDENCE_COLOURS, strict=True)], -1).astype(np.uint8)
+
+
+def fitting(items: Iterable[Any], limit: int) -> list[Any]:
+    """The first items whose JSON takes at most so many bytes in all, and at least one."""
+    taken, size = [], 0
+    for item in items:
+        size += len(json.dumps(item))
+        if taken and size > limit:
+            break
+        taken.append(item)
+    return taken
+
+
+def gallery(
+    network: MultiExitNetwork, examples: Examples, stats: Stats, costs: Costs, deployment: Deployment, size: tuple[int, int]
+) -> Iterator[dict[str, Any]]:
+    """Images with their label and, at each chosen exit and the original's, mask, confidence, errors and mIoU in percent."""
+    chosen = chain_of(deployment)
+    shown = list(dict.fromkeys([*chosen, FINAL]))
+    positions = [stats.candidates.index(name) for name in shown]
+    miou = 100 * metrics.miou(*(counts[positions] for counts in (stats.tp, stats.fp, stats.fn)))  # [exits, I]
+    leaves_at = evaluate_configuration(stats, costs, deployment)[2]
+    here = miou[leaves_at, np.arange(leaves_at.size)]
+    sure = [image_confidence(stats, deployment, k) for k, choice in enumerate(deployment.exits) if choice.theta_pix is not None]
+    features_of = network.features(shown)
+
+    @tf.function(autograph=False)
+    def logits_of(image: tf.Tensor) -> list[tf.Tensor]:
+        features = features_of(image, training=False)
+        return [tf.cast(network.head_logits(name, features), tf.float32) for name in shown]
+
+    colours = np.vstack([palette(len(stats.classes)), [ERRORS["no label"]]]).astype(np.uint8)
+    for index in progress(worth_showing(here, miou[-1] - here, leaves_at, sure[0] if sure else here), "report", "image"):
         image, label = examples.load(index)
-        row[0].imshow(image)
-        row[1].imshow(colours[np.minimum(label, len(stats.classes))])
-        row[1].set_xlabel("label", fontsize=8)
-        features = features_of(resize_image(tf.cast(image[None], tf.float32), size), training=False)
-        for k, name in enumerate(names):
-            logits = tf.cast(network.head_logits(name, features), tf.float32)
-            probability = tf.nn.softmax(tf.image.resize(logits, size))[0].numpy().max(-1)
-            row[2 + 2 * k].imshow(colours[policy.decide(logits, size, ())["mask"][0].numpy()])
-            row[3 + 2 * k].imshow(probability, vmin=0, vmax=1, cmap="magma")
-            here = ", leaves here" if leaves_at[index] == k else ""
-            row[2 + 2 * k].set_xlabel(f"{deployment.exits[k].exit}{here}", fontsize=8)
-            if deployment.exits[k].theta_pix is not None:
-                row[3 + 2 * k].set_xlabel(f"confident: {image_confidence(stats, deployment, k)[index]:.1%}", fontsize=8)
-        row[0].set_xlabel(Path(stats.images[index]).name, fontsize=8)
-    return figure
+        label = resize_label(label[None], size)[0].numpy()
+        shrink = min(1.0, IMAGE_SIDE / max(image.shape[:2]))
+        display = tuple(max(1, round(shrink * side)) for side in image.shape[1::-1])
+        logits = logits_of(resize_image(image[None], size))
+        masks = [policy.decide(each, size, ())["mask"][0].numpy() for each in logits]
+        at_exits = [
+            {
+                "miou": float(miou[k, index]),
+                "sure": 100 * float(sure[k][index]) if k < len(sure) else None,
+                "mask": data_uri(colours[masks[k]], display, None),
+                "confidence": data_uri(confidence_map(logits[k], size), display, 50),
+                "errors": data_uri(error_map(label, masks[k], masks[-1]), display, None),
+            }
+            for k in range(len(shown))
+        ]
+        yield {
+            "name": stats.images[index],
+            "photo": data_uri(image, display, 75),
+            "label": data_uri(colours[np.minimum(label, len(stats.classes))], display, None),
+            "size": display,
+            "leaves": int(leaves_at[index]),
+            "lost": float(miou[-1, index] - here[index]),
+            "exits": at_exits,
+        }
 
 
 # === Page ===
 
 
-def svg(figure: Figure) -> str:
-    """A figure as an SVG element whose ink is the colour of the text around it."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return re.sub(INK, "currentColor", text[text.index("<svg") :])
-
-
-def html_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Cells are escaped; numbers come as text already."""
-    cells = [f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows]
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(cells)}</tbody></table></div>'
-
-
-def summary_table(deployment: Deployment) -> str:
-    """Original and chosen configuration side by side."""
+def result(stats: Stats, costs: Costs, deployment: Deployment) -> list[dict[str, Any]]:
+    """Original, predicted and their difference, mIoU in percent, costs in the unit shown, with 95 % intervals where there are any."""
     predicted, reference = deployment.predicted, deployment.original
-    scale, unit = (1e-9, "GMACs") if predicted.cost_name == "macs" else (1.0, "ms")
+    scale = unit(predicted.cost_name)[1]
     rows = [
-        ("original", f"{100 * reference.miou:.2f}", f"{scale * reference.cost:.4g}", f"{scale * reference.cost:.4g}", "1"),
-        (
-            f"chosen ({deployment.setting})",
-            f"{100 * predicted.miou:.2f}",
-            f"{scale * predicted.cost_mean:.4g}",
-            f"{scale * predicted.cost_p90:.4g}",
-            f"{reference.cost / predicted.cost_mean:.2f}×",
-        ),
+        {"name": "original", "miou": 100 * reference.miou, "mean": scale * reference.cost, "p90": scale * reference.cost, "speed_up": 1.0},
+        {
+            "name": "predicted",
+            "miou": 100 * predicted.miou,
+            "miou_interval": [100 * value for value in predicted.miou_interval],
+            "mean": scale * predicted.cost_mean,
+            "mean_interval": [scale * value for value in predicted.cost_interval],
+            "p90": scale * predicted.cost_p90,
+            "speed_up": reference.cost / predicted.cost_mean,
+            "speed_up_interval": [reference.cost / value for value in reversed(predicted.cost_interval)],
+        },
     ]
-    return html_table(["", "mIoU %", f"mean {unit}", f"p90 {unit}", "speed-up"], rows)
+    if deployment.setting != ANYTIME:  # whose mIoU is a mean over deadlines
+        before, after = rows
+        interval = [100 * value for value in difference_interval(judging(stats, deployment), costs, deployment)]
+        changes = {key: after[key] - before[key] for key in ("miou", "mean", "p90")}
+        rows.append({"name": "difference", "miou_interval": interval} | changes)
+    return rows
 
 
-def exits_table(deployment: Deployment) -> str:
-    """The chosen exits, their heads and thresholds, and how many images leave there."""
-    rows = []
-    for choice, rate in zip(deployment.exits, deployment.predicted.exit_rates, strict=True):
-        thresholds = ["–" if value is None else f"{value:.4f}" for value in (choice.theta_pix, choice.theta_img)]
-        rows.append((choice.exit, choice.head, *thresholds, f"{rate:.1%}"))
-    return html_table(["exit", "head", "θ_pix", "θ_img", "leave here"], rows)
+def asked(deployment: Deployment) -> str:
+    """What the search was to reach, and what is promised, in words."""
+    objective, promise = deployment.constraint, deployment.guarantee
+    limits = [] if objective.min_miou is None else [f"an mIoU of at least {100 * objective.min_miou:.2f} %"]
+    limits += [f"{name} of at most {limit:.6g}" for name, limit in objective.limits.items()]
+    words = f"Asked for {'the best mIoU' if objective.minimise is None else f'the least {objective.minimise}'}"
+    words += f"{' with ' if limits else ''}{' and '.join(limits)}."
+    if promise is not None:
+        against = "the original network" if promise.risk == "final" else "the labels"
+        words += f" Risk against {against} at most {promise.max_risk:g} with confidence {promise.confidence:g}, for images like these."
+    return words
 
 
-def class_table(stats: Stats, deployment: Deployment, leaves_at: np.ndarray) -> str:
-    """IoU per class of each chosen exit alone, of the original and of the mixture, in percent."""
-    chain = [stats.candidates.index(f"{choice.exit}.{choice.head}") for choice in deployment.exits]
+def class_ious(stats: Stats, deployment: Deployment, leaves_at: np.ndarray) -> dict[str, list[float | None]]:
+    """IoU in percent per class, None where no label holds it, then the mean: of the chosen exits alone, the original and the mixture."""
+    chain = [stats.candidates.index(name) for name in chain_of(deployment)]
     images = np.arange(len(stats.images))
     columns = {stats.candidates[k]: [counts[k].sum(0) for counts in (stats.tp, stats.fp, stats.fn)] for k in dict.fromkeys([*chain, -1])}
     columns["chosen mixture"] = [counts[np.array(chain)[leaves_at], images].sum(0) for counts in (stats.tp, stats.fp, stats.fn)]
-    iou = np.stack([metrics.class_iou(*counts) for counts in columns.values()], axis=1)
-    rows = [
-        (name, *("–" if np.isnan(value) else f"{100 * value:.1f}" for value in row)) for name, row in zip(stats.classes, iou, strict=True)
-    ]
-    rows.append(("mean", *(f"{100 * metrics.miou(*counts):.2f}" for counts in columns.values())))
-    return html_table(["class", *columns], rows)
+    iou = {name: 100 * np.append(metrics.class_iou(*counts), metrics.miou(*counts)) for name, counts in columns.items()}
+    return {name: [None if np.isnan(value) else float(value) for value in values] for name, values in iou.items()}
 
 
-def certificate_table(deployment: Deployment) -> str:
-    """What the search covered, and how."""
-    rows = []
-    for field, value in dataclasses.asdict(deployment.certificate).items():
-        entries = value.items() if isinstance(value, dict) else [("", value)]
-        rows += [
-            (f"{field} {name}".strip(), f"{entry:,.4g}" if isinstance(entry, float) else f"{entry:,}" if isinstance(entry, int) else entry)
-            for name, entry in entries
-        ]
-    return html_table(["", ""], rows)
-
-
-def latency_table(table: LatencyTable) -> str:
-    """Every measured submodel."""
-    header = ["submodel", "device", "backend asked", "obtained", "threads", "p50 ms", "p90 ms", "runs", "KiB"]
-    rows = [
-        (
-            row.submodel,
-            row.device,
-            row.backend_requested,
-            row.backend_obtained,
-            row.threads,
-            f"{row.p50_ms:.2f}",
-            f"{row.p90_ms:.2f}",
-            row.runs,
-            f"{row.size_bytes / 1024:.0f}",
-        )
-        for row in table.rows
-    ]
-    return html_table(header, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """One heading of the page: a caption, then a picture (which is also written as `name`.png) or a table."""
-
-    title: str
-    caption: str
-    content: Figure | str
-    name: str = ""
-
-
-def page(title: str, sections: Sequence[Section]) -> str:
-    """The HTML page."""
-    parts = []
-    for section in sections:
-        if isinstance(section.content, Figure):
-            with matplotlib.rc_context({"svg.hashsalt": section.name}):  # two pictures on one page share no ids
-                content = svg(section.content)
-        else:
-            content = section.content
-        parts.append(
-            f"<h2>{html.escape(section.title)}</h2><figure>{content}<figcaption>{html.escape(section.caption)}</figcaption></figure>"
-        )
-    return PAGE.format(title=html.escape(title), body="\n".join(parts))
-
-
-def report(
+def page(
     workdir: Path,
+    title: str,
     network: MultiExitNetwork,
     examples: Examples,
     size: tuple[int, int],
     stats: Stats,
     deployment: Deployment,
     latencies: LatencyTable | None,
-) -> list[Section]:
-    """Collects the sections of the page.
+) -> str:
+    """The HTML page.
 
     Args:
       workdir: of the training, with its logs.
+      title: of the page.
       network: trained.
       examples: the calibration split that `stats` was made of.
       size: (height, width) in pixels of the exported network.
@@ -320,81 +385,78 @@ def report(
       latencies: what the search read, None if its costs were MACs.
 
     Raises:
-      ValueError: if the latencies were measured on several devices or thread counts, or are of other submodels.
+      ValueError: see `searched_costs`.
     """
-    costs = macs_costs(stats) if latencies is None else latency_costs(stats, [dataclasses.asdict(row) for row in latencies.rows])
+    costs = searched_costs(stats, deployment, latencies)
     leaves_at = evaluate_configuration(stats, costs, deployment)[2]
-    sections = [
-        Section("Result", f"Predicted from {len(stats.images)} images of {stats.split}.", summary_table(deployment)),
-        Section(
-            "Chosen exits", "An image leaves at the first exit whose share of confident pixels reaches θ_img.", exits_table(deployment)
-        ),
-        Section(
-            "Accuracy and cost",
-            "Each dot is one head, run alone for every image (budgeted).",
-            front_picture(stats, costs, deployment),
-            "front",
-        ),
-    ]
-    if deployment.exits[0].theta_pix is not None:
-        caption = "Images by their confidence at the first chosen exit, and how many would leave if the threshold were elsewhere."
-        sections.append(Section("Exit rates", caption, exit_rates_picture(stats, deployment), "exit_rates"))
-    sections += [
-        Section(
-            "Examples",
-            "From the surest to the least sure image at the first exit: image, label, each mask and its confidence (bright is sure).",
-            strips(network, examples, stats, deployment, size, leaves_at),
-            "examples",
-        ),
-        Section("IoU per class", "In percent; a class that no label holds has none.", class_table(stats, deployment, leaves_at)),
-        Section(
-            "Training",
-            "Stage 2 shows each exit's mean loss over its heads and the mIoU of its best head.",
-            training_picture(workdir, stats.exits),
-            "training",
-        ),
-        Section(
-            "Search certificate",
-            "Every covered configuration was scored, or cut by a rule that proves it no better.",
-            certificate_table(deployment),
-        ),
-    ]
-    if latencies is not None:
-        sections.append(Section("Latencies", "Of every submodel; those of a deployment are sums of these.", latency_table(latencies)))
-    return sections
+    drawn = {  # by report.js
+        "unit": unit(costs.name)[0],
+        "exits": exit_names(stats),
+        "front": front_space(deployment),
+        "points": front_points(stats, costs, deployment),
+        "rates": exit_rate_curves(stats, deployment),
+        "training": training_panels(workdir, stats.exits),
+        "shown": list(dict.fromkeys([*chain_of(deployment), FINAL])),
+        "images": fitting(gallery(network, examples, stats, costs, deployment, size), IMAGE_BYTES),
+        "confidence_colours": css_colours(CONFIDENCE_COLOURS),
+        "errors": [*zip(ERRORS, css_colours(ERRORS.values()), strict=True)],
+        "needed": [None if choice.theta_img is None else 100 * choice.theta_img for choice in deployment.exits],
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html").render(
+        title=title,
+        drawn=drawn,
+        stats=stats,
+        deployment=deployment,
+        result=result(stats, costs, deployment),
+        asked=asked(deployment),
+        classes=class_ious(stats, deployment, leaves_at),
+        certificate=dataclasses.asdict(deployment.certificate),
+        latencies=[] if latencies is None else latencies.rows,
+        palette=css_colours(palette(len(stats.classes))),
+    )
 
 
-def main() -> None:
-    workdir = Path(FLAGS.workdir)
+def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLike = "") -> Path:
+    """Writes WORKDIR/report/index.html and returns its path.
+
+    Args:
+      workdir: of a training, with stats.npz and deployment.json.
+      data_dir: root of the data; empty for where training found it.
+      latency: the latency.json that was searched; empty for the workdir's.
+
+    Raises:
+      ValueError: the deployment was searched in other statistics, or with other latencies.
+    """
+    workdir = Path(workdir)
     deployment = Deployment.load(workdir / "deployment.json")
     stats = Stats.load(workdir / "stats.npz")
     if deployment.stats_sha256 and deployment.stats_sha256 != file_sha256(workdir / "stats.npz"):
         raise ValueError(f"{workdir / 'deployment.json'}: must be searched in this stats.npz; run mess_tf.search again")
     latencies = None
     if deployment.predicted.cost_name != "macs":
-        latencies = read_json(FLAGS.latency or workdir / "latency.json", LatencyTable.from_json)
-    config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
+        latencies = read_json(latency or workdir / "latency.json", LatencyTable.from_json)
+    config = configs.with_data_dir(configs.load_config(workdir), data_dir)
     examples = open_split(config.data, stats.split)
-    network = load_network(FLAGS.workdir, config, examples.info.num_classes)
-    folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        sections = report(workdir, network, examples, config.data.input_size, stats, deployment, latencies)
-        for section in sections:
-            if isinstance(section.content, Figure):
-                path = folder / f"{section.name}.png"
-                write_atomically(
-                    path, lambda temporary, figure=section.content: figure.savefig(temporary, format="png", dpi=110, facecolor="white")
-                )
-        text = page(f"{config.backbone.name} on {config.data.source}: {os.path.basename(workdir.resolve())}", sections)
-    write_atomically(folder / "index.html", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print(folder / "index.html")
+    network = load_network(workdir, config, examples.info.num_classes)
+    title = f"{config.backbone.name} on {config.data.source}: {workdir.resolve().name}"
+    text = page(workdir, title, network, examples, config.data.input_size, stats, deployment, latencies)
+    path = workdir / "report" / "index.html"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
+
+
+def main() -> None:
+    print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.latency))
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    define_flags()
     flags.DEFINE_string("workdir", None, "folder of a training, with stats.npz and deployment.json", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("latency", "", "the latency.json that was searched; default: the workdir's")
+    define_flags()
     terminal.run(main)
