@@ -12,6 +12,7 @@ from typing import Any
 from android_bench import adb, benchmark_model, verify
 from android_bench.session import Options, Session, Store
 from mess_runtime import terminal
+from mess_runtime.bundle import check, check_writable
 
 FAILURES = (adb.AdbError, benchmark_model.BenchmarkError, OSError, ValueError)
 
@@ -26,12 +27,12 @@ def _parser() -> terminal.ArgumentParser:
     run.add_argument("--details", action="store_true", help="also find the time per operation and the peak memory")
     run.set_defaults(function=_run)
 
-    check = commands.add_parser("verify", help="compare a deployment's prediction with the phone")
-    check.add_argument("--output", type=Path, metavar="FILE", help="default: WORKDIR/verification.json")
-    check.add_argument("--deployment", type=Path, metavar="FILE", help="default: WORKDIR/deployment.json")
-    check.set_defaults(function=_verify, details=False)
+    verifying = commands.add_parser("verify", help="compare a deployment's prediction with the phone")
+    verifying.add_argument("--output", type=Path, metavar="FILE", help="default: WORKDIR/verification.json")
+    verifying.add_argument("--deployment", type=Path, metavar="FILE", help="default: WORKDIR/deployment.json")
+    verifying.set_defaults(function=_verify, details=False)
 
-    for command in (run, check):
+    for command in (run, verifying):
         command.add_argument("--workdir", required=True, type=Path, help="folder of a training")
         command.add_argument("--serial", action="append", help="measure on this phone only; may be repeated")
         command.add_argument("--tool", default=benchmark_model.TFLITE, help="tflite or litert (fetched once), or a benchmark_model file")
@@ -47,13 +48,16 @@ def _parser() -> terminal.ArgumentParser:
         command.add_argument("--repetitions", type=int, default=3)
         command.add_argument("--flag", action="append", default=[], metavar="--NAME=VALUE", help="for the tool; may be repeated")
         command.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="measure after so long a time of full load")
-        command.add_argument("--max_battery_c", type=float, default=40.0, help="wait while the battery is warmer")
-        command.add_argument("--max_cooldown_s", type=float, default=600.0, help="give up after waiting so long")
+        command.add_argument("--max_battery_c", type=float, help="wait while the battery is warmer; default: 40")
+        command.add_argument("--max_cooldown_s", type=float, help="give up after waiting so long; default: 600")
         command.add_argument("--keep", action="store_true", help="leave the files on the phone, for the next time")
     return parser
 
 
 def _options(arguments: argparse.Namespace) -> Options:
+    for name in ("max_battery_c", "max_cooldown_s"):
+        value = getattr(arguments, name)
+        check(not arguments.sustained or value is None, f"--{name}", "left out with --sustained, which measures a warm phone", value)
     return Options(
         settings=benchmark_model.Settings(
             backend=arguments.backend,
@@ -70,8 +74,8 @@ def _options(arguments: argparse.Namespace) -> Options:
         libraries=tuple(arguments.library),
         repetitions=arguments.repetitions,
         sustained_s=arguments.sustained,
-        max_battery_c=arguments.max_battery_c,
-        max_cooldown_s=arguments.max_cooldown_s,
+        max_battery_c=40.0 if arguments.max_battery_c is None else arguments.max_battery_c,
+        max_cooldown_s=600.0 if arguments.max_cooldown_s is None else arguments.max_cooldown_s,
         details=arguments.details,
         keep=arguments.keep,
         cache=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mess_tf",
@@ -144,8 +148,11 @@ def _devices(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     paths = sorted((arguments.workdir / "candidates").glob("*.tflite"))
     if not paths:
-        raise ValueError(f"{arguments.workdir / 'candidates'}: holds no .tflite; run mess_tf.export_tflite --candidates first")
+        raise ValueError(
+            f"{arguments.workdir / 'candidates'}: must hold .tflite files; run mess_tf.export_tflite --candidates first, got none"
+        )
     output = arguments.output or arguments.workdir / "latency.json"
+    check_writable("--output", output)
     rows, problems = _on_phones(arguments, Store(output), lambda session: session.measure(paths))
     for each in rows:
         _say(f"{each[0].device if each else 'a phone'}: {len(each)} latencies")
@@ -155,8 +162,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     deployed = verify.Deployed.load(arguments.workdir, arguments.deployment or arguments.workdir / "deployment.json")
-    verifications, problems = _on_phones(arguments, Store(None), deployed.verify)
     output = arguments.output or arguments.workdir / "verification.json"
+    check_writable("--output", output)
+    verifications, problems = _on_phones(arguments, Store(None), deployed.verify)
     if verifications:
         for each in verifications:
             _say(verify.describe(each))

@@ -68,6 +68,8 @@ class Options:
     def __post_init__(self):
         check(self.repetitions >= 1, "repetitions", "at least 1", self.repetitions)
         check(self.sustained_s >= 0, "sustained", "at least 0", self.sustained_s)
+        check(self.app is None or not self.libraries, "library", "left out with the app, which holds its own", [*map(str, self.libraries)])
+        check(self.app is None or self.tool == benchmark_model.TFLITE, "tool", "left out with the app", self.tool)
         check(self.app is None or self.settings.cpus == "all", "cpus", "all with the app, which Android places", self.settings.cpus)
         for path in (*self.libraries, *([self.app] if self.app else [])):
             check(path.is_file(), str(path), "an existing file", "none")

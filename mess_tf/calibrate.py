@@ -25,7 +25,7 @@ from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, resize_image, resize_label
 from mess_tf.data.sources import open_split
 from mess_tf.export_tflite import CANDIDATES, WEIGHTS
-from mess_tf.files import Stats, made_by
+from mess_tf.files import Stats, check_theta_pix, made_by
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
@@ -98,8 +98,9 @@ def calibrate(
       The statistics, see `Stats`.
 
     Raises:
-      ValueError: the candidates were exported with other weights, or without this fidelity.
+      ValueError: the candidates were exported with other weights, or without this fidelity; thresholds do not increase.
     """
+    check_theta_pix(theta_pix)
     candidates = network.candidates
     exits = [point.name for point in network.exit_points] + ["final"]
     prefixes = {name: Path(folder) / f"prefix.{name}.tflite" for name in exits}

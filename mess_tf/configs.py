@@ -364,7 +364,12 @@ def check_recipe(name: str) -> None:
 
 
 def with_data_dir(config: Config, data_dir: str) -> Config:
-    """The same configuration, with the data looked for elsewhere if `data_dir` is not empty."""
+    """The same configuration, with the data looked for elsewhere if `data_dir` is not empty.
+
+    Raises:
+      ValueError: the data are made up, and are nowhere.
+    """
+    _check(not data_dir or config.data.source != "synthetic", "--data_dir", "left out with synthetic data", data_dir)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir)) if data_dir else config
 
 
@@ -388,7 +393,10 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """Reads a configuration back; unknown or missing keys, other formats and values of another type raise a ValueError."""
-    document = json.loads(text)
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config.json: must be JSON, got {error}") from error
     _check(isinstance(document, dict), "config.json", "an object", document)
     received = document.pop("format", None)
     _check(received == FORMAT, "config.json: format", str(FORMAT), received)
@@ -396,18 +404,22 @@ def from_json(text: str) -> Config:
 
 
 def load_config(workdir: str) -> Config:
-    """Reads WORKDIR/config.json."""
+    """Reads WORKDIR/config.json; an error names it."""
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"workdir: {workdir!r} holds no config.json; `python -m mess_tf.train --workdir={workdir}` makes one")
+        raise FileNotFoundError(f"workdir: must hold config.json, which `python -m mess_tf.train` makes, got {workdir!r}")
     with open(path, encoding="utf-8") as file:
-        return from_json(file.read())
+        text = file.read()
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _known(name: str, names: Mapping[str, Any], where: str) -> None:
     if name not in names:
         nearest = difflib.get_close_matches(name, names, 3, 0.3) or sorted(names)
-        raise ValueError(f"{where}: unknown name {name!r}, nearest {nearest}")
+        raise ValueError(f"{where}: must be a known name, nearest {nearest}, got {name!r}")
 
 
 def _from_dict(cls: type, document: Any, where: str) -> Any:
@@ -429,7 +441,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         _check(value in arguments, where, f"one of {arguments}", value)
         return value
     if origin is tuple:
-        _check(isinstance(value, list | tuple), where, "a list", value)
+        example = "[1,2]" if arguments[0] in (int, float) else '["a","b"]'
+        _check(isinstance(value, list | tuple), where, f"a list, written like {example}", value)
         variadic = arguments[-1] is Ellipsis
         _check(variadic or len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
         kinds = (arguments[0],) * len(value) if variadic else arguments

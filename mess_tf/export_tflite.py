@@ -79,8 +79,11 @@ def export_deployment(
     """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`.
 
     Raises:
-      ValueError: the thresholds were chosen for a policy of another fidelity than the exporter's.
+      ValueError: the deployment is of another network, or its thresholds were chosen for a policy of another fidelity.
     """
+    for choice in deployment.exits:
+        known = exporter.network.candidates
+        bundles.check(f"{choice.exit}.{choice.head}" in known, "deployment", f"of candidates of this network, {known}", choice)
     required = f"{deployment.fidelity}, the fidelity of the statistics that the thresholds were chosen on"
     bundles.check(exporter.fidelity == deployment.fidelity, "fidelity", required, exporter.fidelity)
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, get_args
 
@@ -58,10 +59,17 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
 
 def _must_exist(path: str | os.PathLike, command: str) -> None:
     if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}; `python -m {command} --workdir=...` makes it")
+        raise FileNotFoundError(f"{os.fspath(path)}: must exist, `python -m {command}` makes it, got no such file")
 
 
 # === stats.npz ===
+
+
+def check_theta_pix(values: Sequence[float]) -> None:
+    """Raises ValueError unless these are thresholds of the pixel confidence: at least one, increasing, in [0, 1]."""
+    grid = np.asarray(values, np.float64)
+    ok = grid.size > 0 and np.isfinite(grid).all() and grid[0] >= 0 and grid[-1] <= 1 and (np.diff(grid) > 0).all()
+    check(bool(ok), "theta_pix", "increasing numbers in [0, 1]", grid.tolist())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,9 +150,7 @@ class Stats:
             check(array.shape == shape, key, f"of shape {shape}", array.shape)
             check(not (array < 0).any(), key, "without negative values", array.min())
         check(self.theta_pix.dtype == np.float64, "theta_pix", "float64", self.theta_pix.dtype.name)
-        low, high = self.theta_pix[0], self.theta_pix[-1]
-        ok = np.isfinite(self.theta_pix).all() and low >= 0 and high <= 1 and (np.diff(self.theta_pix) > 0).all()
-        check(ok, "theta_pix", "increasing numbers in [0, 1]", self.theta_pix.tolist())
+        check_theta_pix(self.theta_pix)
         ok = self.pixels.min() >= 1 and self.pixels.max() <= MAX_PIXELS
         check(ok, "pixels", f"between 1 and {MAX_PIXELS} in each image", (self.pixels.min(), self.pixels.max()))
         for key, above in (("confident", self.confident > self.pixels[:, None, None]), ("changed", self.changed > self.pixels)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mess_runtime.bundle import check, write_atomically
+from mess_runtime.bundle import check, check_writable, write_atomically
 from mess_tf import configs, terminal
 
 CHECKPOINTS = "checkpoints"
@@ -31,8 +31,9 @@ def rescale(workdir: Path, input_scale: float, output: Path) -> None:
     config = configs.load_config(str(workdir))
     rescaled = configs.with_input_scale(config, input_scale)
     if not (workdir / CHECKPOINTS).is_dir():
-        raise FileNotFoundError(f"workdir: {str(workdir)!r} holds no {CHECKPOINTS}; `python -m mess_tf.train` makes them")
+        raise FileNotFoundError(f"workdir: must hold {CHECKPOINTS}, which `python -m mess_tf.train` makes, got {str(workdir)!r}")
     check(not output.exists(), "output", "a folder that does not exist yet", str(output))
+    check_writable("output", output, folder=True)
     output.mkdir(parents=True)
     for name in (CHECKPOINTS, configs.ORIGINAL):
         if (workdir / name).exists():

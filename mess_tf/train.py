@@ -17,8 +17,9 @@ from absl import flags
 from mess_runtime.bundle import write_atomically
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
+from mess_tf.data.examples import Examples
 from mess_tf.data.sources import open_split
-from mess_tf.learning.stage import train_stage
+from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.model import MultiExitNetwork, build_network
 from mess_tf.network.originals import define_flags
@@ -39,14 +40,30 @@ def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "bot
     keep_original(config, workdir)
     momentum = config.backbone.batch_norm_momentum
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], momentum)
+    both = stages == "both" and config.stage2.epochs > 0
+    if both:
+        check_stage2(config, network, train_examples, workdir)
     if config.stage1.epochs:
         train_stage("stage1", config.stage1, network, config, train_examples, val_examples, workdir)
-    if stages == "both" and config.stage2.epochs:
+    if both:
         keras.mixed_precision.set_global_policy(config.stage2.precision)
         keras.utils.set_random_seed(config.stage2.seed)
         network.add_heads(config.exits.head_specs, momentum)
         train_stage("stage2", config.stage2, network, config, train_examples, val_examples, workdir)
     return network
+
+
+def check_stage2(config: Config, network: MultiExitNetwork, train_examples: Examples, workdir: str) -> None:
+    """Checks before stage 1 what stage 2 will need: heads that fit, and the files that it starts from.
+
+    Raises:
+      FileNotFoundError, ValueError: stage 2 could not start.
+    """
+    # Heads are many, and all kinds but this one fit every network.
+    specs = [spec for spec in config.exits.head_specs if config.stage2.initial or spec.kind == "rest"]
+    trial = MultiExitNetwork(network.original, network.exit_points)
+    trial.add_heads(specs, config.backbone.batch_norm_momentum)
+    check_start("stage2", config.stage2, trial, train_examples, workdir)
 
 
 def keep_original(config: Config, workdir: str) -> None:

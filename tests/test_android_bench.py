@@ -69,7 +69,8 @@ def runs_of(workdir):
 
 
 def measure(bench, workdir, tool, *words):
-    return bench("run", f"--workdir={workdir}", f"--tool={tool()}", *FAST, *words)
+    app = any(str(word).startswith("--app=") for word in words)
+    return bench("run", f"--workdir={workdir}", *([] if app else [f"--tool={tool()}"]), *FAST, *words)
 
 
 def test_two_phones_at_once(bench, canned, workdir, tool):
@@ -389,6 +390,9 @@ def test_nothing_to_talk_to(bench, adb_server, workdir, tool, monkeypatch, tmp_p
         (["--repetitions=0"], "repetitions: must be at least 1"),
         (["--sustained=-1"], "sustained: must be at least 0"),
         (["--app=nowhere.apk"], "nowhere.apk: must be an existing file"),
+        (["--app=a.apk", "--tool=litert"], "tool: must be left out with the app, got 'litert'"),
+        (["--app=a.apk", "--library=a.so"], "library: must be left out with the app, which holds its own, got ['a.so']"),
+        (["--sustained=1", "--max_cooldown_s=5"], "--max_cooldown_s: must be left out with --sustained"),
         (["--backend=quantum"], "--backend: must be one of 'xnnpack'"),
     ],
 )

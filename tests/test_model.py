@@ -275,7 +275,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_load_network_takes_stage_2_if_there_is_one_else_stage_1(network, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"workdir: '.*' holds no trained weights; `python -m mess_tf\.train --workdir="):
+    with pytest.raises(FileNotFoundError, match=r"workdir: must hold trained weights, which `python -m mess_tf\.train` makes, got '"):
         load_network(str(tmp_path), CONFIG, CLASSES)
     trained = MultiExitNetwork(network.original, network.exit_points)
     # A trained network needs no backbone weights, so a file that is gone does not matter.

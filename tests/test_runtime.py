@@ -837,7 +837,7 @@ def test_inspect_prints_the_segments(command, folder, thetas):
         (["inspect", "nowhere"], "manifest.json"),
         (["run", "nowhere", "x.png", "--output=out"], "manifest.json"),
         (["benchmark", "nowhere.tflite", "--output=out.json"], "nowhere.tflite"),
-        (["benchmark", ".", "--output=out.json"], "holds no file with the suffix .tflite"),
+        (["benchmark", ".", "--output=out.json"], "must hold files with the suffix .tflite, got none"),
         (["run", "nowhere"], "sources, --output: must be given, got nothing"),
         (["fly"], "command: must be one of 'run', 'benchmark', 'inspect', got 'fly'"),
     ],

@@ -30,7 +30,7 @@ class SoftTargets:
           FileNotFoundError, ValueError: if there is no such file, or it was made for other images or classes.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"teacher: there is no file {path!r}; `python -m mess_tf.teacher --output={path}` makes it")
+            raise FileNotFoundError(f"teacher: must be an existing file, as `python -m mess_tf.teacher` makes it, got {path!r}")
         arrays = read_arrays(path)
         targets = cls(tuple(arrays["names"].tolist()), arrays["log_probability"])
         if targets.names != examples.names or targets.log_probability.shape[3] != examples.info.num_classes:

@@ -24,16 +24,37 @@ LOGIT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 EXAMPLE_MASKS = 3
 
 
+def _folder(workdir: str, name: str) -> str:
+    return os.path.join(workdir, "checkpoints", name)
+
+
+def check_start(name: str, stage: StageConfig, network: MultiExitNetwork, train: Examples, workdir: str) -> None:
+    """Checks the files that a stage starts from, unless it goes on from a checkpoint.
+
+    Raises:
+      FileNotFoundError, ValueError: `initial` or `teacher` is not there, or of another network or other images.
+    """
+    if tf.train.latest_checkpoint(_folder(workdir, name)):
+        return
+    if stage.teacher:
+        SoftTargets.load(stage.teacher, train)
+    if stage.initial:
+        if not os.path.isfile(stage.initial):
+            raise FileNotFoundError(f"{name}.initial: must be an existing file, got {stage.initial!r}")
+        network.check_weights(stage.initial, other_heads=True)
+
+
 def train_stage(
     name: str, stage: StageConfig, network: MultiExitNetwork, config: Config, train: Examples, val: Examples, workdir: str
 ) -> None:
     """Trains one stage to its end, from its last checkpoint if there is one, and leaves `network` with the best evaluation's weights.
 
     Raises:
-      FileNotFoundError, ValueError: for initial weights that are not there or of another network.
+      FileNotFoundError, ValueError: see `check_start`.
       FloatingPointError: if a loss is not finite; names the steps in question.
     """
-    folder = os.path.join(workdir, "checkpoints", name)
+    check_start(name, stage, network, train, workdir)
+    folder = _folder(workdir, name)
     os.makedirs(folder, exist_ok=True)
     steps_per_epoch = max(1, len(train) // stage.batch_size)
     total_steps = stage.epochs * steps_per_epoch
@@ -52,8 +73,6 @@ def train_stage(
         checkpoint.restore(manager.latest_checkpoint).assert_consumed()
         print(f"{name}: resumed at step {step_variable.numpy()} of {total_steps} from {manager.latest_checkpoint}", flush=True)
     elif stage.initial:
-        if not os.path.exists(stage.initial):
-            raise FileNotFoundError(f"{name}.initial: there is no file {stage.initial!r}")
         network.load_weights(stage.initial, other_heads=True)
     first_step = int(step_variable.numpy())
     log = Log(os.path.join(workdir, "logs", name), first_step)

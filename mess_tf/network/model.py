@@ -92,6 +92,19 @@ class MultiExitNetwork:
         Raises:
           ValueError: if a weight is missing, unknown or of another shape; nothing is loaded then.
         """
+        variables, saved = self._fitting(path, other_heads)
+        for name, variable in variables.items():
+            variable.assign(saved[name])
+        for name, head in self.heads.items():
+            if name.endswith(".rest") and not any(variable.startswith(f"{name}/") for variable in variables):
+                copy_rest(self.original, head)
+
+    def check_weights(self, path: str, other_heads: bool = False) -> None:
+        """Raises what `load_weights` would raise, and loads nothing."""
+        self._fitting(path, other_heads)
+
+    def _fitting(self, path: str, other_heads: bool) -> tuple[dict[str, keras.Variable], dict[str, np.ndarray]]:
+        """The variables that a file has values for, and these values."""
         saved = read_arrays(path)
         variables = dict(self._variables())
         if other_heads:
@@ -101,11 +114,7 @@ class MultiExitNetwork:
         unknown = sorted(saved.keys() - variables.keys())
         if wrong or unknown:
             raise ValueError(f"{path}: does not fit this network; missing or of another shape: {wrong[:3]}, unknown: {unknown[:3]}")
-        for name, variable in variables.items():
-            variable.assign(saved[name])
-        for name, head in self.heads.items():
-            if name.endswith(".rest") and not any(variable.startswith(f"{name}/") for variable in variables):
-                copy_rest(self.original, head)
+        return variables, saved
 
     def weights_sha256(self) -> str:
         """SHA-256 of all weights of the original and the heads, in lower-case hexadecimal."""
@@ -278,4 +287,4 @@ def load_network(workdir: str, config: Config, num_classes: int) -> MultiExitNet
             network.add_heads(specs, config.backbone.batch_norm_momentum)
             network.load_weights(path)
             return network
-    raise FileNotFoundError(f"workdir: {workdir!r} holds no trained weights; `python -m mess_tf.train --workdir={workdir}` makes them")
+    raise FileNotFoundError(f"workdir: must hold trained weights, which `python -m mess_tf.train` makes, got {workdir!r}")

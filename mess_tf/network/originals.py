@@ -52,7 +52,7 @@ def load_original(path: str) -> keras.Model:
       ValueError: Keras cannot read it; where a custom class or a Lambda is why, the message says what to do.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"backbone.weights: there is no file {path!r}")
+        raise FileNotFoundError(f"backbone.weights: must be an existing file, got {path!r}")
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as error:  # the file's classes and Keras raise what they like

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mess_runtime import terminal
-from mess_runtime.bundle import SETTINGS, Bundle, Manifest, read_json, write_json
+from mess_runtime.bundle import SETTINGS, Bundle, Manifest, check, check_writable, read_json, write_json
 
 
 def _parser() -> terminal.ArgumentParser:
@@ -48,11 +48,17 @@ def _parser() -> terminal.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     from mess_runtime.benchmark import LatencyTable
-    from mess_runtime.frames import UnreadableError, Writer, open_sources
+    from mess_runtime.frames import UnreadableError, Writer, is_film, open_sources
     from mess_runtime.runner import Runner
 
+    used = arguments.latency is None or arguments.latency_budget_ms is not None
+    check(used, "--latency", "left out without --latency_budget_ms", str(arguments.latency))
+    check_writable("--output", arguments.output, folder=True)
     bundle = Bundle.load(arguments.bundle)
     sources = open_sources(arguments.sources, arguments.frames)
+    films = [path for path, _ in sources if is_film(path)]
+    check(arguments.frames is None or films, "--frames", "left out without a video or camera", arguments.frames)
+    check(arguments.frames is None or arguments.frames > 0, "--frames", "at least 1", arguments.frames)
     writer = Writer(arguments.output, bundle.manifest.palette, arguments.overlay, [path for path, _ in sources])
     rows = read_json(arguments.latency, LatencyTable.from_json).rows if arguments.latency else ()
     runner = Runner(bundle, arguments.threads, arguments.engine, rows, arguments.hold_latency)
@@ -82,6 +88,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     from mess_runtime.benchmark import LatencyTable, benchmark_files
     from mess_runtime.frames import expand
 
+    check_writable("--output", arguments.output)
     table = read_json(arguments.output, LatencyTable.from_json) if arguments.output.exists() else LatencyTable({}, ())
     rows = benchmark_files(
         expand(arguments.paths, {".tflite"}),

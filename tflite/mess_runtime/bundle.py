@@ -303,6 +303,27 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> N
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(argument: str, path: str | os.PathLike, folder: bool = False) -> None:
+    """Checks before long work that its result can be written.
+
+    Args:
+      argument: that says where to.
+      path: of a file to write, in a folder that is there.
+      folder: `path` is a folder, which need not be there yet.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    path = Path(path)
+    if folder:
+        parent = next(each for each in (path, *path.absolute().parents) if each.exists())
+        required = "a folder that can be written to"
+    else:
+        parent, required = path.absolute().parent, "a file in a folder that exists and can be written to"
+    ok = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and (folder or not path.is_dir())
+    check(ok, argument, required, str(path))
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON atomically; NaN and infinities raise ValueError."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"

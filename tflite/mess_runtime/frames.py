@@ -19,13 +19,18 @@ class UnreadableError(ValueError):
     """An image or video that cannot be read; others may be."""
 
 
+def is_film(source: Path) -> bool:
+    """Whether a source gives more than one frame: a video or a camera."""
+    return str(source).startswith(CAMERA) or source.suffix.lower() in VIDEO_SUFFIXES
+
+
 def expand(paths: Sequence[Path], suffixes: set[str]) -> list[Path]:
     """Returns the files, with every folder replaced by its files of these suffixes, in order and without repetition."""
     files = {}
     for path in paths:
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
         if not found:
-            raise ValueError(f"{path}: holds no file with the suffix {' or '.join(sorted(suffixes))}")
+            raise ValueError(f"{path}: must hold files with the suffix {' or '.join(sorted(suffixes))}, got none")
         files |= {file.resolve(): file for file in found}
     return list(files.values())
 
@@ -47,8 +52,7 @@ def open_sources(sources: Sequence[str], limit: int | None = None) -> list[tuple
             opened.append((Path(source), _video(source, source.replace(":", ""), limit)))
             continue
         for path in expand([Path(source)], IMAGE_SUFFIXES):
-            video = path.suffix.lower() in VIDEO_SUFFIXES
-            opened.append((path, _video(str(path), path.stem, limit) if video else _image(path)))
+            opened.append((path, _video(str(path), path.stem, limit) if is_film(path) else _image(path)))
     paths = {}
     for path, frames in opened:
         paths.setdefault(path.resolve(), (path, frames))
