@@ -17,7 +17,8 @@ from pathlib import Path
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-from mess_runtime.bundle import check, file_sha256, write_atomically, write_json
+from mess_runtime.bundle import check, file_sha256, write_json
+from mess_runtime.files import write_atomically
 
 TFLITE, LITERT = "tflite", "litert"
 XNNPACK, CPU, GPU, NNAPI, NPU, UNKNOWN = "xnnpack", "cpu", "gpu", "nnapi", "npu", "unknown"

@@ -18,7 +18,8 @@ from pathlib import Path
 import keras
 from absl import app, flags
 
-from mess_runtime.bundle import BUDGETED, write_atomically
+from mess_runtime.bundle import BUDGETED
+from mess_runtime.files import write_atomically
 from mess_tf import configs
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.sources import open_split
@@ -69,7 +70,12 @@ def train(folder: Path, config: Config, name: str, num_classes: int) -> Config:
         )
         folder.mkdir(parents=True, exist_ok=True)
         network = smaller(FLAGS.workdir, config, name, num_classes)
-        write_atomically(start, lambda temporary: network.save(temporary))
+
+        def save(temporary: Path) -> None:  # Keras looks at the suffix
+            network.save(f"{temporary}.keras")
+            os.replace(f"{temporary}.keras", temporary)
+
+        write_atomically(start, save)
         write_atomically(folder / "config.json", lambda temporary: temporary.write_text(configs.to_json(own)))
     subprocess.run([sys.executable, "-m", "mess_tf.train", f"--workdir={folder}"], check=True)
     return configs.load_config(str(folder))

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, Bundle, check, write_atomically
+from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, Bundle, check
 from mess_runtime.engines import open_interpreter
+from mess_runtime.files import write_atomically
 from mess_runtime.runner import Result, Runner
 
 REPETITIONS = 21

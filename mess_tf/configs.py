@@ -11,6 +11,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from mess_runtime.files import parse_json
+
 FORMAT = 1
 ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
@@ -394,8 +396,8 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """Reads a configuration back; unknown or missing keys, other formats and values of another type raise a ValueError."""
     try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"config.json: must be JSON, got {error}") from error
     _check(isinstance(document, dict), "config.json", "an object", document)
     received = document.pop("format", None)

@@ -15,7 +15,6 @@ Their latencies add up to those of any deployment. Beside them, `weights.sha256`
 Both take --precision=fp32|fp16|int8. Every file is checked before it is kept.
 """
 
-import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from absl import flags
 from PIL import Image
 
 from mess_runtime import bundle as bundles
+from mess_runtime.files import replace_folder, write_atomically
 from mess_runtime.terminal import progress
 from mess_tf import configs, terminal
 from mess_tf.data.examples import Examples
@@ -64,7 +64,7 @@ def export_candidates(exporter: Exporter, folder: Path) -> None:
         deeper = [name for name in exits[exits.index(exit_name) + 1 :] if cost.get((name, head), np.inf) <= value]
         if deeper:
             print(f"{exit_name}.{head}: costs no less than at {deeper[0]}: too heavy a head for its place")
-    bundles.write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_text(network.weights_sha256()))
+    write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_text(network.weights_sha256()))
 
 
 def export_deployment(
@@ -93,13 +93,14 @@ def export_deployment(
     signatures = exporter.bundle(
         workdir / "bundle", deployment, deployment.predicted.in_manifest(), classes, input_spec, examples, extra_signatures
     )
-    submodels = workdir / "submodels"
-    shutil.rmtree(submodels, ignore_errors=True)
-    submodels.mkdir(parents=True)
-    for name, graph in signatures.items():
-        if name != bundles.FULL:
-            exporter.save(submodels / f"{name}.tflite", graph)
-    exporter.save(submodels / "original.tflite", original[bundles.alone_signature("final")])
+
+    def write(submodels: Path) -> None:
+        for name, graph in signatures.items():
+            if name != bundles.FULL:
+                exporter.save(submodels / f"{name}.tflite", graph)
+        exporter.save(submodels / "original.tflite", original[bundles.alone_signature("final")])
+
+    replace_folder(workdir / "submodels", write)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Self, get_args
 
@@ -27,13 +27,16 @@ from mess_runtime.bundle import (
     check,
     decode_versioned,
     read_json,
-    write_atomically,
     write_json,
 )
+from mess_runtime.files import write_atomically
 from mess_tf import __version__
 
 # Up to this size `theta_img * pixels` is off by less than the 1e-9 that the exit rule allows for rounding.
 MAX_PIXELS = 2**22
+
+# Of an .npz file, unpacked: more is no file of ours, but one that is made to fill the memory.
+MAX_ARRAYS_BYTES = 8 * 2**30
 
 RISKS = ("final", "labels")
 
@@ -48,13 +51,35 @@ def made_by() -> dict[str, str]:
     return {"mess_tf": __version__, "python": platform.python_version(), "numpy": np.__version__, "git_commit": commit}
 
 
-def read_arrays(path: str) -> dict[str, np.ndarray]:
-    """Reads an .npz file; raises a ValueError that names it if it is another file."""
+def read_arrays(path: str | os.PathLike, required: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads an .npz file without objects in it.
+
+    Args:
+      path: of the file.
+      required: names of the arrays that it must hold, and no others; None for any. Names and sizes are looked at before anything is read.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is another or a broken file, has other arrays, or is larger than `MAX_ARRAYS_BYTES` unpacked.
+    """
     try:
-        with np.load(path) as arrays:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            names = [member.filename.removesuffix(".npy") for member in members]
+            check(len(set(names)) == len(names), "arrays", "of different names", names)
+            if required is not None:
+                for problem, keys in (("missing", set(required) - set(names)), ("unknown", set(names) - set(required))):
+                    check(not keys, "arrays", ", ".join(sorted(required)), f"{problem} {', '.join(sorted(keys))}")
+            size = sum(member.file_size for member in members)
+            check(size <= MAX_ARRAYS_BYTES, "arrays", f"of at most {MAX_ARRAYS_BYTES} bytes", size)
+        with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: must be an .npz file, got {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # the file system's, with the name of the file
+            raise
+        raise ValueError(f"{os.fspath(path)}: must be a complete .npz file, got {error}") from error
+    except Exception as error:  # a broken archive makes zipfile, zlib and NumPy raise nearly anything
+        raise ValueError(f"{os.fspath(path)}: must be a complete .npz file, got {error or type(error).__name__}") from error
 
 
 def _must_exist(path: str | os.PathLike, command: str) -> None:
@@ -198,16 +223,8 @@ class Stats:
         """
         _must_exist(path, "mess_tf.calibrate")
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        arrays = read_arrays(path, ("format", *fields))
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-        except (zipfile.BadZipFile, EOFError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)}: must be a complete stats.npz, got {error}") from error
-        try:
-            expected = {"format", *fields}
-            for problem, keys in (("missing", expected - arrays.keys()), ("unknown", arrays.keys() - expected)):
-                if keys:
-                    raise ValueError(f"{problem} key {', '.join(sorted(keys))}; required are {', '.join(sorted(expected))}")
             check(arrays["format"].tolist() == FORMAT, "format", str(FORMAT), arrays["format"].tolist())
             values = {}
             for key, kind in fields.items():

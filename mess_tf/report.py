@@ -22,7 +22,8 @@ from absl import flags
 from PIL import Image
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, file_sha256, read_json, write_atomically
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, file_sha256, read_json
+from mess_runtime.files import write_atomically
 from mess_runtime.terminal import progress
 from mess_tf import configs, metrics, terminal
 from mess_tf.configs import IGNORE

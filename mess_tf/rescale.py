@@ -10,7 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from mess_runtime.bundle import check, check_writable, write_atomically
+from mess_runtime.bundle import check, check_writable
+from mess_runtime.files import write_atomically
 from mess_tf import configs, terminal
 
 CHECKPOINTS = "checkpoints"

@@ -14,7 +14,7 @@ from typing import Literal
 import keras
 from absl import flags
 
-from mess_runtime.bundle import write_atomically
+from mess_runtime.files import write_atomically
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.examples import Examples

@@ -18,7 +18,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mess_runtime import benchmark, bundle, engines, runner
+from mess_runtime import benchmark, bundle, engines, files, runner
 from mess_runtime.__main__ import main
 from mess_runtime.bundle import (
     MODEL,
@@ -682,7 +682,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        bundle.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     with pytest.raises(ValueError):
         write_json(path, {"a": math.nan})
     assert json.loads(path.read_text()) == {"a": 1}

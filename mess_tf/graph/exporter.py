@@ -6,8 +6,6 @@ import functools
 import io
 import itertools
 import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime import bundle as bundles
+from mess_runtime.files import replace_folder, write_atomically
 from mess_tf.data.examples import Examples, palette
 from mess_tf.data.pipelines import resize_image, resize_label
 from mess_tf.files import Configuration, made_by
@@ -133,7 +132,7 @@ class Exporter:
     def save(self, path: Path, graph: flatbuffer.Graph) -> bytes:
         """Writes a graph as a file of its own."""
         content = self.content({bundles.SIGNATURE: graph})
-        bundles.write_atomically(path, lambda temporary: temporary.write_bytes(content))
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
         return content
 
     def prefix(self, folder: Path, exit_name: str) -> flatbuffer.Graph:
@@ -319,16 +318,12 @@ class Exporter:
             predicted=predicted,
             segments=tuple(segments),
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+
+        def write(fresh: Path) -> None:
             (fresh / bundles.MODEL).write_bytes(content)
             bundles.write_manifest(fresh, manifest)
-            fresh.chmod(0o755)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(fresh, folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+
+        replace_folder(folder, write)
         return everything
 
     def _check_bundle(

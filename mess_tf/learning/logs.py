@@ -6,7 +6,7 @@ import os
 import numpy as np
 import tensorflow as tf
 
-from mess_runtime.bundle import write_atomically
+from mess_runtime.files import write_atomically
 from mess_tf.data.examples import palette
 
 

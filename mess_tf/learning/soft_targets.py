@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mess_runtime.bundle import write_atomically
+from mess_runtime.files import write_atomically
 from mess_tf.data.examples import Examples
 from mess_tf.files import read_arrays
 

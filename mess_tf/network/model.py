@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from mess_runtime.bundle import write_atomically
+from mess_runtime.files import write_atomically
 from mess_tf.configs import Config, HeadSpec, with_own_original
 from mess_tf.files import read_arrays
 from mess_tf.network.backbones import build_backbone

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mess_runtime import terminal
 from mess_runtime.bundle import SETTINGS, Bundle, Manifest, check, check_writable, read_json, write_json
+from mess_runtime.files import locked
 
 
 def _parser() -> terminal.ArgumentParser:
@@ -89,7 +90,11 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     from mess_runtime.frames import expand
 
     check_writable("--output", arguments.output)
-    table = read_json(arguments.output, LatencyTable.from_json) if arguments.output.exists() else LatencyTable({}, ())
+
+    def table() -> LatencyTable:
+        return read_json(arguments.output, LatencyTable.from_json) if arguments.output.exists() else LatencyTable({}, ())
+
+    table()  # a broken file is found before the work
     rows = benchmark_files(
         expand(arguments.paths, {".tflite"}),
         threads=arguments.threads,
@@ -98,7 +103,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         rounds=arguments.rounds,
         progress=True,
     )
-    write_json(arguments.output, table.merged(rows).to_json())
+    with locked(arguments.output):  # others may have measured meanwhile
+        write_json(arguments.output, table().merged(rows).to_json())
     print(arguments.output)
     return 0
 

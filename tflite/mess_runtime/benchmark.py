@@ -18,7 +18,7 @@ import numpy as np
 import mess_runtime
 from mess_runtime import terminal
 from mess_runtime.bundle import FORMAT, check, check_sha256, decode_versioned, file_sha256
-from mess_runtime.engines import RUNTIME, Interpreter, open_interpreter
+from mess_runtime.engines import MAX_THREADS, RUNTIME, Interpreter, open_interpreter
 
 BACKEND = "xnnpack"
 WARMUP = 3
@@ -175,7 +175,8 @@ def benchmark_files(
     """
     for name, value, least in (("threads", threads, 1), ("warmup", warmup, 0), ("runs", runs, 1), ("rounds", rounds, 1)):
         check(value >= least, name, f"at least {least}", value)
-    check(min_seconds >= 0, "min_seconds", "at least 0", min_seconds)
+    check(threads <= MAX_THREADS, "threads", f"at most {MAX_THREADS}", threads)
+    check(0 <= min_seconds < math.inf, "min_seconds", "at least 0 and finite", min_seconds)
     files = {}
     for path in paths:
         files.setdefault(file_sha256(path), Path(path))

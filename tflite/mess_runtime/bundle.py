@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+from mess_runtime.files import parse_json, write_atomically
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.tflite"
@@ -292,17 +294,6 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a temporary file in the folder of `path`, then puts it in the place of `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_writable(argument: str, path: str | os.PathLike, folder: bool = False) -> None:
     """Checks before long work that its result can be written.
 
@@ -339,7 +330,7 @@ def read_json(path: str | os.PathLike, from_json: Callable[[Any], T]) -> T:
     """
     text = Path(path).read_bytes()
     try:
-        return from_json(json.loads(text))
+        return from_json(parse_json(text))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -30,6 +30,7 @@ try:
 except ModuleNotFoundError:
     CompiledModel = None
 
+MAX_THREADS = 256  # runtimes crash where the system has no more
 COMPILED, INTERPRETER = ENGINES = ("compiled", "interpreter")
 
 
@@ -80,10 +81,11 @@ class CompiledEngine:
     """LiteRT's CompiledModel. What one signature makes, another reads from the same buffer."""
 
     def __init__(self, path: str | os.PathLike, threads: int):
+        verify(path)
         options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
         try:
             self._model = CompiledModel.from_file(os.fspath(path), options=options)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
         signatures = self._model.get_signature_list()
         self._inputs: dict[str, Any] = {}  # of `put`
@@ -144,6 +146,18 @@ def open_engine(path: str | os.PathLike, threads: int, engine: str | None = None
     return {COMPILED: CompiledEngine, INTERPRETER: InterpreterEngine}[engine](path, threads)
 
 
+def verify(path: str | os.PathLike) -> None:
+    """Checks that a file is a whole flatbuffer of a model, which CompiledModel does not: it would end the process.
+
+    Raises:
+      ValueError: it is not.
+    """
+    try:
+        Interpreter(os.fspath(path))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
+
+
 def open_interpreter(path: str | os.PathLike, threads: int) -> Interpreter:
     """Returns an interpreter of a .tflite with its tensors allocated.
 
@@ -153,6 +167,6 @@ def open_interpreter(path: str | os.PathLike, threads: int) -> Interpreter:
     try:
         interpreter = Interpreter(os.fspath(path), num_threads=threads)
         interpreter.allocate_tensors()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
     return interpreter

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mess_runtime.bundle import write_atomically
+from mess_runtime.bundle import check
+from mess_runtime.files import write_atomically
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
@@ -49,6 +50,8 @@ def open_sources(sources: Sequence[str], limit: int | None = None) -> list[tuple
     opened = []
     for source in sources:
         if source.startswith(CAMERA):
+            number = source.removeprefix(CAMERA)
+            check(number.isdecimal() and len(number) < 4, "source", f"{CAMERA}NUMBER, the number of a camera from 0 on", source)
             opened.append((Path(source), _video(source, source.replace(":", ""), limit)))
             continue
         for path in expand([Path(source)], IMAGE_SUFFIXES):

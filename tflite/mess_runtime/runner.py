@@ -3,6 +3,7 @@
 import itertools
 import math
 import platform
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -25,7 +26,7 @@ from mess_runtime.bundle import (
     check,
     segment_signature,
 )
-from mess_runtime.engines import Tensor, open_engine
+from mess_runtime.engines import MAX_THREADS, Tensor, open_engine
 
 # The first run touches the memory, the second has a typical latency.
 WARMUP_RUNS = 2
@@ -74,7 +75,7 @@ class Result(NamedTuple):
 
 
 class Runner:
-    """Executes a bundle, image after image, on one thread of Python."""
+    """Executes a bundle, image after image. Threads may share it: one image is worked on at a time."""
 
     def __init__(
         self, bundle: Bundle, threads: int = 1, engine: str | None = None, latency: Sequence[LatencyRow] = (), hold_latency: bool = False
@@ -93,13 +94,14 @@ class Runner:
         Raises:
           ValueError: the file cannot be loaded, its signatures do not fit the manifest, or nothing was expected whose latency can be held.
         """
-        check(threads >= 1, "threads", "at least 1", threads)
+        check(1 <= threads <= MAX_THREADS, "threads", f"between 1 and {MAX_THREADS}", threads)
         manifest = bundle.manifest
         self.manifest, self.threads, self.latency = manifest, threads, tuple(latency)
         self._path, self._input = bundle.path, manifest.input
         self._engine = open_engine(bundle.path, threads, engine)
         self._pixels = self._input.height * self._input.width
-        self._image = np.zeros((1, self._input.height, self._input.width, 3), self._input.dtype)
+        self._shape = (1, self._input.height, self._input.width, 3)
+        self._lock = threading.Lock()
         self._exits = manifest.exits
         self._signatures = [segment_signature(name) for name in self._exits]
         self._needed = [None if s.theta_img is None else math.ceil(s.theta_img * self._pixels - 1e-9) for s in manifest.segments]
@@ -112,11 +114,15 @@ class Runner:
         self._tensors: dict[str, object] = {}  # the image and features by name, as the engine holds them
         self._outputs: dict[str, dict[str, object]] = {}  # by signature
         self._turn = 0
-        made = {IMAGE: Tensor(self._input.dtype, self._image.shape)}
+        made = {IMAGE: Tensor(self._input.dtype, self._shape)}
         for signature, needed in zip(self._signatures, self._needed, strict=True):
             self._prepare(signature, needed is not None, made)
             made |= {name: tensor for name, tensor in self._engine.outputs[signature].items() if name not in (MASK, CONFIDENT_PIXELS)}
-        self._warm_up(self._signatures)
+        self._image = np.zeros(self._shape, self._input.dtype)  # not before the file has agreed to its size
+        try:
+            self._warm_up(self._signatures)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"{self._path}: must run, got {' '.join(str(error).split()) or type(error).__name__}") from error
 
     def run(
         self,
@@ -160,12 +166,18 @@ class Runner:
                 measured = len(self._exits) == 1 or alone_signature(self._exits[-1]) in self._engine.inputs
                 check(measured, "latency_budget_ms", "left out for a file without alone.EXIT, whose latencies these are", latency_budget_ms)
                 exit = exit_within(self.manifest, self.latency, latency_budget_ms, self.threads)
-            return self._budgeted(image, self._exits[-1] if exit is None else exit)
+            with self._lock:
+                return self._budgeted(image, self._exits[-1] if exit is None else exit)
         if setting == ANYTIME:
             check(deadline_ms is not None and deadline_ms > 0, "deadline_ms", f"positive milliseconds for {ANYTIME}", deadline_ms)
         else:
             check(None not in self._needed[:-1], "setting", f"{BUDGETED} or {ANYTIME}, as the bundle has no theta_img", setting)
-        if holds:
+        with self._lock:
+            return self._in_turn(image, setting, deadline_ms)
+
+    def _in_turn(self, image: np.ndarray, setting: str, deadline_ms: float | None) -> Result:
+        """Runs segment after segment until the setting says stop."""
+        if self._going_on is not None:
             self._credit = [min(had + share, HELD_IMAGES * share) for had, share in zip(self._credit, self._going_on, strict=True)]
 
         self._take(image)
@@ -204,13 +216,16 @@ class Runner:
           ValueError: the image has another type or shape.
           RuntimeError: this runner was given another image in the meantime.
         """
-        self._take(image)
-        turn, trace = self._turn, []
+        with self._lock:
+            self._take(image)
+            turn, trace = self._turn, []
         for signature in self._signatures:
-            if self._turn != turn:
-                raise RuntimeError("refine: the runner was given another image, whose features have replaced this one's")
-            trace.append(self._step(signature))
-            yield self._result(signature, trace, image)
+            with self._lock:
+                if self._turn != turn:
+                    raise RuntimeError("refine: the runner was given another image, whose features have replaced this one's")
+                trace.append(self._step(signature))
+                result = self._result(signature, trace, image)
+            yield result
 
     def _budgeted(self, image: np.ndarray, exit: str) -> Result:
         check(exit in self._exits, "exit", f"one of {', '.join(self._exits)}", exit)
@@ -220,7 +235,7 @@ class Runner:
             trace = [self._step(segment) for segment in self._signatures[: self._exits.index(exit) + 1]]
             return self._result(segment_signature(exit), trace, image)
         if signature not in self._fastest_ms:
-            self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._image.shape)})
+            self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._shape)})
             self._warm_up([signature])
         self._take(image)
         return self._result(signature, [self._step(signature)], image)
@@ -233,7 +248,7 @@ class Runner:
         self._fastest_ms[signature] = math.inf
         for name, tensor in engine.inputs[signature].items():
             check(available.get(name) == tensor, f"{where}: input {name!r}", f"one of {available}", tensor)
-        expected = {MASK: Tensor("uint8", self._image.shape[:3])}
+        expected = {MASK: Tensor("uint8", self._shape[:3])}
         if decides or CONFIDENT_PIXELS in engine.outputs[signature]:
             expected[CONFIDENT_PIXELS] = Tensor("int32", (1,))
         for name, tensor in expected.items():
@@ -248,6 +263,8 @@ class Runner:
 
     def _take(self, image: np.ndarray) -> None:
         """Makes the image, fitted to the network's input, the one that the next steps work on."""
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"image: must be a NumPy array, uint8 [h, w, 3], got {type(image).__name__}")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"image: must be uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
         pixels = image[None]
