@@ -13,6 +13,7 @@ from android_bench import adb, benchmark_model, verify
 from android_bench.session import Options, Session, Store
 from mess_runtime import terminal
 from mess_runtime.bundle import check, check_writable
+from mess_runtime.files import printable
 
 FAILURES = (adb.AdbError, benchmark_model.BenchmarkError, OSError, ValueError)
 
@@ -83,18 +84,18 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
 
 def _complain(problem: object) -> None:
-    terminal.complain(f"android_bench: {problem}")
+    terminal.complain(printable(f"android_bench: {problem}"))
 
 
 def _on_phones(arguments: argparse.Namespace, store: Store, work: Callable[[Session], Any]) -> tuple[list[Any], int]:
     """Runs `work` on all phones at once, or on those named; returns what it gave, and the number of problems, which are printed."""
     options = _options(arguments)
     states = adb.list_devices()
-    serials = arguments.serial or list(states)
+    serials = list(dict.fromkeys(arguments.serial or states))  # one given twice is one phone
     if not serials:
         raise adb.NoDeviceError(adb.HOST, "devices", "no phone is connected: plug one in, with USB debugging on")
     stopped = threading.Event()

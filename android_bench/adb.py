@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mess_runtime.bundle import file_sha256
+from mess_runtime.files import printable, safe_name
 
 FOLDER = "/data/local/tmp/mess_bench"
 PID_FILE = "pid"
@@ -163,10 +164,10 @@ def parse_thermal(text: str) -> Thermal:
         return int(found[1]) if found else None
 
     sensors = {}
-    for value, kind, name in re.findall(r"Temperature\{mValue=([-+0-9.eE]+), mType=(\d+), mName=([^,}]*)", text):
+    for value, kind, name in re.findall(r"Temperature\{mValue=([-+0-9.eE]{1,30}), mType=(\d{1,3}), mName=([^,}]{0,99})", text):
         if kind in THERMAL_TYPES:
             sensors[name] = value
-    for name, value in re.findall(r"^zone=(.*\S)\s+(-?\d+)$", text, re.MULTILINE):
+    for name, value in re.findall(r"^zone=(\S.{0,99}) (-?\d{1,9})$", text, re.MULTILINE):
         # Kernels count in thousandths, some in tenths, of a degree.
         sensors.setdefault(name, f"{int(value) / (1000 if abs(int(value)) >= 1000 else 10 if abs(int(value)) >= 150 else 1)}")
     readings = {}
@@ -176,9 +177,12 @@ def parse_thermal(text: str) -> Thermal:
                 readings[name] = float(value)
         except ValueError:
             continue
-    tenths = number(r"^\s*temperature:\s*(-?\d{1,5})\s*$")
+    tenths = number(r"^[ \t]*temperature:[ \t]*(-?\d{1,5})[ \t\r]*$")
     return Thermal(
-        None if not tenths else tenths / 10, number(r"^\s*level:\s*(\d{1,3})\s*$"), number(r"^Thermal Status:\s*(\d)\s*$"), readings
+        None if not tenths else tenths / 10,
+        number(r"^[ \t]*level:[ \t]*(\d{1,3})[ \t\r]*$"),
+        number(r"^Thermal Status:[ \t]*(\d)[ \t\r]*$"),
+        readings,
     )
 
 
@@ -237,7 +241,7 @@ class Device:
         """
         clocks = 'cd /sys/devices/system/cpu && for c in cpu[0-9]*; do echo "clock=$c $(cat $c/cpufreq/cpuinfo_max_freq)"; done'
         _, text = self.shell("read properties", f"getprop; ({clocks}) 2>/dev/null")
-        properties = dict(re.findall(r"^\[(.+?)\]: \[(.*)\]$", text, re.MULTILINE))
+        properties = {name: printable(value)[:200] for name, value in re.findall(r"^\[([^\]\n]{1,99})\]: \[(.*)\]$", text, re.MULTILINE)}
 
         def first(*names: str) -> str:
             return next((properties[name] for name in names if properties.get(name)), "unknown")
@@ -245,11 +249,11 @@ class Device:
         model, number = first("ro.product.model", "ro.product.name"), properties.get("ro.serialno") or self.serial
         maker = properties.get("ro.soc.manufacturer", "")
         return Phone(
-            name=re.sub(r"[^\w.-]+", "_", f"{model}-{number}"),
+            name=safe_name(f"{model}-{number}"),
             soc=f"{maker} {first('ro.soc.model', 'ro.board.platform', 'ro.hardware')}".strip(),
             os=f"Android {first('ro.build.version.release')} (API {first('ro.build.version.sdk')})",
             abis=tuple(first("ro.product.cpu.abilist", "ro.product.cpu.abi").split(",")),
-            max_khz={int(cpu): int(khz) for cpu, khz in re.findall(r"^clock=cpu(\d+) (\d+)$", text, re.MULTILINE)},
+            max_khz={int(cpu): int(khz) for cpu, khz in re.findall(r"^clock=cpu(\d{1,3}) (\d{1,9})$", text, re.MULTILINE)},
         )
 
     def read_thermal(self) -> Thermal:

@@ -47,7 +47,10 @@ _EXPLICIT = re.compile(r"Explicitly applied (\w+) delegate, and the model graph 
 _REFUSED = re.compile(r"Though (\w+) delegate is explicitly applied, the model graph will not be executed by the delegate")
 _REPLACING = re.compile(r"Replacing (\d{1,9}) out of (\d{1,9}) node\(s\) with delegate \((\w+)\)")
 _DELEGATES = {XNNPACK: r"XNNPack", GPU: r"Gpu|^LITERT_(CL|GL|WEBGPU)", NNAPI: r"Nnapi", NPU: r"Dispatch"}
-_NODE_TYPE = re.compile(r"\s*(\S.*?)\s+(\d{1,9})\s+([\d.]+)\s+[\d.]+%\s+[\d.]+%\s+([\d.]+)(?:\s+(\d+))?\s*")
+_NODE_TYPE = re.compile(
+    r"\s{0,99}(\S{1,99}(?: \S{1,99}){0,9})\s{1,99}(\d{1,9})\s{1,99}([\d.]{1,30})\s{1,99}[\d.]{1,30}%\s{1,99}[\d.]{1,30}%"
+    r"\s{1,99}([\d.]{1,30})(?:\s{1,99}(\d{1,15}))?\s{0,99}"
+)
 _PEAK = re.compile(r"(?:Overall peak memory footprint \(MB\) via periodic monitoring|Peak memory):\s+([\d.]+)")
 
 
@@ -331,7 +334,7 @@ def parse_details(text: str) -> tuple[tuple[OpTime, ...], float | None]:
     _, _, regular = text.partition("Operator-wise Profiling Info for Regular Benchmark Runs")
     times = []
     for raw in (regular or text).partition("Summary by node type")[2].split("\n")[2:]:
-        line = _LINE.fullmatch(raw)
+        line = _LINE.fullmatch(raw[:1000])
         found = _NODE_TYPE.fullmatch(line["text"]) if line else None
         if not found:
             break

@@ -12,7 +12,7 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from android_bench.benchmark_model import BenchmarkError, Measurement, OpTime, S
 from mess_runtime import terminal
 from mess_runtime.benchmark import LatencyRow, LatencyTable, created_by
 from mess_runtime.bundle import FORMAT, check, decode_versioned, file_sha256, read_json, write_json
+from mess_runtime.files import locked
 
 PROGRAM = "benchmark_model"
 THROTTLED = 1.1  # median drift from which a phone counts as throttled
@@ -162,10 +163,29 @@ class Store:
         self.runs_path = path and path.with_suffix(".runs.json")
         self._lock = threading.Lock()
         self._table, self._log = LatencyTable({}, ()), RunLog({}, (), ())
-        if path and path.exists():
-            self._table = read_json(path, LatencyTable.from_json)
+        self._serials: dict[str, str] = {}  # by name of the phone
+        self._read()
+
+    def _read(self) -> None:
+        if self.path and self.path.exists():
+            self._table = read_json(self.path, LatencyTable.from_json)
         if self.runs_path and self.runs_path.exists():
             self._log = read_json(self.runs_path, RunLog.from_json)
+
+    def claim(self, device: str, serial: str) -> None:
+        """Raises ValueError if another phone of this command has the same name: their latencies could not be told apart."""
+        with self._lock:
+            other = self._serials.setdefault(device, serial)
+        check(
+            other == serial, "device", f"another name than that of {other}; measure them one after the other, in files of their own", device
+        )
+
+    @contextlib.contextmanager
+    def _updating(self) -> Iterator[None]:
+        """Keeps other threads and processes out, and starts from what they have written."""
+        with self._lock, locked(self.path) if self.path else contextlib.nullcontext():
+            self._read()
+            yield
 
     def runs(self, device: str, conditions: Conditions) -> list[Run]:
         """Returns the runs of a phone under these conditions."""
@@ -186,7 +206,7 @@ class Store:
     def add(self, runs: Iterable[Run] = (), details: Iterable[Details] = (), rows: Iterable[LatencyRow] = ()) -> None:
         """Adds to both files."""
         runs, details, rows = tuple(runs), tuple(details), tuple(rows)
-        with self._lock:
+        with self._updating():
             if runs or details:
                 self._log = RunLog(created_by(), self._log.runs + runs, self._log.details + details)
                 if self.runs_path:
@@ -198,8 +218,10 @@ class Store:
 
     def forget(self, runs: Sequence[Run]) -> None:
         """Takes runs out, so that they are measured again."""
-        with self._lock:
+        with self._updating():
             self._log = dataclasses.replace(self._log, runs=tuple(run for run in self._log.runs if run not in runs))
+            if self.runs_path:
+                write_json(self.runs_path, self._log.to_json())
 
 
 def _row_conditions(conditions: Conditions) -> dict[str, Any]:
@@ -214,7 +236,6 @@ def _row_conditions(conditions: Conditions) -> dict[str, Any]:
 
 def make_row(phone: adb.Phone, path: Path, runs: Sequence[Run]) -> LatencyRow:
     """Joins all repetitions of one submodel: the median of their medians, and the mean of all their samples."""
-    runs = sorted(runs, key=lambda run: run.repetition)
     measured = [run.measurement for run in runs]
     samples = sum(each.runs for each in measured)
     backends = {each.backend_obtained for each in measured}
@@ -344,6 +365,7 @@ class Session:
             submodels.setdefault(file_sha256(path), path)
         self.device.stop()
         self.phone = self.device.read_phone()
+        self.store.claim(self.phone.name, self.device.serial)
         program = App(self.device, self.options) if self.options.app else Binary(self.device, self.phone, self.options)
         try:
             rows = self._measure(program, submodels)
@@ -379,12 +401,10 @@ class Session:
 
     def _rows(self, conditions: Conditions, submodels: Mapping[str, Path]) -> dict[str, LatencyRow]:
         """Rows, by hash, of the submodels whose repetitions are complete."""
-        runs: dict[str, list[Run]] = {}
-        for run in self.store.runs(self.phone.name, conditions):
-            if run.sha256 in submodels and run.repetition <= self.options.repetitions:
-                runs.setdefault(run.sha256, []).append(run)
-        complete = {sha256: runs[sha256] for sha256 in submodels if len(runs.get(sha256, ())) == self.options.repetitions}
-        return {sha256: make_row(self.phone, submodels[sha256], each) for sha256, each in complete.items()}
+        wanted = range(1, self.options.repetitions + 1)
+        runs = {(run.sha256, run.repetition): run for run in self.store.runs(self.phone.name, conditions)}
+        complete = [sha256 for sha256 in submodels if all((sha256, repetition) in runs for repetition in wanted)]
+        return {sha256: make_row(self.phone, submodels[sha256], [runs[sha256, repetition] for repetition in wanted]) for sha256 in complete}
 
     def _missing(self, conditions: Conditions, submodels: Mapping[str, Path]) -> list[tuple[int, str]]:
         """Repetition and hash of what is still to be measured, in order."""

@@ -164,3 +164,18 @@ def test_big_cpus(clocks, mask):
 def test_temperatures(text, battery_c, status, hottest_c):
     thermal = adb.parse_thermal(text)
     assert (thermal.battery_c, thermal.status, thermal.hottest_c) == (battery_c, status, hottest_c)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zone=" + "a " * 200_000,
+        "\n" * 200_000,
+        "  level:" + " " * 200_000 + "x",
+        "zone=a " + "9" * 10_000,
+        "Temperature{mValue=" + "9" * 10_000 + ", mType=0, mName=a}",
+    ],
+)
+def test_what_no_phone_says_takes_no_time(text):
+    """These took minutes, or raised, when the patterns could match in many ways."""
+    assert adb.parse_thermal(text) == adb.Thermal(None, None, None, {})

@@ -14,7 +14,7 @@ from fake_adbd import slow_down
 
 from android_bench import __main__ as command
 from android_bench import adb, session, verify
-from mess_runtime.benchmark import LatencyTable
+from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, read_json
 
 NAMES = ("prefix.exit1", "prefix.final", "head.exit1.fcn-r1-b0", "head.final.original")
@@ -94,6 +94,38 @@ def test_two_phones_at_once(bench, canned, workdir, tool):
 
 
 # ---------------------------------------------------------------- what goes wrong, and the same command again
+
+
+def test_one_serial_given_twice_is_one_phone(bench, canned, workdir, tool):
+    phone = canned()
+    code, _, err = measure(bench, workdir, tool, f"--serial={phone.serial}", f"--serial={phone.serial}")
+    assert (code, err) == (0, "")
+    assert len(runs_of(workdir)) == len(phone.benchmarked) == 2 * len(NAMES)
+
+
+def test_two_phones_of_one_name_are_told_apart_or_refused(bench, canned, workdir, tool):
+    phones = [canned() for _ in range(2)]
+    code, _, err = measure(bench, workdir, tool)
+    assert code == 1 and "device: must be another name than that of 127.0.0.1:" in err and "got 'Pixel_8-PIXEL8'" in err
+    assert sorted(len(phone.benchmarked) for phone in phones) == [0, 2 * len(NAMES)]
+    assert {row.runs for row in rows_of(workdir)} == {rows_of(workdir)[0].runs}
+
+
+def test_what_a_phone_says_moves_no_cursor_and_names_no_path(bench, canned, workdir, tool):
+    phone = canned("../../Pixel\x1b[2J8")
+    code, out, err = measure(bench, workdir, tool)
+    assert code == 0 and "\x1b" not in out + err
+    assert {row.device for row in rows_of(workdir)} == {"_.._Pixel_2J8-.._.._PIXEL_2J8"}
+    assert phone.benchmarked
+
+
+def test_two_commands_keep_each_others_rows(tmp_path):
+    """Another process writes the file between this one's reading and its writing."""
+    row = LatencyRow("a", "0" * 64, 1, "", "", "", "tflite", "", "xnnpack", "xnnpack", 1, 1.0, None, 1.0, 3, None)
+    ours, theirs = session.Store(tmp_path / "latency.json"), session.Store(tmp_path / "latency.json")
+    theirs.add(rows=[dataclasses.replace(row, device="theirs")])
+    ours.add(rows=[dataclasses.replace(row, device="ours")])
+    assert {each.device for each in rows_of(tmp_path)} == {"ours", "theirs"}
 
 
 def test_unplugged_in_a_run(bench, canned, adb_server, workdir, tool):

@@ -123,8 +123,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def safe_name(text: str) -> str:
-    """A file name for any text: letters, digits, `_`, `.`, `=` and `-` stay, all else becomes `_`; never hidden, at most 100 characters."""
-    return re.sub(r"[^\w.=-]", "_", text, flags=re.ASCII).lstrip(".")[:100] or "_"
+    """A file name for any text: letters, digits, `_`, `.`, `=` and `-` stay, what is between them becomes `_`.
+
+    It is never hidden, and has at most 60 characters.
+    """
+    return re.sub(r"[^\w.=-]+", "_", text).lstrip(".")[:60] or "_"
 
 
 def printable(text: str) -> str:
