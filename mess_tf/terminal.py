@@ -101,6 +101,7 @@ def _message(said: str, own: dict[str, flags.Flag]) -> str:
     parser = own[name].parser
     values = getattr(parser, "enum_values", None)
     required = f"one of {', '.join(values)}" if values else parser.syntactic_help or "true or false"
+    required = re.sub("^(?=integer)", "an ", re.sub("^(?=number)", "a ", required))
     return f"--{name}: must be {required}, got {value!r}"
 
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 from conftest import SINGLE_THREAD
 
 from mess_tf import configs, train
-from mess_tf.configs import Config, DataConfig, HeadSpec, StageConfig
+from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec, StageConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.sources import open_split
 from mess_tf.learning import steps
@@ -405,6 +405,32 @@ def test_a_stage_starts_from_the_weights_that_it_is_given(tmp_path):
     run_stage(tmp_path, network, epochs=2, eval_epochs=1, initial=str(tmp_path / "gone.npz"))  # it goes on from its checkpoint
     with pytest.raises(FileNotFoundError, match=r"stage1\.initial: must be an existing file, got '.*gone\.npz'"):
         run_stage(tmp_path / "other", make_network(), epochs=1, initial=str(tmp_path / "gone.npz"))
+
+
+@pytest.mark.parametrize(
+    ("stage2", "heads", "message"),
+    [
+        ({"initial": "gone.npz"}, ("fcn-r2-b0",), r"stage2\.initial: must be an existing file, got 'gone\.npz'"),
+        ({"teacher": "gone.npz", "distillation": "all"}, ("fcn-r2-b0",), r"teacher: must be an existing file, .* got 'gone\.npz'"),
+        ({}, ("fcn-r2-b0", "rest"), "head: rest does not fit exit1"),
+    ],
+)
+def test_what_stage_2_needs_is_checked_before_stage_1(tmp_path, monkeypatch, stage2, heads, message):
+    monkeypatch.chdir(tmp_path)
+    image = keras.Input((*SIZE, 3), name="image")
+    x = keras.layers.Conv2D(8, 3, 2, "same", name="tap")(image)
+    place = keras.layers.Dense(CLASSES)(keras.layers.Flatten()(x))  # its size is fixed
+    logits = keras.layers.Conv2D(CLASSES, 1)(x) + keras.layers.Reshape((1, 1, CLASSES))(place)
+    keras.Model(image, logits).save("own.keras")
+    config = Config(
+        DataConfig(input_size=SIZE, synthetic_train=8, synthetic_val=2),
+        BackboneConfig(name="keras_file", weights="own.keras"),
+        ExitsConfig(layers=("tap",), plain_head="fcn-r2-b0", heads=heads),
+        stage2=StageConfig(trains="heads", **stage2),
+    )
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        train.train(config, "run")
+    assert not Path("run", "checkpoints").exists() and not Path("run", "logs").exists()
 
 
 def test_weights_of_a_network_with_other_heads(tmp_path):

@@ -1,0 +1,317 @@
+"""What a user sees of every command: quiet success, errors of one line, faults with their traceback, bars on a terminal."""
+
+import contextlib
+import os
+import pty
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from mess_runtime import terminal
+from mess_tf import configs
+
+REPOSITORY = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
+ENVIRONMENT = {name: value for name, value in ENVIRONMENT.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # as users have it
+
+
+def run(module: str, *words, **options) -> subprocess.CompletedProcess:
+    """Runs a command in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    return subprocess.run(command, **{"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 600} | options)
+
+
+def on_a_terminal(module: str, *words, env=ENVIRONMENT) -> tuple[int, str]:
+    """Runs a command with a pseudo-terminal in place of its three streams; returns its exit code and all that it wrote there."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", module, *map(str, words)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+            while piece := os.read(ours, 1 << 16):
+                text += piece
+    os.close(ours)
+    return process.returncode, text.decode()
+
+
+# ---------------------------------------------------------------- every command, whole
+
+
+PATH, NUMBER = r"/\S+", r"-?[\d.]+"
+TABLE = rf"[\w.-]+( +({NUMBER}%?|-|[a-z]+\w*))+"
+# By command: what each line of stdout is. The last one is a path, where something was made.
+LINES = {
+    "train": (
+        r"stage[12]: 8 images, 1 steps of 8 images, 1 heads",
+        r"stage[12] step 1/1 epoch 1\.00 lr 0\.\d{4} loss \d+\.\d{4} \d+\.\d\d s/step eta 0\.0 min",
+        rf"stage[12]: step 1 val mIoU mean {NUMBER} best (\S+ {NUMBER} ?)+",
+    ),
+    "export": (),
+    "calibrate": (),
+    "measure": (rf"round 1/1 \S+ p50_ms={NUMBER} eta_s=\d+",),
+    "search": (
+        r"exit +head +theta_pix +theta_img +leave here",
+        r"(exit1|final) +\S+ +(-|\d\.\d{4}) +(-|\d\.\d{4}) +\d+\.\d%",
+        r"input-dependent, (plain|edge-aware) confidence",
+        r" +mIoU % +mean ms +p90 ms",
+        rf"(original|predicted) +{NUMBER} +\S+ +\S+",
+        rf"difference +[+]?{NUMBER} +{NUMBER}x +{NUMBER}x",
+        rf"95 % of resamples of the 2 images: mIoU {NUMBER} to {NUMBER} %, mean \S+ to \S+ ms",
+        r"\d+ configurations: \d+ scored, cut (\d+ by \w+(, )?)+; the optimum; \d+\.\d s",
+    ),
+    "bundle": (),
+    "report": (),
+    "evaluate": (r" +mIoU pixels( +\w+)+", TABLE),
+    "rescale": (),
+    "teacher": (),
+    "run": (r'\{"image": ".*", "mask": "\S+\.png", "exit": "\w+", "confidence": \S+, "latency_ms": \S+, "segments": \[.*\]\}',),
+}
+SLOW = rf"(evaluate|calibrate|teacher|export|check {PATH}|search): .*, eta \d+ s"  # on a slow machine, after ten seconds
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """All that every command prints, from training to masks, by a name for each; and the work folder."""
+    work = tmp_path_factory.mktemp("every") / "work"
+    small = ["data.synthetic_train=8", "data.synthetic_val=2", 'exits.heads=["fcn-r2-b0"]', "exits.count=2"]
+    small += ["exits.plain_head=fcn-r2-b0", "exits.final_head=fcn-r2-b0", "stage1.epochs=1"]
+    chain = {
+        "train": ("mess_tf.train", f"--workdir={work}", "--recipe=smoke", *(f"--set={word}" for word in small)),
+        "export": ("mess_tf.export_tflite", f"--workdir={work}", "--candidates"),
+        "calibrate": ("mess_tf.calibrate", f"--workdir={work}"),
+        "measure": ("mess_runtime", "benchmark", work / "candidates", f"--output={work / 'latency.json'}", *QUICKLY),
+        "search": ("mess_tf.search", f"--workdir={work}", f"--latency={work / 'latency.json'}", "--max_drop_pp=100"),
+        "bundle": ("mess_tf.export_tflite", f"--workdir={work}", f"--deployment={work / 'deployment.json'}"),
+        "report": ("mess_tf.report", f"--workdir={work}"),
+        "evaluate": ("mess_tf.evaluate", f"--workdir={work}"),
+        "rescale": ("mess_tf.rescale", f"--workdir={work}", "--input_scale=0.5", f"--output={work}.half"),
+        "teacher": ("mess_tf.teacher", f"--workdirs={work}", f"--output={work / 'teacher.npz'}", "--scales=1"),
+        "run": ("mess_runtime", "run", work / "bundle", work / "examples", f"--output={work / 'masks'}"),
+        "inspect": ("mess_runtime", "inspect", work / "bundle"),
+    }
+    return {name: run(*words) for name, words in chain.items()} | {"work": work}
+
+
+QUICKLY = ("--runs=1", "--min_seconds=0", "--rounds=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LINES)
+def test_a_command_that_succeeds_prints_what_it_did_and_nothing_else(outputs, name):
+    done = outputs[name]
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, last = done.stdout.splitlines()
+    known = [*LINES[name], SLOW]
+    assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in known)] == []
+    assert Path(last).is_absolute() and Path(last).exists()
+    for pattern in LINES[name]:
+        assert any(re.fullmatch(pattern, line) for line in lines), pattern
+
+
+def test_a_bundle_is_described_quietly(outputs):
+    done = outputs["inspect"]
+    assert (done.returncode, done.stderr) == (0, "")
+    words = [line.split()[0] for line in done.stdout.splitlines() if line]
+    assert words[:6] == ["made", "input", "model", "classes", "setting", "predicted"]
+    assert words[6] == "exit" and set(words[7:]) <= {"exit1", "final"}
+
+
+def test_phones_are_measured_quietly(outputs, plug_in, tool):
+    plug_in("Pixel 8").environment["FAKE_MODE"] = "canned"
+    environment = ENVIRONMENT | {name: os.environ[name] for name in os.environ if "ADB" in name}
+    words = (f"--workdir={outputs['work']}", f"--tool={tool()}", "--runs=1", "--min_seconds=0", "--repetitions=1")
+    table = outputs["work"] / "phones.json"
+    for command, last in (("devices", r"\S+ Pixel\S+: .*"), ("run", re.escape(str(table)))):
+        done = run("android_bench", command, *(() if command == "devices" else (*words, f"--output={table}")), env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        *lines, end = done.stdout.splitlines()
+        known = (r"\S+ Pixel\S+: .*; \d+ files copied", r"\S+ repetition 1/1 \d+/\d+ \S+ p50_ms=.* eta_s=\d+", r"Pixel\S+: \d+ latencies")
+        assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in known)] == []
+        assert re.fullmatch(last, end)
+
+
+# ---------------------------------------------------------------- other libraries, crashes, faults
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """Runs a command of a package whose libraries write to stderr and stdout, from C too; its code is what is given."""
+    folder = tmp_path_factory.mktemp("noisy")
+    package = folder / "noisy"
+    package.mkdir()
+    (package / "__init__.py").write_text("import mess_runtime.terminal\nmess_runtime.terminal.begin()\n")
+    head = """
+import ctypes, os, signal, sys, time, warnings
+from mess_runtime import bundle, terminal
+sys.stderr.write("at import\\n")
+ctypes.CDLL(None).puts(b"from C")
+ctypes.CDLL(None).fflush(None)
+def command():
+    if "--verbose" in sys.argv: terminal.show_libraries()
+    os.write(2, b"to descriptor 2\\n")
+    warnings.warn("a warning")
+"""
+
+    def call(body: str, *words: str, tty: bool = False, **options) -> subprocess.CompletedProcess | tuple[int, str]:
+        text = head + "".join(f"    {line}\n" for line in body.splitlines()) + '\nsys.exit(terminal.run("noisy", command))\n'
+        (package / "__main__.py").write_text(text)
+        environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(folder), ENVIRONMENT["PYTHONPATH"]])}
+        start = on_a_terminal if tty else run
+        return start("noisy", *words, env=environment, **options)
+
+    return call
+
+
+def test_libraries_are_quiet_unless_asked(noisy):
+    done = noisy("print('done')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    done = noisy("print('done')", "--verbose")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert [word in done.stderr for word in ("at import\n", "from C\n", "to descriptor 2\n", "a warning")] == [True] * 4
+
+
+def test_an_answer_is_one_line_and_verbose_shows_where_it_comes_from(noisy):
+    body = "bundle.check(False, '--size', 'even', 3)"
+    done = noisy(body)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "noisy: --size: must be even, got 3\n")
+    done = noisy(body, "--verbose")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "to descriptor 2" in done.stderr
+    assert done.stderr.endswith("noisy: --size: must be even, got 3\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("open('/nowhere/file')", "noisy: /nowhere/file: No such file or directory\n"),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", "noisy: stopped\n"),
+    ],
+)
+def test_what_the_system_says_is_one_line(noisy, body, line):
+    done = noisy(body)
+    assert (done.returncode, done.stdout, done.stderr) == (130 if "SIGINT" in body else 1, "", line)
+
+
+@pytest.mark.parametrize("body", ["assert False", "int('a')", "{}['a']", "None.a", "raise ValueError('not of this project')", "1 / 0"])
+def test_a_fault_shows_its_traceback_what_libraries_wrote_and_says_what_it_is(noisy, body):
+    done = noisy(body)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "to descriptor 2" in done.stderr and "Traceback" in done.stderr and body in done.stderr
+    assert "noisy: this is a fault of the program" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["SIGABRT", "SIGSEGV", "SIGKILL"])
+def test_a_crash_loses_nothing(noisy, kind):
+    done = noisy(f"print('so far', flush=True); os.kill(os.getpid(), signal.{kind})")
+    assert done.returncode == -signal.Signals[kind] and done.stdout == "so far\n"
+    assert "at import" in done.stderr and "to descriptor 2" in done.stderr
+
+
+def test_an_error_while_the_command_is_loaded_loses_nothing(noisy):
+    done = noisy("pass\n    \nimport nothing_of_this_name")
+    assert done.returncode == 1 and "at import" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(noisy):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = noisy("print('line', flush=True)", capture_output=False, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_bars_stand_on_a_terminal_and_lines_above_them(noisy):
+    body = """
+with terminal.Bar("outer", 3, "step", 1) as bar:
+    bar.advance("loss 0.5", "never shown")
+    for _ in terminal.progress(range(2), "inner", "image"):
+        time.sleep(0.11)
+        print("a line")
+print("/the/end")
+"""
+    code, text = noisy(body.strip(), tty=True)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text).replace("\r\n", "\n")
+    assert re.search(r"outer ━.* step 2 of 3 .* loss 0\.5", plain) and re.search(r"inner ━.* image 1 of 2", plain)
+    assert "a line\n" in plain and plain.endswith("/the/end\n")
+    assert "never shown" not in plain and "to descriptor 2" not in plain
+
+
+def test_elsewhere_there_are_lines(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 6))  # seconds
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    assert list(terminal.progress(range(5), "calibrate", "image")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().out == "calibrate: image 2 of 5, eta 18 s\ncalibrate: image 4 of 5, eta 6 s\n"
+    with terminal.Bar("search", 1000) as bar:
+        bar.reach(250, line="")
+        bar.reach(500)
+        bar.advance(line="as it was")
+    assert capsys.readouterr().out == "search: 50%, eta 12 s\nas it was\n"
+
+
+# ---------------------------------------------------------------- user errors of every command
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command `mess_tf.X` in this process, which has loaded everything; returns its exit code, stdout and stderr."""
+
+    def call(name: str, *words) -> tuple[int, str, str]:
+        before = set(flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        monkeypatch.setattr("mess_tf.terminal._after_flags", [])
+        capsys.readouterr()
+        try:
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning), pytest.raises(SystemExit) as end:
+                runpy.run_module(f"mess_tf.{name}", run_name="__main__")  # warns that the module is there already
+        finally:
+            for flag in {*flags.FLAGS} - before:
+                delattr(flags.FLAGS, flag)
+            flags.FLAGS.unparse_flags()
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "--workdir: must be given, got nothing"),
+        (["--workdir"], "--workdir: must be given a value, got nothing"),
+        (["--workdir=W", "--max_early_exit=1"], "--max_early_exit: must be a flag of this command, nearest --max_early_exits,"),
+        (["--workdir=W", "--max_drop_pp=5", "foo"], "arguments: must be flags, as --help names them, got 'foo'"),
+        (["--workdir=W", "--setting=fast"], "--setting: must be one of input-dependent, budgeted, anytime, got 'fast'"),
+        (["--workdir=W", "--threads=two"], "--threads: must be an integer, got 'two'"),
+        (["--workdir=W", "--front=1"], "--front: must be an integer >= 2, got '1'"),
+        (["--workdir=W", "--all_devices=perhaps"], "--all_devices: must be true or false, got 'perhaps'"),
+        (["--workdir=W", "--v=1"], "--v: must be a flag of this command"),  # of a library
+    ],
+)
+def test_wrong_arguments_are_one_line(command, tmp_path, monkeypatch, words, line):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("search", *words)
+    assert (code, out) == (1, "") and err.startswith(f"mess_tf.search: {line}") and err.count("\n") == 1
+
+
+def test_a_fault_of_a_command_shows_its_traceback(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "load_config", lambda workdir: {}["fault"])
+    code, _, err = command("rescale", f"--workdir={tmp_path}", "--input_scale=0.5", "--output=new")
+    assert code == 1 and "Traceback" in err and "KeyError: 'fault'" in err and "this is a fault of the program" in err
+
+
+def test_help_lists_the_flags_of_the_command_alone(command):
+    code, out, err = command("train", "--help")
+    assert (code, err) == (0, "")
+    assert re.search(r"--workdir=STRING +folder for everything that this run makes\. Required\.\n", out)
+    assert re.search(r"--stages=stage1\|both +stages to run\. Default: 'both'\.\n", out)
+    assert "--import" in out and "--verbose" in out and "logtostderr" not in out
