@@ -22,7 +22,7 @@ from absl import flags
 from PIL import Image
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, file_sha256, read_json
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, file_sha256, read_json
 from mess_runtime.files import write_atomically
 from mess_runtime.terminal import progress
 from mess_tf import configs, metrics, terminal
@@ -87,11 +87,16 @@ def searched_costs(stats: Stats, deployment: Deployment, latencies: LatencyTable
     if latencies is None:
         return macs_costs(stats)
     rows = [dataclasses.asdict(row) for row in latencies.rows]
+    problem = ValueError(f"latency: must be the file that was searched, where the original takes {deployment.original.cost:g} ms")
     for device, threads in sorted({(row["device"], row["threads"]) for row in rows}):
-        costs = latency_costs(stats, rows, device, threads)
+        try:
+            costs = latency_costs(stats, rows, device, threads)
+        except ValueError as error:  # some of its rows are missing; it may be another device that was searched
+            problem = error
+            continue
         if np.isclose(original(stats, costs).cost, deployment.original.cost, rtol=1e-9):
             return costs
-    raise ValueError(f"latency: must be the file that was searched, where the original takes {deployment.original.cost:g} ms")
+    raise problem
 
 
 def judging(stats: Stats, deployment: Deployment) -> Stats:
@@ -429,7 +434,7 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
       latency: the latency.json that was searched; empty for the workdir's.
 
     Raises:
-      ValueError: the deployment was searched in other statistics, or with other latencies.
+      ValueError: the deployment was searched in other statistics, or with other latencies or none.
     """
     workdir = Path(workdir)
     deployment = Deployment.load(workdir / "deployment.json")
@@ -437,7 +442,9 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     if deployment.stats_sha256 and deployment.stats_sha256 != file_sha256(workdir / "stats.npz"):
         raise ValueError(f"{workdir / 'deployment.json'}: must be searched in this stats.npz; run mess_tf.search again")
     latencies = None
-    if deployment.predicted.cost_name != "macs":
+    if deployment.predicted.cost_name == "macs":
+        check(not latency, "latency", "left out where the search counted MACs", latency)
+    else:
         latencies = read_json(latency or workdir / "latency.json", LatencyTable.from_json)
     config = configs.with_data_dir(configs.load_config(workdir), data_dir)
     examples = open_split(config.data, stats.split)

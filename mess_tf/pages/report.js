@@ -183,7 +183,7 @@
         ["mean", `${digits4(point.mean)} ${data.unit}${speedUp}`],
         ["p90", `${digits4(point.p90)} ${data.unit}`],
       ];
-      if (point.exits.length > 1) facts.push(["confidence", point.edge_aware ? "edge-aware" : "plain"]);
+      if (point.exits[0].theta_img !== null) facts.push(["confidence", point.edge_aware ? "edge-aware" : "plain"]);
       const rows = point.exits.map((exit) => [element("span", hue(exit.exit), exit.exit), headOf(exit), percent(exit.leave)]);
       readout.replaceChildren(
         element("h3", {}, titleOf(point)),
