@@ -393,7 +393,7 @@ def to_json(config: Config) -> str:
     return json.dumps({"format": FORMAT} | dataclasses.asdict(config), indent=1) + "\n"
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str | bytes) -> Config:
     """Reads a configuration back; unknown or missing keys, other formats and values of another type raise a ValueError."""
     try:
         document = parse_json(text)
@@ -410,10 +410,10 @@ def load_config(workdir: str) -> Config:
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise FileNotFoundError(f"workdir: must hold config.json, which `python -m mess_tf.train` makes, got {workdir!r}")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    with open(path, "rb") as file:
+        content = file.read()
     try:
-        return from_json(text)
+        return from_json(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -75,7 +75,7 @@ def read_arrays(path: str | os.PathLike, required: Collection[str] | None = None
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     except OSError as error:
-        if error.errno is not None:  # the file system's, with the name of the file
+        if error.filename is not None:  # it cannot be opened
             raise
         raise ValueError(f"{os.fspath(path)}: must be a complete .npz file, got {error}") from error
     except Exception as error:  # a broken archive makes zipfile, zlib and NumPy raise nearly anything

@@ -16,6 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(dict.fromkeys(SINGLE_THREAD, "1"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=60, metavar="N", help="mutations for each reader that tests/fuzz tries")
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     random.seed(0)

@@ -1,5 +1,6 @@
 """Runs a bundle: budgeted, anytime and input-dependent, each segment once per image, features handed from one to the next."""
 
+import contextlib
 import itertools
 import math
 import platform
@@ -98,7 +99,8 @@ class Runner:
         manifest = bundle.manifest
         self.manifest, self.threads, self.latency = manifest, threads, tuple(latency)
         self._path, self._input = bundle.path, manifest.input
-        self._engine = open_engine(bundle.path, threads, engine)
+        with self._loading():
+            self._engine = open_engine(bundle.path, threads, engine)
         self._pixels = self._input.height * self._input.width
         self._shape = (1, self._input.height, self._input.width, 3)
         self._lock = threading.Lock()
@@ -115,12 +117,18 @@ class Runner:
         self._outputs: dict[str, dict[str, object]] = {}  # by signature
         self._turn = 0
         made = {IMAGE: Tensor(self._input.dtype, self._shape)}
-        for signature, needed in zip(self._signatures, self._needed, strict=True):
-            self._prepare(signature, needed is not None, made)
-            made |= {name: tensor for name, tensor in self._engine.outputs[signature].items() if name not in (MASK, CONFIDENT_PIXELS)}
-        self._image = np.zeros(self._shape, self._input.dtype)  # not before the file has agreed to its size
-        try:
+        with self._loading():
+            for signature, needed in zip(self._signatures, self._needed, strict=True):
+                self._prepare(signature, needed is not None, made)
+                made |= {name: tensor for name, tensor in self._engine.outputs[signature].items() if name not in (MASK, CONFIDENT_PIXELS)}
+            self._image = np.zeros(self._shape, self._input.dtype)  # not before the file has agreed to its size
             self._warm_up(self._signatures)
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Names the file where the runtime cannot make ready or run what is in it."""
+        try:
+            yield
         except (RuntimeError, MemoryError) as error:
             raise ValueError(f"{self._path}: must run, got {' '.join(str(error).split()) or type(error).__name__}") from error
 
@@ -235,8 +243,9 @@ class Runner:
             trace = [self._step(segment) for segment in self._signatures[: self._exits.index(exit) + 1]]
             return self._result(segment_signature(exit), trace, image)
         if signature not in self._fastest_ms:
-            self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._shape)})
-            self._warm_up([signature])
+            with self._loading():
+                self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._shape)})
+                self._warm_up([signature])
         self._take(image)
         return self._result(signature, [self._step(signature)], image)
 
