@@ -24,6 +24,7 @@ from mess_tf.data.sources import open_split
 from mess_tf.learning import steps
 from mess_tf.learning.losses import class_weights
 from mess_tf.learning.stage import LOGIT_SHARES
+from mess_tf.learning.steps import gradients, safe_convolutions
 from mess_tf.metrics import class_counts, confusion_matrix, miou
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.layers import BatchNormalization
@@ -458,6 +459,24 @@ def test_a_loss_that_is_not_finite_names_the_steps_and_is_not_kept(tmp_path):
     ):
         run_stage(tmp_path, make_network(), exits="all", learning_rate=1e38, epochs=2, checkpoint_steps=4)
     assert not list((tmp_path / "checkpoints" / "stage1").iterdir())
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides"), [((6, 9), 1, 2), ((5, 7), 1, (2, 3)), ((6, 8), 3, 2), ((6, 8), 1, 1)])
+def test_gradients_of_strided_1x1_convolutions_pass_ones_without_strides(size, kernel, strides):
+    layer = keras.layers.Conv2D(4, kernel, strides, "same", use_bias=False)
+    x = tf.random.normal((2, *size, 3))
+    weights = tf.random.normal(layer(x).shape)
+
+    def slopes():
+        loss = {"loss": tf.reduce_sum(layer(x) * weights)}
+        return *tf.gradients(list(loss.values()), [x]), *gradients(loss, layer.trainable_variables)
+
+    safe = tf.function(safe_convolutions(slopes), autograph=False).get_concrete_function()
+    for ours, own in zip(safe(), tf.function(slopes, autograph=False)(), strict=True):
+        np.testing.assert_allclose(ours, own, rtol=1e-4, atol=1e-4)
+    backward = [op for op in safe.graph.get_operations() if op.type.startswith("Conv2DBackprop")]
+    assert len(backward) == 4  # of either gradient, both ways
+    assert all(max(op.get_attr("strides")) == (2 if kernel == 3 else 1) for op in backward)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the command

@@ -222,7 +222,7 @@ class Exporter:
         """
         choices = configuration.exits
         models, function = self.chain([f"{choice.exit}.{choice.head}" for choice in choices])
-        whole = self.converted(function, [bundles.IMAGE])
+        whole = flatbuffer.with_cuts(self.converted(function, [bundles.IMAGE]))
         if input_type == "uint8":
             pixels = tf.TensorSpec(self.shapes[bundles.IMAGE], tf.uint8, name=bundles.IMAGE)
             whole = flatbuffer.join(_cast(pixels), whole, {bundles.IMAGE: "pixels"})

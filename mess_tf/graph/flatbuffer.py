@@ -192,6 +192,30 @@ def with_copied_outputs(graph: Graph) -> Graph:
     return Graph(graph.inputs, outputs, operations)
 
 
+def with_cuts(graph: Graph) -> Graph:
+    """A graph that can be cut at its outputs: what the converter let read the source of a RESHAPE that makes an output reads the output.
+
+    It does so with tokens of a transformer that are handed on as a map.
+    """
+    operations = list(graph.operations)
+    for made in graph.outputs.values():
+        producer = next((each for each in operations if made in each.outputs), None)
+        if producer is None or producer.builtin != OPERATORS.RESHAPE or producer.inputs[0].content is not None:
+            continue
+        source = producer.inputs[0]
+        if not any(source in each.inputs for each in operations if each is not producer):
+            continue
+        again = Tensor(copy.copy(source.description), None)
+        behind = [
+            Operation(each.description, each.code, [again if tensor is source else tensor for tensor in each.inputs], each.outputs)
+            for each in operations
+            if each is not producer
+        ]
+        place = next((index for index, each in enumerate(behind) if source in each.outputs), -1) + 1
+        operations = [*behind[:place], producer, _reshape(made, again), *behind[place:]]
+    return Graph(graph.inputs, graph.outputs, operations)
+
+
 def _reshape(source: Tensor, result: Tensor) -> Operation:
     shape, description, code, options = schema.TensorT(), schema.OperatorT(), schema.OperatorCodeT(), schema.ReshapeOptionsT()
     shape.name, shape.type, shape.shape = b"shape", schema.TensorType.INT32, [len(result.shape)]

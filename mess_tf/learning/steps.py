@@ -1,5 +1,6 @@
 """One step of each stage: what is computed, what is learnt from it, and what is updated (mess.md, section 4)."""
 
+import functools
 from collections.abc import Callable
 
 import keras
@@ -52,6 +53,45 @@ def fix_summation_order() -> None:
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
 
 
+def safe_convolutions(step: Callable) -> Callable:
+    """Lets gradients pass 1x1 convolutions with strides through ones without, on every n-th pixel: the same values.
+
+    oneDNN's kernel for the gradient of such a convolution of few channels writes behind its tensor on CPUs with AVX-512 (seen with
+    TensorFlow 2.21: `add([relu(bn(conv)), Conv2D(filters, 1, 2)(x)])` of 16 channels ends the process). Everything else stays as it is.
+
+    Args:
+      step: function to be traced by a `tf.function`, whose gradients come from `gradients`.
+    """
+
+    @functools.wraps(step)
+    def traced(*arguments):
+        with tf.compat.v1.get_default_graph().gradient_override_map({"Conv2D": _SAFE_GRADIENT}):
+            return step(*arguments)
+
+    return traced
+
+
+_SAFE_GRADIENT = "MessConv2D"
+
+
+@tf.RegisterGradient(_SAFE_GRADIENT)
+def _convolution_gradient(op: tf.Operation, slope: tf.Tensor) -> list[tf.Tensor]:
+    """TensorFlow's own gradient of Conv2D, but for 1x1 kernels with strides."""
+    x, kernel = op.inputs
+    names = ("strides", "padding", "explicit_paddings", "use_cudnn_on_gpu", "data_format", "dilations")
+    options = {name: op.get_attr(name) for name in names}
+    strides, full = options["strides"], tf.shape(x)
+    thinned = tuple(kernel.shape[:2]) == (1, 1) and max(strides) > 1
+    if thinned:
+        x = x[:, :: strides[1], :: strides[2]]
+        options["strides"] = [1, 1, 1, 1]
+    of_kernel = tf.raw_ops.Conv2DBackpropFilter(input=x, filter_sizes=tf.shape(kernel), out_backprop=slope, **options)
+    of_input = tf.raw_ops.Conv2DBackpropInput(input_sizes=tf.shape(x), filter=kernel, out_backprop=slope, **options)
+    if thinned:
+        of_input = tf.raw_ops.StridedSliceGrad(shape=full, begin=[0, 0, 0, 0], end=full, strides=strides, dy=of_input)
+    return [of_input, of_kernel]
+
+
 def gradients(values: dict[str, tf.Tensor], variables: list[keras.Variable]) -> list[tf.Tensor]:
     """Gradients of the sum of some losses, inside a `tf.function`."""
     pairwise = tf.AggregationMethod.EXPERIMENTAL_TREE
@@ -90,6 +130,7 @@ def network_step(
             trained += network.heads[name].trainable_variables
 
         @tf.function(autograph=False)
+        @safe_convolutions
         def step(batch, rows, columns):
             images, labels, *soft = batch
             target = pick(labels, rows, columns)
@@ -143,6 +184,7 @@ def heads_step(
         trained = [variable for name in group for variable in network.heads[name].trainable_variables]
 
         @tf.function(autograph=False)
+        @safe_convolutions
         def step(features, target, teacher, rows, columns):
             values = {}
             for name in group:

@@ -5,6 +5,7 @@ Source: mess.md sections 2 and 3; Kouris et al., Multi-Exit Semantic Segmentatio
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import keras
@@ -124,6 +125,10 @@ def _is_map(node: Node) -> bool:
     return len(node.output.shape) == 4 and _area(node) > 0
 
 
+def _is_padding(node: Node) -> bool:
+    return type(node.operation).__name__ in ("ZeroPadding2D", "Pad")
+
+
 def _ends(nodes: list[Node]) -> list[Node]:
     """The coarsest feature maps of the trunk, the last first: all the work passes through them, or some of it is done at their size."""
     work: dict[int, int] = {}
@@ -237,6 +242,7 @@ def _dominators(nodes: list[Node], end: Node) -> list[Node]:
         and len(node.output.shape) == 4
         and from_image[node.name] * to_end[node.name] == from_image[end.name]
         and ":" not in node.name
+        and not _is_padding(node)  # TFLite makes it part of the convolution that reads it, so nothing can be handed on behind it
     ]
 
 
@@ -249,7 +255,11 @@ def _boundaries(nodes: list[Node], end: Node, needed: int) -> list[Node]:
     residual = [node for node in dominators if isinstance(node.operation, keras.layers.Add) or len(readers[node.name]) > 1]
     if len(residual) >= needed:
         return residual
-    return [node for node in dominators if any(reader.macs for reader in readers[node.name])]
+    multiplied: set[str] = set()  # by a convolution, or another layer with multiplications, that reads it
+    for node in reversed(nodes):
+        if any(reader.macs or (_is_padding(reader) and reader.name in multiplied) for reader in readers[node.name]):
+            multiplied.add(node.name)
+    return [node for node in dominators if node.name in multiplied]
 
 
 def _tap(node: Node, by_name: dict[str, Node]) -> Tap:
@@ -351,7 +361,7 @@ def build_rest(original: keras.Model, exit_point: ExitPoint, input_size: tuple[i
             if rounded != input_size and _fits(attempt, rounded):
                 hint = f"; it does with sides of data.input_size that are divisible by {multiple}, such as {rounded}"
                 break
-        reason = str(error).strip().splitlines()[0]
+        reason = re.sub(r".*\x1b\[1m(.*?)\x1b\[0m.*", r"\1", str(error).strip(), flags=re.DOTALL).splitlines()[0]  # Keras has it in bold
         raise ValueError(f"head: rest does not fit {exit_point.name}, the layers behind it depend on their size{hint}: {reason}") from error
 
 
