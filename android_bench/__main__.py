@@ -1,4 +1,4 @@
-"""Command line: `python -m android_bench devices|run|verify`; see README.md in this folder."""
+"""Command line: `python -m android_bench devices|run|verify`; see docs/phones.md."""
 
 import argparse
 import os

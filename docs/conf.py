@@ -9,7 +9,7 @@ myst_heading_anchors = 3
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(?!(mess_tf|mess_runtime|android_bench)\.).*"),  # other projects, whose references would have to be fetched
+    ("py:.*", r"(?s)(?!(mess_tf|mess_runtime|android_bench)\.).*"),  # other projects, whose references would have to be fetched
     ("py:.*", r".*\.(T|Choice|_\w+)"),  # type variables and private types in signatures
 ]
 
@@ -31,3 +31,8 @@ html_show_sphinx = False
 html_show_copyright = False
 html_show_sourcelink = False
 html_copy_source = False
+
+
+def setup(app):
+    """Leaves out the fields of named tuples, whose own docstrings say "Alias for field number 0"; the class documents them."""
+    app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or type(member).__name__ == "_tuplegetter")

@@ -1,10 +1,11 @@
-"""The picture of the README: `python docs/picture.py --workdir=W --images=A.png,B.png --output=docs/picture.png`.
+"""The picture of the README: `make demo`, then `python docs/picture.py`.
 
 One row per image: the image, the mask of the first exit, where it is sure, the mask of the last exit, and where the bundle of WORKDIR
 let the image leave, after how long (the median of `REPETITIONS` runs, one thread). Which pixels are sure is computed from the logits of
 WORKDIR/submodels, edge handling left aside.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, Bundle, check
 from mess_runtime.engines import open_interpreter
 from mess_runtime.files import write_atomically
-from mess_runtime.runner import Result, Runner
+from mess_runtime.runner import Runner
 
 REPETITIONS = 21
 UNSURE = (255, 120, 0)
@@ -35,19 +36,24 @@ def sure_pixels(logits_file: Path, image: np.ndarray, theta_pix: float) -> np.nd
     return values.max(0) / values.sum(0) >= theta_pix
 
 
-def median_run(runner: Runner, image: np.ndarray, **how) -> tuple[Result, float]:
-    """An image's result and its median latency in ms."""
-    results = [runner.run(image, **how) for _ in range(REPETITIONS)]
-    return results[0], float(np.median([result.latency_ms for result in results]))
+def one_of_each(runner: Runner, folder: Path) -> list[Path]:
+    """For the first and the last exit, the first image of a folder that leaves there."""
+    by_exit: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        by_exit.setdefault(runner.run(np.asarray(Image.open(path).convert("RGB"))).exit, path)
+    exits = (runner.manifest.exits[0], runner.manifest.exits[-1])
+    check(by_exit.keys() >= set(exits), "--images", f"given, as no image of {folder} leaves at one of {exits}", list(by_exit))
+    return [by_exit[name] for name in exits]
 
 
 def picture(workdir: Path, images: Sequence[Path]) -> Figure:
-    """Draws the rows."""
+    """Draws the rows; without images, one image that leaves at the first exit and one that leaves at the last."""
     manifest = (bundle := Bundle.load(workdir / "bundle")).manifest
     check(len(manifest.segments) > 1, f"{workdir / 'bundle'}", "a bundle that decides per image", f"{manifest.exits} only")
     check(manifest.setting == INPUT_DEPENDENT, f"{workdir / 'bundle'}: setting", INPUT_DEPENDENT, manifest.setting)
     first, last = manifest.segments[0], manifest.segments[-1]
     runner = Runner(bundle)
+    images = images or one_of_each(runner, workdir / "examples")
     palette = np.array(manifest.palette, np.uint8)
     figure = Figure((12, 2.55 * len(images) + 0.9), layout="constrained")
     axes = figure.subplots(len(images), 4, squeeze=False)
@@ -58,25 +64,23 @@ def picture(workdir: Path, images: Sequence[Path]) -> Figure:
     for row, path in zip(axes, images, strict=True):
         photo = Image.open(path).convert("RGB")
         image = np.asarray(photo)
-        chosen, chosen_ms = median_run(runner, image)
-        results = [median_run(runner, image, setting=BUDGETED, exit=segment.exit) for segment in (first, last)]
+        results = [runner.run(image) for _ in range(REPETITIONS)]
+        latency = f"{np.median([result.latency_ms for result in results]):.2g} ms"
+        masks = [runner.run(image, setting=BUDGETED, exit=segment.exit).mask for segment in (first, last)]
         fitted = np.asarray(photo.resize((manifest.input.width, manifest.input.height), Image.Resampling.BILINEAR))
         sure = sure_pixels(workdir / "submodels" / f"logits.{first.exit}.tflite", fitted, first.theta_pix)
         shade = np.repeat(np.asarray(Image.fromarray(fitted).convert("L"))[..., None], 3, -1)
         shade = np.where(sure[..., None], shade, (0.4 * shade + 0.6 * np.array(UNSURE)).astype(np.uint8))
-        for panel, shown in zip(row, (image, palette[results[0][0].mask], shade, palette[results[1][0].mask]), strict=True):
+        for panel, shown in zip(row, (image, palette[masks[0]], shade, palette[masks[1]]), strict=True):
             panel.imshow(shown)
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-        share = chosen.trace[0].confidence
-        row[2].set_xlabel(f"{share:.0%} of the pixels, {first.theta_img:.0%} needed", fontsize=11)
-        if chosen.exit == first.exit:
-            row[1].set_xlabel(f"left at {first.exit} after {chosen_ms:.2g} ms", fontsize=11, weight="bold")
-            row[3].set_xlabel(f"not run: {results[1][1]:.2g} ms", fontsize=11, color="0.45")
-        else:
-            row[1].set_xlabel("not sure enough: went on", fontsize=11, color="0.45")
-            row[3].set_xlabel(f"left at {chosen.exit} after {chosen_ms:.2g} ms", fontsize=11, weight="bold")
-        seen |= set(np.unique([result.mask for result, _ in results]))
+        row[2].set_xlabel(f"{results[0].trace[0].confidence:.0%} of the pixels, {first.theta_img:.0%} needed", fontsize=11)
+        left_early = results[0].exit == first.exit
+        row[1].set_xlabel(f"left at {first.exit} after {latency}" if left_early else "not sure enough: goes on", fontsize=11)
+        row[3].set_xlabel("not run" if left_early else f"left at {results[0].exit} after {latency}", fontsize=11)
+        row[1 if left_early else 3].xaxis.label.set_weight("bold")
+        seen |= set(np.unique(masks))
     patches = [Patch(color=palette[index] / 255, label=manifest.classes[index]) for index in sorted(seen)]
     patches.append(Patch(color=np.array(UNSURE) / 255, label="not sure"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=11)
@@ -86,13 +90,15 @@ def picture(workdir: Path, images: Sequence[Path]) -> Figure:
 def main(argv: Sequence[str]) -> None:
     del argv
     figure = picture(Path(FLAGS.workdir), [Path(path) for path in FLAGS.images])
-    write_atomically(FLAGS.output, lambda temporary: figure.savefig(temporary, format="png", dpi=100, facecolor="white"))
+    figure.savefig(buffer := io.BytesIO(), dpi=100, facecolor="white")
+    small = Image.open(buffer).convert("RGB").quantize(256)  # a third of the bytes
+    write_atomically(FLAGS.output, lambda temporary: small.save(temporary, "PNG", optimize=True))
     print(FLAGS.output)
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_string("workdir", None, "folder of a training, with bundle/ and submodels/", required=True)
-    flags.DEFINE_list("images", None, "images to show, one a row", required=True)
+    flags.DEFINE_string("workdir", "runs/demo", "folder of a training, with bundle/, submodels/ and examples/")
+    flags.DEFINE_list("images", [], "images to show, one a row; default: two of the examples")
     flags.DEFINE_string("output", "docs/picture.png", "file to write")
     app.run(main)
