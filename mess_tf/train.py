@@ -84,16 +84,18 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
     config = configs.RECIPES[recipe or "default"]
     if data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=data))
-    config = configs.apply_overrides(configs.with_data_dir(config, data_dir), overrides)
+    config = configs.apply_overrides(config, overrides)
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
         kept = configs.load_config(workdir)
-        old, new = dataclasses.asdict(kept), dataclasses.asdict(configs.with_data_dir(config, kept.data.data_dir))
+        old, new = dataclasses.asdict(kept), dataclasses.asdict(config)
+        new["data"]["data_dir"] = kept.data.data_dir  # data may move
         fields = [(section, field) for section in old for field in old[section] if old[section][field] != new[section][field]]
         if (recipe or data or overrides) and fields:
             other = "; ".join(f"{section}.{field} {old[section][field]!r}, not {new[section][field]!r}" for section, field in fields)
             raise ValueError(f"workdir: {path} was made with {other}; leave the flags out to go on with it, or choose another folder")
         return configs.with_data_dir(kept, data_dir)
+    config = configs.with_data_dir(config, data_dir)
     os.makedirs(workdir, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(configs.to_json(config), encoding="utf-8"))
     return config
