@@ -129,7 +129,9 @@ class Runner:
         """Names the file where the runtime cannot make ready or run what is in it."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
+            if str(self._path) in str(error):
+                raise
             raise ValueError(f"{self._path}: must run, got {' '.join(str(error).split()) or type(error).__name__}") from error
 
     def run(
