@@ -24,8 +24,8 @@ from mess_tf import configs, metrics, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, resize_image, resize_label
 from mess_tf.data.sources import open_split
-from mess_tf.export_tflite import CANDIDATES, WEIGHTS
-from mess_tf.files import Stats, check_theta_pix, made_by
+from mess_tf.export_tflite import CANDIDATES, WEIGHTS, candidate_files
+from mess_tf.files import STATS, Stats, check_theta_pix, made_by
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
@@ -107,7 +107,8 @@ def calibrate(
     heads = {name: Path(folder) / f"{head_name(name, fidelity)}.tflite" for name in candidates}
     weights, of_network = Path(folder) / WEIGHTS, network.weights_sha256()
     if exported := weights.exists():
-        check((of_files := weights.read_text()) == of_network, str(weights), f"{of_network}, as of this network; {EXPORT_AGAIN}", of_files)
+        of_files, _, _ = weights.read_text().partition(" ")
+        check(of_files == of_network, str(weights), f"{of_network}, as of this network; {EXPORT_AGAIN}", of_files)
         there = all(path.exists() for path in heads.values())
         check(there, "fidelity", f"one that the candidates were exported with; {EXPORT_AGAIN}", fidelity)
     logits_of = logits_of_files(prefixes, heads) if exported else logits_of_keras(network)
@@ -178,16 +179,33 @@ def calibrate(
     )
 
 
-def main() -> None:
-    config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
-    split = FLAGS.split or config.data.val_split
+def run(workdir: str, data_dir: str = "", split: str = "", theta_pix: Sequence[float] = THETA_PIX, fidelity: str = policy.EXACT) -> Path:
+    """The command: see `calibrate`; the split is the validation split if none is named. Returns the path of the statistics."""
+    config = configs.with_data_dir(configs.load_config(workdir), data_dir)
+    split = split or config.data.val_split
     examples = open_split(config.data, split)
-    network = load_network(FLAGS.workdir, config, examples.info.num_classes)
-    folder = os.path.join(FLAGS.workdir, CANDIDATES)
-    stats = calibrate(network, examples, split, config.data.input_size, folder, [float(theta) for theta in FLAGS.theta_pix], FLAGS.fidelity)
-    path = os.path.join(FLAGS.workdir, "stats.npz")
-    stats.save(path)
-    print(path)
+    network = load_network(workdir, config, examples.info.num_classes)
+    path = Path(workdir, STATS)
+    calibrate(network, examples, split, config.data.input_size, Path(workdir, CANDIDATES), theta_pix, fidelity).save(path)
+    return path
+
+
+def is_calibrated(workdir: str | os.PathLike, split: str) -> bool:
+    """Whether WORKDIR/stats.npz is of this split and of the candidates that are there now."""
+    folder = Path(workdir, CANDIDATES)
+    try:
+        stats = Stats.load(Path(workdir, STATS))
+    except (FileNotFoundError, ValueError):
+        return False
+    wanted = {f"prefix.{name}": sha256 for name, sha256 in zip(stats.exits, stats.prefix_sha256, strict=True)}
+    wanted |= {head_name(name, stats.fidelity): sha256 for name, sha256 in zip(stats.candidates, stats.head_sha256, strict=True)}
+    found = {path.stem: file_sha256(path) for path in candidate_files(folder)}
+    policies = {*stats.mask_sha256, *stats.plain_sha256, *stats.edge_sha256}
+    return stats.split == split and all(found.get(name) == sha256 for name, sha256 in wanted.items()) and policies <= {*found.values()}
+
+
+def main() -> None:
+    print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split, [float(theta) for theta in FLAGS.theta_pix], FLAGS.fidelity))
 
 
 if __name__ == "__main__":

@@ -415,11 +415,11 @@ def from_json(text: str | bytes) -> Config:
     return _from_dict(Config, document, "config.json")
 
 
-def load_config(workdir: str) -> Config:
+def load_config(workdir: str | os.PathLike) -> Config:
     """Reads WORKDIR/config.json; an error names it."""
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"workdir: must hold config.json, which `python -m mess_tf.train` makes, got {workdir!r}")
+        raise FileNotFoundError(f"workdir: must hold config.json, which `python -m mess_tf.train` makes, got {str(workdir)!r}")
     with open(path, "rb") as file:
         content = file.read()
     try:

@@ -4,8 +4,8 @@
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -27,17 +27,21 @@ def table(result: dict[str, Accuracy], classes: Sequence[str]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
-    split = FLAGS.split or config.data.val_split
+def run(workdir: str, data_dir: str = "", split: str = "") -> Path:
+    """The command: evaluates a training on a split (default: the validation split), prints the table and returns the file's path."""
+    config = configs.with_data_dir(configs.load_config(workdir), data_dir)
+    split = split or config.data.val_split
     examples = open_split(config.data, split)
-    network = load_network(FLAGS.workdir, config, examples.info.num_classes)
+    network = load_network(workdir, config, examples.info.num_classes)
     result = accuracies(confusion_matrices(keras_predictor(network, network.candidates, config.data.input_size), examples))
     print(table(result, examples.info.classes))
-    path = os.path.join(FLAGS.workdir, f"evaluation_{split}.json")
-    document = {name: dataclasses.asdict(accuracy) for name, accuracy in result.items()}
-    write_json(path, document)
-    print(path)
+    path = Path(workdir, f"evaluation_{split}.json")
+    write_json(path, {name: dataclasses.asdict(accuracy) for name, accuracy in result.items()})
+    return path
+
+
+def main() -> None:
+    print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 `python -m mess_tf.export_tflite --workdir=W --candidates` writes WORKDIR/candidates/: per exit `prefix.EXIT` (image to the tensors that
 its heads read), per candidate `head.EXIT.HEAD` (those tensors to the mask and its logits), and per size of logits the exit policy alone.
-Their latencies add up to those of any deployment. Beside them, `weights.sha256` says of which weights they are, once all are there.
+Their latencies add up to those of any deployment. Beside them, `weights.sha256` says of which weights they are and how exported, once all
+are there.
 
 `python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes
 
-* WORKDIR/bundle/: one .tflite with a signature per segment, sharing weights, and those of --extra_signatures; manifest
+* WORKDIR/bundle/: one .tflite with a signature per segment, sharing weights, and those of --extra_signatures; manifest; and, once all else is
+  there, the deployment.json that all this was made from
 * WORKDIR/bundle_original/: the same of the original network alone
 * WORKDIR/submodels/: one network per file, for benchmark tools: `alone.EXIT` (image to mask), `segment.EXIT` (as in the bundle) and
   `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax); `original`
@@ -15,6 +17,8 @@ Their latencies add up to those of any deployment. Beside them, `weights.sha256`
 Both take --precision=fp32|fp16|int8. Every file is checked before it is kept.
 """
 
+import dataclasses
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -29,11 +33,11 @@ from mess_tf import configs, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import resize_image
 from mess_tf.data.sources import open_split
-from mess_tf.files import Configuration, Deployment, ExitChoice
+from mess_tf.files import DEPLOYMENT, Configuration, Deployment, ExitChoice, read_arrays
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
-from mess_tf.network.model import FINAL, load_network
+from mess_tf.network.model import FINAL, load_network, trained_weights, weights_sha256
 from mess_tf.network.originals import define_flags
 
 CANDIDATES, WEIGHTS = "candidates", "weights.sha256"
@@ -64,7 +68,18 @@ def export_candidates(exporter: Exporter, folder: Path) -> None:
         deeper = [name for name in exits[exits.index(exit_name) + 1 :] if cost.get((name, head), np.inf) <= value]
         if deeper:
             print(f"{exit_name}.{head}: costs no less than at {deeper[0]}: too heavy a head for its place")
-    write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_text(network.weights_sha256()))
+    text = _made_from(network.weights_sha256(), exporter.precision, exporter.float_operations)
+    write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_text(text))
+
+
+def _made_from(weights_sha256: str, precision: str, float_operations: Sequence[str]) -> str:
+    """The content of `weights.sha256`."""
+    return " ".join([weights_sha256, precision, *float_operations])
+
+
+def candidate_files(folder: Path) -> list[Path]:
+    """The files of a folder of candidates."""
+    return sorted(folder.glob("*.tflite"))
 
 
 def export_deployment(
@@ -103,28 +118,88 @@ def export_deployment(
     replace_folder(workdir / "submodels", write)
 
 
-def main() -> None:
-    given = [name for name in ("--candidates", "--deployment") if flags.FLAGS[name[2:]].value]
-    bundles.check(len(given) == 1, "arguments", "either --candidates or --deployment=FILE", " ".join(given))
-    workdir = Path(FLAGS.workdir)
-    config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a network is exported.
+
+    Attributes:
+      precision, float_operations: see `Exporter`.
+      fidelity: see `Exporter`; None for that of the deployment's statistics, for candidates exact.
+    """
+
+    precision: str = FP32
+    float_operations: tuple[str, ...] = ()
+    fidelity: str | None = None
+
+
+def _open(workdir: str | os.PathLike, data_dir: str, options: Options, fidelity: str) -> tuple[Exporter, Examples]:
+    """An exporter of the trained network, and the validation split."""
+    config = configs.with_data_dir(configs.load_config(workdir), data_dir)
     examples = open_split(config.data, config.data.val_split)
-    classes = examples.info.classes
-    network = load_network(FLAGS.workdir, config, len(classes))
-    samples = calibration_images(config) if FLAGS.precision == INT8 else ()
-    deployment = Deployment.load(FLAGS.deployment) if FLAGS.deployment else None
-    fidelity = FLAGS.fidelity or (deployment.fidelity if deployment else policy.EXACT)
-    exporter = Exporter(network, config.data.input_size, fidelity, FLAGS.precision, samples, FLAGS.float_operations)
-    if deployment is None:
-        export_candidates(exporter, workdir / CANDIDATES)
-        print(workdir / CANDIDATES)
-        return
-    input_spec = bundles.InputSpec(*config.data.input_size, FLAGS.input, FLAGS.resize)
-    export_deployment(exporter, deployment, classes, workdir, input_spec, examples if FLAGS.measure else None, FLAGS.extra_signatures)
+    network = load_network(workdir, config, examples.info.num_classes)
+    samples = calibration_images(config) if options.precision == INT8 else ()
+    fidelity = options.fidelity or fidelity
+    return Exporter(network, config.data.input_size, fidelity, options.precision, samples, options.float_operations), examples
+
+
+def run_candidates(workdir: str | os.PathLike, data_dir: str = "", options: Options = Options()) -> Path:
+    """The command with --candidates: see `export_candidates`; returns the folder."""
+    exporter, _ = _open(workdir, data_dir, options, policy.EXACT)
+    export_candidates(exporter, Path(workdir, CANDIDATES))
+    return Path(workdir, CANDIDATES)
+
+
+def are_exported(workdir: str | os.PathLike, options: Options = Options()) -> bool:
+    """Whether the candidates are those of the trained weights, exported with these options."""
+    path, weights = Path(workdir, CANDIDATES, WEIGHTS), trained_weights(workdir)
+    made_from = _made_from(weights_sha256(read_arrays(weights)), options.precision, options.float_operations)
+    return path.exists() and path.read_text() == made_from
+
+
+def run_deployment(
+    workdir: str | os.PathLike,
+    deployment: str | os.PathLike,
+    data_dir: str = "",
+    options: Options = Options(),
+    input_type: str = "float32",
+    resize: str = "stretch",
+    measure: bool = True,
+    extra_signatures: Collection[str] = (),
+) -> Path:
+    """The command with --deployment: see `export_deployment`; also writes some images to try it on. Returns the folder of the bundle."""
+    workdir, chosen = Path(workdir), Deployment.load(deployment)
+    exporter, examples = _open(workdir, data_dir, options, chosen.fidelity)
+    input_spec = bundles.InputSpec(*exporter.size, input_type, resize)
+    export_deployment(exporter, chosen, examples.info.classes, workdir, input_spec, examples if measure else None, extra_signatures)
     (workdir / "examples").mkdir(exist_ok=True)
     for i in range(min(EXAMPLES, len(examples))):
         Image.fromarray(examples.load(i)[0]).save(workdir / "examples" / f"{Path(examples.names[i]).name}.png")
-    print(workdir / "bundle")
+    content = Path(deployment).read_bytes()
+    write_atomically(workdir / "bundle" / DEPLOYMENT, lambda temporary: temporary.write_bytes(content))
+    return workdir / "bundle"
+
+
+def is_bundled(workdir: str | os.PathLike, deployment: str | os.PathLike) -> bool:
+    """Whether WORKDIR/bundle is whole and was made from this file."""
+    try:
+        folder = bundles.Bundle.load(Path(workdir, "bundle")).folder
+        return (folder / DEPLOYMENT).read_bytes() == Path(deployment).read_bytes()
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def main() -> None:
+    given = [name for name in ("--candidates", "--deployment") if flags.FLAGS[name[2:]].value]
+    bundles.check(len(given) == 1, "arguments", "either --candidates or --deployment=FILE", " ".join(given))
+    options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)
+    if FLAGS.candidates:
+        print(run_candidates(FLAGS.workdir, FLAGS.data_dir, options))
+    else:
+        print(
+            run_deployment(
+                FLAGS.workdir, FLAGS.deployment, FLAGS.data_dir, options, FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import subprocess
 import zipfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 
@@ -38,6 +38,7 @@ MAX_PIXELS = 2**22
 # Of an .npz file, unpacked: more is no file of ours, but one that is made to fill the memory.
 MAX_ARRAYS_BYTES = 8 * 2**30
 
+STATS, DEPLOYMENT = "stats.npz", "deployment.json"  # names in a work folder
 RISKS = ("final", "labels")
 
 
@@ -404,6 +405,53 @@ class Guarantee:
 
 
 @dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a search is asked for, as the flags of `mess_tf.search` say it; `Objective` is what that comes to in its statistics.
+
+    Attributes:
+      min_miou, max_drop_pp, max_cost, cost_share: the constraint, see `optimise.search.resolve_objective`; one of these and `max_risk`.
+      max_risk, confidence, risk: see `Guarantee`.
+      limits, minimise: see `Objective`.
+      setting, max_early_exits, quantiles, time_limit: see `optimise.search.search`.
+      check_share: share of the images that have no part in choosing; None for none, or with `max_risk` half of them.
+      device, threads: whose latencies count; None where the file leaves no choice.
+    """
+
+    min_miou: float | None = None
+    max_drop_pp: float | None = None
+    max_cost: float | None = None
+    cost_share: float | None = None
+    max_risk: float | None = None
+    confidence: float = 0.95
+    risk: str = "labels"
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)
+    minimise: str | None = None
+    setting: str = INPUT_DEPENDENT
+    max_early_exits: int = 2
+    quantiles: int | None = None
+    time_limit: float = 600.0
+    check_share: float | None = None
+    device: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self):
+        names = ("min_miou", "max_drop_pp", "max_cost", "cost_share", "max_risk")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        check(len(given) == 1, "constraint", f"one of --{', --'.join(names[:-1])} and --{names[-1]}", given)
+
+    @property
+    def constraint(self) -> dict[str, Any]:
+        """The keyword arguments of `optimise.search.resolve_objective`."""
+        names = ("min_miou", "max_drop_pp", "max_cost", "cost_share", "limits", "minimise")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """What is searched: keyword arguments of `optimise.search.search`."""
+        return {name: getattr(self, name) for name in ("max_early_exits", "quantiles", "time_limit")}
+
+
+@dataclasses.dataclass(frozen=True)
 class Deployment(Configuration):
     """The result of the search: a configuration, what was asked, and what it promises.
 
@@ -414,6 +462,8 @@ class Deployment(Configuration):
       stats_sha256: of the `stats.npz` that was searched; empty where the statistics came from no file.
       fidelity: of the exit policy that the thresholds were chosen for.
       made_by: versions and git commit.
+      asked: what the command was asked for; None where it was no command that searched.
+      costs_sha256: of the costs that were searched, see `Costs.sha256`; empty likewise.
     """
 
     constraint: Objective
@@ -424,6 +474,8 @@ class Deployment(Configuration):
     stats_sha256: str
     fidelity: Fidelity
     made_by: dict[str, str]
+    asked: Asked | None = None
+    costs_sha256: str = ""
 
     def __post_init__(self):
         super().__post_init__()

@@ -30,7 +30,7 @@ from mess_tf.configs import IGNORE
 from mess_tf.data.examples import Examples, palette
 from mess_tf.data.pipelines import resize_image, resize_label
 from mess_tf.data.sources import open_split
-from mess_tf.files import Deployment, Stats
+from mess_tf.files import DEPLOYMENT, STATS, Deployment, Stats
 from mess_tf.graph import policy
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
 from mess_tf.network.originals import define_flags
@@ -79,7 +79,8 @@ def css_colours(colours: Iterable[Sequence[int]]) -> list[str]:
 
 
 def searched_costs(stats: Stats, deployment: Deployment, latencies: LatencyTable | None) -> Costs:
-    """The costs that the deployment was searched with: of the device and threads at which the original network costs what it says.
+    """The costs that the deployment was searched with: of the device and threads that were asked for, or else of those at which the original
+    network costs what it says.
 
     Raises:
       ValueError: the latencies are of other submodels, or of no device that gives the original network that cost.
@@ -88,7 +89,8 @@ def searched_costs(stats: Stats, deployment: Deployment, latencies: LatencyTable
         return macs_costs(stats)
     rows = [dataclasses.asdict(row) for row in latencies.rows]
     problem = ValueError(f"latency: must be the file that was searched, where the original takes {deployment.original.cost:g} ms")
-    for device, threads in sorted({(row["device"], row["threads"]) for row in rows}):
+    asked = deployment.asked
+    for device, threads in [(asked.device, asked.threads)] if asked else sorted({(row["device"], row["threads"]) for row in rows}):
         try:
             costs = latency_costs(stats, rows, device, threads)
         except ValueError as error:  # some of its rows are missing; it may be another device that was searched
@@ -426,7 +428,7 @@ def page(
 
 
 def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLike = "") -> Path:
-    """Writes WORKDIR/report/index.html and returns its path.
+    """Writes WORKDIR/report/index.html, and beside it the deployment.json that it was made from; returns the page's path.
 
     Args:
       workdir: of a training, with stats.npz and deployment.json.
@@ -437,10 +439,11 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
       ValueError: the deployment was searched in other statistics, or with other latencies or none.
     """
     workdir = Path(workdir)
-    deployment = Deployment.load(workdir / "deployment.json")
-    stats = Stats.load(workdir / "stats.npz")
-    if deployment.stats_sha256 and deployment.stats_sha256 != file_sha256(workdir / "stats.npz"):
-        raise ValueError(f"{workdir / 'deployment.json'}: must be searched in this stats.npz; run mess_tf.search again")
+    deployment = Deployment.load(workdir / DEPLOYMENT)
+    made_from = (workdir / DEPLOYMENT).read_bytes()
+    stats = Stats.load(workdir / STATS)
+    if deployment.stats_sha256 and deployment.stats_sha256 != file_sha256(workdir / STATS):
+        raise ValueError(f"{workdir / DEPLOYMENT}: must be searched in this stats.npz; run mess_tf.search again")
     latencies = None
     if deployment.predicted.cost_name == "macs":
         check(not latency, "latency", "left out where the search counted MACs", latency)
@@ -451,10 +454,24 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     network = load_network(workdir, config, examples.info.num_classes)
     title = f"{config.backbone.name} on {config.data.source}: {workdir.resolve().name}"
     text = page(workdir, title, network, examples, config.data.input_size, stats, deployment, latencies)
-    path = workdir / "report" / "index.html"
+    path = page_path(workdir)
     path.parent.mkdir(exist_ok=True)
+    path.with_name(DEPLOYMENT).unlink(missing_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path.with_name(DEPLOYMENT), lambda temporary: temporary.write_bytes(made_from))
     return path
+
+
+def page_path(workdir: str | os.PathLike) -> Path:
+    """Where the page of a work folder is."""
+    return Path(workdir, "report", "index.html")
+
+
+def is_reported(workdir: str | os.PathLike) -> bool:
+    """Whether WORKDIR/report is of WORKDIR/deployment.json."""
+    page, now = page_path(workdir), Path(workdir, DEPLOYMENT)
+    then = page.with_name(DEPLOYMENT)
+    return all(path.exists() for path in (page, then, now)) and then.read_bytes() == now.read_bytes()
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ stats (what each candidate did to each image) → costs → the optimum of the s
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,13 @@ from absl import flags
 
 from mess_runtime.bundle import FORMAT, INPUT_DEPENDENT, SETTINGS, check, file_sha256, read_json, write_json
 from mess_tf import terminal
-from mess_tf.files import RISKS, Deployment, Stats
+from mess_tf.files import DEPLOYMENT, RISKS, STATS, Asked, Deployment, Stats
 from mess_tf.metrics import miou
 from mess_tf.optimise import guarantee
 from mess_tf.optimise.search import InfeasibleError, front, resolve_objective, search, search_guaranteed, search_table
 from mess_tf.optimise.space import Costs, latency_costs, macs_costs, original, predict
+
+CONSTRAINTS = ("min_miou", "max_drop_pp", "max_cost", "cost_share")
 
 
 def _unit(cost_name: str) -> tuple[str, float]:
@@ -111,91 +114,156 @@ def plot_front(stats: Stats, costs: Costs, points: Sequence[Deployment], chosen:
     figure.savefig(path, dpi=150)
 
 
-def _devices(stats: Stats, values) -> dict[str, Costs]:
-    """Costs of every device and number of threads that the flags allow."""
-    if not values.latency:
-        return {"macs": macs_costs(stats)}
+def costs_of(stats: Stats, latency: str | os.PathLike | None, device: str | None = None, threads: int | None = None) -> Costs:
+    """Latencies of a latency.json, see `latency_costs`, or without one multiply-accumulates."""
+    return latency_costs(stats, _rows(latency), device, threads) if latency else macs_costs(stats)
+
+
+def _rows(latency: str | os.PathLike) -> list[dict[str, Any]]:
     from mess_runtime.benchmark import LatencyTable  # needs an interpreter
 
-    rows = [dataclasses.asdict(row) for row in read_json(values.latency, LatencyTable.from_json).rows]
-    if not values.all_devices:
-        costs = latency_costs(stats, rows, values.device, values.threads)
-        return {values.device or rows[0]["device"]: costs}
+    return [dataclasses.asdict(row) for row in read_json(latency, LatencyTable.from_json).rows]
+
+
+def run(
+    workdir: str | os.PathLike, asked: Asked, latency: str | os.PathLike | None = None, output: str | os.PathLike | None = None
+) -> Deployment:
+    """The command for one device and one constraint.
+
+    Args:
+      workdir: with stats.npz.
+      asked: what to search for.
+      latency: latency.json, or None for costs in multiply-accumulates.
+      output: the file to write; None for WORKDIR/deployment.json.
+
+    Raises:
+      InfeasibleError, TimeoutError, ValueError: see `optimise.search.search`.
+    """
+    path = Path(workdir, STATS)
+    stats = Stats.load(path)
+    costs = costs_of(stats, latency, asked.device, asked.threads)
+    if asked.max_risk is not None:
+        promise = (asked.max_risk, asked.confidence, asked.risk, asked.check_share or 0.5)
+        deployment = search_guaranteed(stats, costs, *promise, asked.limits, **asked.space)
+    else:
+        chooses, checks = (stats, stats) if not asked.check_share else guarantee.split(stats, asked.check_share)
+        objective = resolve_objective(original(chooses, costs), costs, asked.setting, **asked.constraint)
+        deployment = search(chooses, costs, objective, asked.setting, **asked.space)
+        deployment = dataclasses.replace(deployment, predicted=predict(checks, costs, deployment), original=original(checks, costs))
+    deployment = dataclasses.replace(deployment, asked=asked, stats_sha256=file_sha256(path), costs_sha256=costs.sha256)
+    deployment.save(output or Path(workdir, DEPLOYMENT))
+    return deployment
+
+
+def is_searched(workdir: str | os.PathLike, asked: Asked, latency: str | os.PathLike | None) -> bool:
+    """Whether WORKDIR/deployment.json is the answer to this question, in these statistics and with these costs."""
+    try:
+        found = Deployment.load(Path(workdir, DEPLOYMENT))
+    except (FileNotFoundError, ValueError):
+        return False
+    path = Path(workdir, STATS)
+    if found.asked != asked or found.stats_sha256 != file_sha256(path):
+        return False
+    return found.costs_sha256 == costs_of(Stats.load(path), latency, asked.device, asked.threads).sha256
+
+
+def run_table(
+    workdir: str | os.PathLike, asked: Mapping[str, Sequence[Asked]], latency: str | os.PathLike | None, folder: str | os.PathLike
+) -> list[tuple[str, Mapping[str, Any], Deployment | None]]:
+    """The command for several devices or constraints, see `search_table`.
+
+    Args:
+      workdir, latency: as of `run`.
+      asked: by name of the device; each asks for the same constraints of another device, and constraints differ in nothing else.
+      folder: of the files to write, one for each row.
+    """
+    path = Path(workdir, STATS)
+    stats = Stats.load(path)
+    costs = {name: costs_of(stats, latency, each[0].device, each[0].threads) for name, each in asked.items()}
+    one, *_ = asked.values()
+    found = search_table(stats, costs, [each.constraint for each in one], one[0].setting, **one[0].space)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for each, (name, constraint, deployment) in zip(itertools.chain(*asked.values()), found, strict=True):
+        if deployment is not None:
+            (given,) = (f"{key}-{value:g}" for key, value in constraint.items() if isinstance(value, float))
+            deployment = dataclasses.replace(deployment, asked=each, stats_sha256=file_sha256(path), costs_sha256=costs[name].sha256)
+            deployment.save(folder / f"{name}-{given}.json")
+    return found
+
+
+def _of_devices(asked: Sequence[Asked], latency: str | None, all_devices: bool) -> dict[str, list[Asked]]:
+    """The questions for every device and number of threads that the flags allow, by its name."""
+    if not latency:
+        return {"macs": [*asked]}
+    rows = _rows(latency)
+    if not all_devices:
+        return {asked[0].device or rows[0]["device"]: [*asked]}
     pairs = sorted({(row["device"], row["threads"]) for row in rows})
-    return {f"{device}-t{threads}": latency_costs(stats, rows, device, threads) for device, threads in pairs}
+    return {
+        f"{device}-t{threads}": [dataclasses.replace(each, device=device, threads=threads) for each in asked] for device, threads in pairs
+    }
 
 
-def _limits(values) -> dict[str, float]:
-    limits = {}
-    for text in values.limit:
+def _limits(limits: Sequence[str]) -> dict[str, float]:
+    """NAME=NUMBER, several."""
+    result = {}
+    for text in limits:
         name, _, number = text.partition("=")
         try:
-            limits[name] = float(number)
+            result[name] = float(number)
         except ValueError:
             raise ValueError(f"limit: must be NAME=NUMBER, got {text!r}") from None
-    return limits
+    return result
+
+
+def asked_of_flags() -> list[Asked]:
+    """What the flags of `define_flags` ask for; several where a constraint has several values."""
+    values = flags.FLAGS
+    given = [(name, float(value)) for name in CONSTRAINTS for value in values[name].value or []]
+    if values.max_risk is not None:
+        check(not given, "max_risk", "given for one device, without another constraint", given)
+        given = [("max_risk", values.max_risk)]
+    others = [field.name for field in dataclasses.fields(Asked) if field.name not in (*CONSTRAINTS, "max_risk", "limits")]
+    common = {name: values[name].value for name in others} | {"limits": _limits(values.limit)}
+    return [Asked(**{name: value}, **common) for name, value in given] or [Asked(**common)]
 
 
 def main() -> None:
     """The command; see the flags."""
     values = flags.FLAGS
-    path = os.path.join(values.workdir, "stats.npz")
-    stats = Stats.load(path)
-    devices, limits, digest = _devices(stats, values), _limits(values), file_sha256(path)
-    space = {"max_early_exits": values.max_early_exits, "quantiles": values.quantiles, "time_limit": values.time_limit}
-    given = [(name, float(value)) for name in ("min_miou", "max_drop_pp", "max_cost", "cost_share") for value in values[name].value or []]
-    constraints = [{name: value, "limits": limits, "minimise": values.minimise} for name, value in given]
-    output = values.output or os.path.join(values.workdir, "deployment.json")
+    devices = _of_devices(asked_of_flags(), values.latency, values.all_devices)
+    questions = [*itertools.chain(*devices.values())]
     try:
-        if values.max_risk is not None:
-            check(
-                not constraints and len(devices) == 1, "max_risk", "given for one device, without another constraint", given or [*devices]
-            )
-            (costs,) = devices.values()
-            deployment = search_guaranteed(
-                stats, costs, values.max_risk, values.confidence, values.risk, values.check_share or 0.5, limits, **space
-            )
-        elif len(constraints) * len(devices) > 1:
-            rows = search_table(stats, devices, constraints, values.setting, **space)
-            folder = Path(values.output or os.path.join(values.workdir, "deployments"))
-            folder.mkdir(parents=True, exist_ok=True)
-            for device, constraint, deployment in rows:
-                if deployment is not None:
-                    (asked,) = (f"{name}-{value:g}" for name, value in constraint.items() if isinstance(value, float))
-                    dataclasses.replace(deployment, stats_sha256=digest).save(folder / f"{device}-{asked}.json")
-            print(overview(rows))
+        if len(questions) > 1:
+            check(values.max_risk is None, "max_risk", "given for one device, without another constraint", [*devices])
+            folder = values.output or os.path.join(values.workdir, "deployments")
+            print(overview(run_table(values.workdir, devices, values.latency, folder)))
             print(folder)
             return
-        else:
-            (costs,) = devices.values()
-            chooses, checks = (stats, stats) if not values.check_share else guarantee.split(stats, values.check_share)
-            objective = resolve_objective(
-                original(chooses, costs), costs, values.setting, **(constraints[0] if constraints else {"limits": limits})
-            )
-            deployment = search(chooses, costs, objective, values.setting, **space)
-            deployment = dataclasses.replace(deployment, predicted=predict(checks, costs, deployment), original=original(checks, costs))
+        (asked,) = questions
+        output = Path(values.output or os.path.join(values.workdir, DEPLOYMENT))
+        deployment = run(values.workdir, asked, values.latency, output)
     except (InfeasibleError, TimeoutError) as error:
         sys.exit(f"mess_tf.search: {error}")
-    deployment = dataclasses.replace(deployment, stats_sha256=digest)
-    deployment.save(output)
     print(table(deployment))
     if values.front:
-        points = front(stats, costs, values.front, setting=values.setting, **space)
+        stats = Stats.load(Path(values.workdir, STATS))
+        costs = costs_of(stats, values.latency, asked.device, asked.threads)
+        points = front(stats, costs, values.front, setting=values.setting, **asked.space)
         rows = [
             {"miou": point.predicted.miou, **point.predicted.costs, "exits": list(map(dataclasses.asdict, point.exits))} for point in points
         ]
-        write_json(Path(output).with_name("front.json"), {"format": FORMAT, "setting": values.setting, "points": rows})
-        plot_front(stats, costs, points, deployment, Path(output).with_name("front.png"))
-        print(Path(output).with_name("front.png"))
+        write_json(output.with_name("front.json"), {"format": FORMAT, "setting": values.setting, "points": rows})
+        plot_front(stats, costs, points, deployment, output.with_name("front.png"))
+        print(output.with_name("front.png"))
     print(output)
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run, with stats.npz.", required=True)
-    flags.DEFINE_string("latency", None, "latency.json: the costs are its medians in ms; without it, they are MACs.")
+def define_flags() -> None:
+    """Defines the flags that say what to search for."""
     flags.DEFINE_string("device", None, "Whose latencies count, where the file has several devices.")
     flags.DEFINE_integer("threads", None, "Latencies at how many threads count, where the file has several.")
-    flags.DEFINE_bool("all_devices", False, "A deployment for each device and number of threads of the file.")
     flags.DEFINE_list(
         "min_miou",
         None,
@@ -218,6 +286,13 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "risk", "labels", RISKS, "final: share of pixels that differ from the original's; labels: pixel accuracy lost against it."
     )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run, with stats.npz.", required=True)
+    flags.DEFINE_string("latency", None, "latency.json: the costs are its medians in ms; without it, they are MACs.")
+    define_flags()
+    flags.DEFINE_bool("all_devices", False, "A deployment for each device and number of threads of the file.")
     flags.DEFINE_integer("front", None, "Draws the Pareto front with so many points: front.png and front.json.", lower_bound=2)
     flags.DEFINE_string(
         "output", None, "The file to write, or the folder for several; default: deployment.json or deployments in the workdir."

@@ -8,6 +8,7 @@ it: it reads the file instead of running the networks.
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -23,6 +24,8 @@ from mess_tf.data.sources import open_split
 from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.network.model import load_network
 from mess_tf.network.originals import define_flags
+
+SCALES = (1.0, 1.25)
 
 
 def predictor(network: keras.Model, input_size: tuple[int, int], mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:
@@ -60,12 +63,17 @@ def load_teachers(workdirs: Sequence[str], scales: Sequence[float], data: DataCo
     return networks
 
 
-def main() -> None:
-    data = configs.with_data_dir(configs.load_config(FLAGS.workdirs[0]), FLAGS.data_dir).data
+def run(workdirs: Sequence[str], output: str, data_dir: str = "", scales: Sequence[float] = SCALES) -> Path:
+    """The command: writes the soft targets of some trainings, on the data and at the input size of the first, and returns their path."""
+    data = configs.with_data_dir(configs.load_config(workdirs[0]), data_dir).data
     examples = open_split(data, data.train_split)
-    networks = load_teachers(FLAGS.workdirs, [float(scale) for scale in FLAGS.scales], data, examples.info.num_classes)
-    soft_targets(networks, examples, data.input_size).save(FLAGS.output)
-    print(FLAGS.output)
+    networks = load_teachers(workdirs, scales, data, examples.info.num_classes)
+    soft_targets(networks, examples, data.input_size).save(output)
+    return Path(output)
+
+
+def main() -> None:
+    print(run(FLAGS.workdirs, FLAGS.output, FLAGS.data_dir, [float(scale) for scale in FLAGS.scales]))
 
 
 if __name__ == "__main__":
@@ -74,5 +82,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("workdirs", None, "folders of trainings; the first one's data and input size count", required=True)
     flags.DEFINE_string("output", None, "file to write, .npz", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
-    flags.DEFINE_list("scales", ["1", "1.25"], "image sizes, as shares of each network's own backbone.input_scale")
+    flags.DEFINE_list("scales", [f"{scale:g}" for scale in SCALES], "image sizes, as shares of each network's own backbone.input_scale")
     terminal.run(main)

@@ -5,6 +5,7 @@ last checkpoint if there is one. WORKDIR/config.json keeps the resolved configur
 """
 
 import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,15 +15,18 @@ from typing import Literal
 import keras
 from absl import flags
 
-from mess_runtime.files import write_atomically
+from mess_runtime.bundle import FORMAT, check, decode_versioned, file_sha256, read_json, write_json
+from mess_runtime.files import temporary_beside, write_atomically
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.examples import Examples
 from mess_tf.data.sources import open_split
 from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
-from mess_tf.network.model import MultiExitNetwork, build_network
+from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
 from mess_tf.network.originals import define_flags
+
+RECORD = "training.json"
 
 
 def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "both") -> MultiExitNetwork:
@@ -101,10 +105,88 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
     return config
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The content of WORKDIR/training.json: what a training is made from, and how far it is.
+
+    Attributes:
+      made_from: SHA-256 of the configuration (without `data.data_dir`: data may move) and of each file that it names, by its field.
+      ended: the stages that have come to their end, or have no epochs.
+    """
+
+    made_from: dict[str, str]
+    ended: tuple[str, ...]
+
+    @classmethod
+    def load(cls, workdir: str | os.PathLike) -> "Record | None":
+        """Reads the file; None if there is none, as before the first start."""
+        path = Path(workdir) / RECORD
+        return read_json(path, lambda value: decode_versioned(cls, value, "training")) if path.exists() else None
+
+    def save(self, workdir: str | os.PathLike) -> None:
+        """Writes the file."""
+        write_json(Path(workdir) / RECORD, {"format": FORMAT, **dataclasses.asdict(self)})
+
+
+def made_from(config: Config) -> dict[str, str]:
+    """What a training of this configuration is made from, see `Record`; files that are not there have no hash."""
+    text = configs.to_json(dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="")))
+    files = {"backbone.weights": config.backbone.weights}
+    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        files |= {f"{name}.initial": stage.initial, f"{name}.teacher": stage.teacher}
+    return {"config.json": hashlib.sha256(text.encode()).hexdigest()} | {
+        field: file_sha256(path) for field, path in files.items() if os.path.isfile(path)
+    }
+
+
+def is_trained(workdir: str | os.PathLike, config: Config) -> bool:
+    """Whether all stages have ended.
+
+    Raises:
+      ValueError: it was made from other files or another configuration than there are now. (Files that are gone count as unchanged.)
+    """
+    record = Record.load(workdir)
+    if record is None:
+        return False
+    now = made_from(config)
+    other = [name for name in now if record.made_from.get(name, now[name]) != now[name]]
+    check(not other, "workdir", f"another folder, since what was trained here was made from another {' and '.join(other)}", str(workdir))
+    weights = [best_weights(str(workdir), name) for name in ("stage1", "stage2") if getattr(config, name).epochs]
+    return {*record.ended} == {"stage1", "stage2"} and all(map(os.path.exists, weights))
+
+
+def run(
+    workdir: str,
+    recipe: str = "",
+    data: str = "",
+    data_dir: str = "",
+    overrides: Sequence[str] = (),
+    stages: Literal["stage1", "both"] = "both",
+) -> Path:
+    """The command: trains in WORKDIR from its last checkpoint, see `resolve_config` and `train`, and returns the folder of the weights."""
+    config = resolve_config(workdir, recipe, data, data_dir, overrides)
+    is_trained(workdir, config)  # nothing is mixed with what was made from something else
+    record = Record.load(workdir) or Record(made_from(config), ())
+    record.save(workdir)
+    train(config, workdir, stages)
+    ended = ("stage1", "stage2") if stages == "both" else ("stage1", *record.ended)
+    dataclasses.replace(record, ended=tuple(sorted({*ended}))).save(workdir)
+    return Path(workdir, "checkpoints")
+
+
+def forget(workdir: str | os.PathLike) -> None:
+    """Removes a training, weights and logs, but for its configuration."""
+    workdir = Path(workdir)
+    (workdir / RECORD).unlink(missing_ok=True)
+    for name in ("checkpoints", "logs"):
+        if (workdir / name).is_symlink():  # of `mess_tf.rescale`: another folder's
+            (workdir / name).unlink()
+        elif (workdir / name).exists():  # gone at once: the next start must not go on from the half
+            shutil.rmtree((workdir / name).rename(temporary_beside(workdir / name)))
+
+
 def main() -> None:
-    config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
-    train(config, FLAGS.workdir, FLAGS.stages)
-    print(os.path.join(FLAGS.workdir, "checkpoints"))
+    print(run(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set, FLAGS.stages))
 
 
 if __name__ == "__main__":

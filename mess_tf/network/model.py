@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -117,11 +117,8 @@ class MultiExitNetwork:
         return variables, saved
 
     def weights_sha256(self) -> str:
-        """SHA-256 of all weights of the original and the heads, in lower-case hexadecimal."""
-        digest = hashlib.sha256()
-        for name, variable in self._variables():
-            digest.update(name.encode() + variable.numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 of all weights of the original and the heads, see `weights_sha256`."""
+        return weights_sha256({name: variable.numpy() for name, variable in self._variables()})
 
     def _variables(self) -> list[tuple[str, keras.Variable]]:
         """Every weight with a name that does not depend on how many layers a process has made before."""
@@ -271,20 +268,35 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
     return convert(resized, [point.tap.name for point in network.exit_points], config.data.input_size)  # the same exits at every scale
 
 
-def best_weights(workdir: str, stage: str) -> str:
+def best_weights(workdir: str | os.PathLike, stage: str) -> str:
     """Path of the weights of a stage's best evaluation."""
     return os.path.join(workdir, "checkpoints", stage, "best.npz")
 
 
-def load_network(workdir: str, config: Config, num_classes: int) -> MultiExitNetwork:
+def trained_weights(workdir: str | os.PathLike) -> str:
+    """Path of the weights that a training came to: of stage 2, or of stage 1 where there is no other."""
+    for stage in ("stage2", "stage1"):
+        if os.path.exists(path := best_weights(workdir, stage)):
+            return path
+    raise FileNotFoundError(f"workdir: must hold trained weights, which `python -m mess_tf.train` makes, got {str(workdir)!r}")
+
+
+def weights_sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the weights that a network has or that a file of `save_weights` holds, in lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(name.encode() + array.astype(np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def load_network(workdir: str | os.PathLike, config: Config, num_classes: int) -> MultiExitNetwork:
     """Rebuilds a trained network: with all candidate heads after stage 2, with the plain ones after stage 1."""
     config = with_own_original(config, workdir)
     if config.backbone.name != "keras_file":
         config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="none"))
-    for stage, specs in (("stage2", config.exits.head_specs), ("stage1", (HeadSpec.parse(config.exits.plain_head),))):
-        if os.path.exists(path := best_weights(workdir, stage)):
-            network = build_network(config, num_classes)
-            network.add_heads(specs, config.backbone.batch_norm_momentum)
-            network.load_weights(path)
-            return network
-    raise FileNotFoundError(f"workdir: must hold trained weights, which `python -m mess_tf.train` makes, got {workdir!r}")
+    path = trained_weights(workdir)
+    specs = config.exits.head_specs if path == best_weights(workdir, "stage2") else (HeadSpec.parse(config.exits.plain_head),)
+    network = build_network(config, num_classes)
+    network.add_heads(specs, config.backbone.batch_norm_momentum)
+    network.load_weights(path)
+    return network

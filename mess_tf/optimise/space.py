@@ -1,6 +1,7 @@
 """What a configuration costs and does: costs, and the definition of a configuration's accuracy, straight from the statistics; slow."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +55,16 @@ class Costs:
 
     def __post_init__(self):
         check(self.prefix.min() > 0, f"{self.name}.prefix", "above 0 at every exit", self.prefix.tolist())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all costs, in lower-case hexadecimal."""
+        digest = hashlib.sha256()
+        for resource in self.resources:
+            digest.update(f"{resource.name} {resource.kind} ".encode())
+            for part in (resource.prefix, resource.head, resource.decision):
+                digest.update(part.astype(np.float64).tobytes())
+        return digest.hexdigest()
 
     @property
     def names(self) -> list[str]:

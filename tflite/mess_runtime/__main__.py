@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from mess_runtime import terminal
-from mess_runtime.bundle import SETTINGS, Bundle, Manifest, check, check_writable, read_json, write_json
-from mess_runtime.files import locked
+from mess_runtime.bundle import SETTINGS, Bundle, Manifest, check, check_writable, read_json
 
 
 def _parser() -> terminal.ArgumentParser:
@@ -86,25 +85,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    from mess_runtime.benchmark import LatencyTable, benchmark_files
+    from mess_runtime.benchmark import measure
     from mess_runtime.frames import expand
 
     check_writable("--output", arguments.output)
-
-    def table() -> LatencyTable:
-        return read_json(arguments.output, LatencyTable.from_json) if arguments.output.exists() else LatencyTable({}, ())
-
-    table()  # a broken file is found before the work
-    rows = benchmark_files(
+    measure(
         expand(arguments.paths, {".tflite"}),
+        arguments.output,
         threads=arguments.threads,
         runs=arguments.runs,
         min_seconds=arguments.min_seconds,
         rounds=arguments.rounds,
-        progress=True,
     )
-    with locked(arguments.output):  # others may have measured meanwhile
-        write_json(arguments.output, table().merged(rows).to_json())
     print(arguments.output)
     return 0
 

@@ -17,8 +17,9 @@ import numpy as np
 
 import mess_runtime
 from mess_runtime import terminal
-from mess_runtime.bundle import FORMAT, check, check_sha256, decode_versioned, file_sha256
+from mess_runtime.bundle import FORMAT, check, check_sha256, decode_versioned, file_sha256, read_json, write_json
 from mess_runtime.engines import MAX_THREADS, RUNTIME, Interpreter, open_interpreter
+from mess_runtime.files import locked
 
 BACKEND = "xnnpack"
 WARMUP = 3
@@ -131,6 +132,36 @@ def _git_commit() -> str:
     return commit if prefix == "tflite/mess_runtime/" else "unknown"
 
 
+def measure(
+    paths: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    threads: int = 1,
+    runs: int = 50,
+    min_seconds: float = 0.5,
+    rounds: int = 5,
+) -> LatencyTable:
+    """Measures files, see `benchmark_files`, and puts their rows into a latency.json, which is made if there is none.
+
+    Raises:
+      ValueError: as `benchmark_files`, or `output` is something else.
+    """
+
+    def table() -> LatencyTable:
+        return read_json(output, LatencyTable.from_json) if os.path.exists(output) else LatencyTable({}, ())
+
+    table()  # a broken file is found before the work
+    rows = benchmark_files(paths, threads, runs=runs, min_seconds=min_seconds, rounds=rounds, progress=True)
+    with locked(output):  # others may have measured meanwhile
+        merged = table().merged(rows)
+        write_json(output, merged.to_json())
+    return merged
+
+
+def device_name() -> str:
+    """The name of this machine in latency.json."""
+    return platform.node() or "unknown"
+
+
 def benchmark_file(path: str | os.PathLike, threads: int = 1, warmup: int = WARMUP, runs: int = 50, min_seconds: float = 0.5) -> LatencyRow:
     """Measures one .tflite on random inputs: at least `runs` invocations and at least `min_seconds` of them.
 
@@ -196,7 +227,7 @@ def benchmark_files(
                 note = f"{path.stem} p50_ms={np.median(samples[sha256]):.3f}"
                 bar.advance(note, f"round {number}/{rounds} {note} eta_s={eta:.0f}")
     machine = {
-        "device": platform.node() or "unknown",
+        "device": device_name(),
         "soc": _soc(),
         "os": f"{platform.system()} {platform.release()}",
         "runtime": RUNTIME,
