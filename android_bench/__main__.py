@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -146,8 +146,22 @@ def _devices(arguments: argparse.Namespace) -> int:
     return 0 if usable == len(states) else 1
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    paths = sorted((arguments.workdir / "candidates").glob("*.tflite"))
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads a command line, by default this process's.
+
+    Raises:
+      ValueError: naming the argument.
+    """
+    return _parser().parse_args(words)
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """The command `run`: measures on all phones at once and returns the number of problems, each of which is a line on stderr.
+
+    Raises:
+      AdbError, ValueError: nothing can be measured.
+    """
+    paths = sorted((arguments.workdir / "candidates").glob("[!.]*.tflite"))
     if not paths:
         raise ValueError(
             f"{arguments.workdir / 'candidates'}: must hold .tflite files; run mess_tf.export_tflite --candidates first, got none"
@@ -157,7 +171,12 @@ def _run(arguments: argparse.Namespace) -> int:
     rows, problems = _on_phones(arguments, Store(output), lambda session: session.measure(paths))
     for each in rows:
         _say(f"{each[0].device if each else 'a phone'}: {len(each)} latencies")
-    _say(str(output))
+    return problems
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    problems = measure(arguments)
+    _say(str(arguments.output or arguments.workdir / "latency.json"))
     return 1 if problems else 0
 
 
@@ -178,7 +197,7 @@ def main() -> int:
     """Runs a command and returns its exit code, see `terminal.run`; 1 after any problem of a phone, each one a line on stderr."""
 
     def command() -> int:
-        arguments = _parser().parse_args()
+        arguments = parse()
         return arguments.function(arguments)
 
     return terminal.run("android_bench", command)

@@ -7,8 +7,8 @@ are there.
 
 `python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes
 
-* WORKDIR/bundle/: one .tflite with a signature per segment, sharing weights, and those of --extra_signatures; manifest; and, once all else is
-  there, the deployment.json that all this was made from
+* WORKDIR/bundle/: one .tflite with a signature per segment, sharing weights, and those of --extra_signatures; manifest; and, once all else
+  is there, the deployment.json that all this was made from
 * WORKDIR/bundle_original/: the same of the original network alone
 * WORKDIR/submodels/: one network per file, for benchmark tools: `alone.EXIT` (image to mask), `segment.EXIT` (as in the bundle) and
   `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax); `original`
@@ -195,11 +195,8 @@ def main() -> None:
     if FLAGS.candidates:
         print(run_candidates(FLAGS.workdir, FLAGS.data_dir, options))
     else:
-        print(
-            run_deployment(
-                FLAGS.workdir, FLAGS.deployment, FLAGS.data_dir, options, FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures
-            )
-        )
+        how = (FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures)
+        print(run_deployment(FLAGS.workdir, FLAGS.deployment, FLAGS.data_dir, options, *how))
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def _limits(limits: Sequence[str]) -> dict[str, float]:
 
 
 def asked_of_flags() -> list[Asked]:
-    """What the flags of `define_flags` ask for; several where a constraint has several values."""
+    """What the flags of `define_question_flags` ask for; several where a constraint has several values."""
     values = flags.FLAGS
     given = [(name, float(value)) for name in CONSTRAINTS for value in values[name].value or []]
     if values.max_risk is not None:
@@ -260,7 +260,7 @@ def main() -> None:
     print(output)
 
 
-def define_flags() -> None:
+def define_question_flags() -> None:
     """Defines the flags that say what to search for."""
     flags.DEFINE_string("device", None, "Whose latencies count, where the file has several devices.")
     flags.DEFINE_integer("threads", None, "Latencies at how many threads count, where the file has several.")
@@ -291,7 +291,7 @@ def define_flags() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run, with stats.npz.", required=True)
     flags.DEFINE_string("latency", None, "latency.json: the costs are its medians in ms; without it, they are MACs.")
-    define_flags()
+    define_question_flags()
     flags.DEFINE_bool("all_devices", False, "A deployment for each device and number of threads of the file.")
     flags.DEFINE_integer("front", None, "Draws the Pareto front with so many points: front.png and front.json.", lower_bound=2)
     flags.DEFINE_string(

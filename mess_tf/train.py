@@ -185,6 +185,15 @@ def forget(workdir: str | os.PathLike) -> None:
             shutil.rmtree((workdir / name).rename(temporary_beside(workdir / name)))
 
 
+def define_training_flags() -> None:
+    """Defines the flags that say what to train on what."""
+    flags.DEFINE_string("workdir", None, "folder for everything that this run makes", required=True)
+    flags.DEFINE_string("recipe", "", f"one of {sorted(configs.RECIPES)}")
+    flags.DEFINE_string("data", "", "data source, in place of the recipe's: synthetic, folder, voc or tfds:NAME")
+    flags.DEFINE_string("data_dir", "", "root folder of the data")
+    flags.DEFINE_multi_string("set", [], "section.field=value, e.g. stage1.epochs=30; may be given several times")
+
+
 def main() -> None:
     print(run(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set, FLAGS.stages))
 
@@ -192,10 +201,6 @@ def main() -> None:
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     define_flags()
-    flags.DEFINE_string("workdir", None, "folder for everything that this run makes", required=True)
-    flags.DEFINE_string("recipe", "", f"one of {sorted(configs.RECIPES)}")
-    flags.DEFINE_string("data", "", "data source, in place of the recipe's: synthetic, folder, voc or tfds:NAME")
-    flags.DEFINE_string("data_dir", "", "root folder of the data")
-    flags.DEFINE_multi_string("set", [], "section.field=value, e.g. stage1.epochs=30; may be given several times")
+    define_training_flags()
     flags.DEFINE_enum("stages", "both", ["stage1", "both"], "stages to run")
     terminal.run(main)

@@ -1,0 +1,210 @@
+"""From images to a bundle in one command: train, export the candidates, calibrate, measure, search, export the bundle, report.
+
+`python -m mess_tf.pipeline --workdir=W --recipe=R [--data=S] [--data_dir=D] CONSTRAINT [--set section.field=value ...]
+[--latency=FILE | --android]` calls what the commands of these names call, in this order, and prints what the search promises, where the
+report is, and the command that runs the bundle.
+
+What is there and made from what is there now is left as it is, so that the same command goes on where it was stopped, and with another
+constraint does only what depends on it. What that means is said by hashes in the files, never by times:
+  train       WORKDIR/training.json: of the configuration and of the files that it names; all stages have ended
+  candidates  candidates/weights.sha256: of the trained weights
+  calibrate   stats.npz: of the candidates' files
+  measure     latency.json: a row for the hash of every candidate's file, of this machine or of the phones
+  search      deployment.json: what was asked, and hashes of stats.npz and of the costs
+  bundle      bundle/deployment.json: the same as deployment.json
+  report      report/deployment.json: likewise
+Each of them is written last. --from=STEP makes that step and all after it anew.
+
+All steps run in one process. Keras names what it builds by counters, which each step finds as a new process does: otherwise the bits of
+what it writes would depend on the steps before it.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+from absl import flags
+
+from android_bench import __main__ as android
+from mess_runtime import benchmark
+from mess_runtime.bundle import check, file_sha256, read_json
+from mess_runtime.terminal import is_answer, one_line
+from mess_tf import calibrate, configs, export_tflite, report, search, terminal, train
+from mess_tf.files import DEPLOYMENT, Asked, Deployment
+from mess_tf.network.originals import allow, define_flags
+
+STEPS = ("train", "candidates", "calibrate", "measure", "search", "bundle", "report")
+
+
+class StepError(ValueError):
+    """A step could not be done; the message begins with its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """The steps of one work folder.
+
+    Attributes:
+      workdir: the folder.
+      config: of the training.
+      data_dir: where the data is; empty for where training found it.
+      asked: what to search for.
+      latency: the latency.json to search with; None to measure.
+      phones: arguments of `android_bench run`, to measure on phones instead of this machine; None otherwise.
+      unsafe_loading: see `originals.allow`.
+    """
+
+    workdir: Path
+    config: configs.Config
+    data_dir: str
+    asked: Asked
+    latency: Path | None = None
+    phones: argparse.Namespace | None = None
+    unsafe_loading: bool = False
+
+    def run(self, first: str | None = None) -> Deployment:
+        """Does what is not up to date, one line each, and returns what was chosen.
+
+        Args:
+          first: the step from which on all is made anew.
+
+        Raises:
+          StepError: a step could not be done, for a reason that its message gives.
+        """
+        clear_temporaries(self.workdir)
+        if first == STEPS[0]:
+            train.forget(self.workdir)
+        forced = STEPS[STEPS.index(first) :] if first else ()
+        for name, (is_made, make) in self.steps().items():
+            try:
+                if name not in forced and is_made():
+                    print(f"{name}: up to date", flush=True)
+                    continue
+                keras.utils.clear_session()
+                allow((), self.unsafe_loading)
+                print(f"{name}: {make()}", flush=True)
+            except Exception as error:
+                if is_answer(error):
+                    raise StepError(f"{name}: {one_line(error)}") from error
+                error.add_note(f"in the step {name}")
+                raise
+        return Deployment.load(self.workdir / DEPLOYMENT)
+
+    def steps(self) -> dict[str, tuple[Callable[[], bool], Callable[[], object]]]:
+        """By name and in order: whether a step's result is up to date, and what makes it and returns where it is."""
+        workdir, data_dir, deployment = self.workdir, self.data_dir, self.workdir / DEPLOYMENT
+        steps = (
+            (lambda: train.is_trained(workdir, self.config), lambda: train.run(workdir, data_dir=data_dir)),
+            (lambda: export_tflite.are_exported(workdir), lambda: export_tflite.run_candidates(workdir, data_dir)),
+            (lambda: calibrate.is_calibrated(workdir, self.config.data.val_split), lambda: calibrate.run(workdir, data_dir)),
+            (self.is_measured, self.measure),
+            (lambda: search.is_searched(workdir, self.question(), self.table), self.search),
+            (
+                lambda: export_tflite.is_bundled(workdir, deployment),
+                lambda: export_tflite.run_deployment(workdir, deployment, data_dir),
+            ),
+            (lambda: report.is_reported(workdir), lambda: report.run(workdir, data_dir, self.table)),
+        )
+        return dict(zip(STEPS, steps, strict=True))
+
+    @property
+    def table(self) -> Path:
+        """The latency.json to search with."""
+        return self.latency or self.workdir / "latency.json"
+
+    def is_measured(self) -> bool:
+        """Whether the table has a row for every candidate, of this machine or, if they are wanted, of all phones that it has rows of."""
+        if self.latency is not None:
+            return True
+        wanted = {file_sha256(path) for path in export_tflite.candidate_files(self.workdir / export_tflite.CANDIDATES)}
+        rows = read_json(self.table, benchmark.LatencyTable.from_json).rows if self.table.exists() else ()
+        found: dict[str, set[str]] = {}
+        for row in rows:
+            found.setdefault(row.device, set()).add(row.sha256)
+        here = found.pop(benchmark.device_name(), set())
+        return all(wanted <= each for each in ([here] if self.phones is None else found.values() or [set()]))
+
+    def measure(self) -> Path:
+        """Measures the candidates here or on the phones."""
+        if self.latency is not None:
+            return self.latency
+        if self.phones is not None:
+            problems = android.measure(self.phones)
+            check(not problems, "phones", "without problems, of which each is a line above", problems)
+        else:
+            paths = export_tflite.candidate_files(self.workdir / export_tflite.CANDIDATES)
+            benchmark.measure(paths, self.table)
+        return self.table
+
+    def question(self) -> Asked:
+        """What to search for: of what was measured here, this machine, in a table that may hold others too."""
+        if self.asked.device is not None or self.latency is not None or self.phones is not None:
+            return self.asked
+        return dataclasses.replace(self.asked, device=benchmark.device_name())
+
+    def search(self) -> Path:
+        """See `search.run`."""
+        search.run(self.workdir, self.question(), self.table)
+        return self.workdir / DEPLOYMENT
+
+
+def clear_temporaries(workdir: Path) -> None:
+    """Removes what processes that were killed have left half-written, see `bundle.temporary`."""
+    for path in workdir.rglob(".*"):
+        process = re.match(r"\.(\d+)\.", path.name)
+        if process and not _is_running(int(process[1])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def summary(workdir: Path, deployment: Deployment) -> str:
+    """What was chosen, and what to do with it."""
+    return "\n".join(
+        [
+            search.table(deployment),
+            f"report: {report.page_path(workdir)}",
+            f"run: python -m mess_runtime run {workdir / 'bundle'} PHOTO --output={workdir / 'masks'}",
+        ]
+    )
+
+
+def main() -> None:
+    asked = search.asked_of_flags()
+    check(len(asked) == 1, "constraint", "one with one value; `python -m mess_tf.search` makes tables of several", len(asked))
+    check(not (FLAGS.latency and FLAGS.android), "--latency", "left out with --android", FLAGS.latency)
+    check(not FLAGS.android_flag or FLAGS.android, "--android_flag", "left out without --android", FLAGS.android_flag)
+    latency = Path(FLAGS.latency) if FLAGS.latency else None
+    if latency:
+        read_json(latency, benchmark.LatencyTable.from_json)
+    phones = android.parse(["run", f"--workdir={FLAGS.workdir}", *FLAGS.android_flag]) if FLAGS.android else None
+    config = train.resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
+    workdir = Path(FLAGS.workdir)
+    pipeline = Pipeline(workdir, config, FLAGS.data_dir, asked[0], latency, phones, FLAGS.unsafe_loading)
+    deployment = pipeline.run(FLAGS["from"].value)
+    print(summary(workdir, deployment))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    define_flags()
+    train.define_training_flags()
+    search.define_question_flags()
+    flags.DEFINE_string("latency", "", "latency.json to search with, in place of a measurement")
+    flags.DEFINE_bool("android", False, "measure on the phones that adb sees, instead of this machine; see android_bench")
+    flags.DEFINE_multi_string("android_flag", [], "a flag of `android_bench run`, such as --android_flag=--backend=gpu; several times")
+    flags.DEFINE_enum("from", None, STEPS, "make this step and all after it anew, even where they are up to date")
+    terminal.run(main)

@@ -1,0 +1,256 @@
+"""The pipeline: what it makes, what it leaves as it is, and how it goes on where it was stopped."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from small_network import small_network
+
+from mess_runtime import benchmark
+from mess_runtime.bundle import Bundle, file_sha256
+from mess_tf import pipeline, train
+from mess_tf.data.synthetic import SYNTHETIC_CLASSES
+from mess_tf.files import Asked, Deployment, Stats
+from mess_tf.network.model import best_weights
+from mess_tf.pipeline import STEPS, Pipeline, StepError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ASKED = Asked(cost_share=0.9)
+OVERRIDES = (
+    "backbone.name=keras_file",
+    "backbone.width=1",
+    "data.input_size=[32, 64]",
+    "data.synthetic_train=8",
+    "data.synthetic_val=4",
+    "exits.count=2",
+    'exits.heads=["fcn-r8-b0"]',
+    "exits.plain_head=fcn-r8-b0",
+    "stage1.epochs=1",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steady_latencies():
+    """Files take as long as they are large, so that two searches choose the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "_sample", lambda path, *_: [path.stat().st_size / 1e4] * 3)
+        yield
+    keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small.keras"
+    keras.utils.set_random_seed(0)
+    small_network(len(SYNTHETIC_CLASSES)).save(path)
+    return path
+
+
+def start(workdir: Path, model: Path, first: str | None = None, asked: Asked = ASKED, latency: Path | None = None) -> None:
+    config = train.resolve_config(workdir, "smoke", "", "", [*OVERRIDES, f"backbone.weights={model}"])
+    Pipeline(workdir, config, "", asked, latency).run(first)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model) -> Path:
+    """A work folder after one undisturbed run."""
+    workdir = tmp_path_factory.mktemp("made") / "work"
+    start(workdir, model)
+    return workdir
+
+
+@pytest.fixture
+def again(made, model, tmp_path, capsys):
+    """Starts it again in a copy of that folder, and returns the steps that were done."""
+    workdir = tmp_path / "work"
+    shutil.copytree(made, workdir, symlinks=True)
+
+    def run(**options) -> list[str]:
+        capsys.readouterr()
+        start(workdir, model, **options)
+        lines = capsys.readouterr().out.splitlines()
+        done = [name for name in STEPS if f"{name}: up to date" not in lines]
+        assert [line.partition(":")[0] for line in lines if line.partition(":")[0] in STEPS] == [*STEPS], "one line for each"
+        return done
+
+    run.workdir = workdir
+    return run
+
+
+def hashes(workdir: Path) -> dict[str, str]:
+    return {str(path.relative_to(workdir)): file_sha256(path) for path in sorted(workdir.rglob("*")) if path.is_file()}
+
+
+def assert_same(workdir: Path, made: Path) -> None:
+    """All files, bit for bit, but for those that hold times."""
+    times = ("tfevents", "/checkpoint", "deployment.json", "latency.json", "report/")
+    found, expected = (
+        {name: value for name, value in hashes(each).items() if not any(time in name for time in times)} for each in (workdir, made)
+    )
+    assert found == expected
+    names = [{*hashes(each)} for each in (workdir, made)]
+    assert {name for name in names[0] ^ names[1] if "tfevents" not in name} == set()
+    one, other = (Deployment.load(each / "deployment.json") for each in (workdir, made))
+    assert dataclasses.replace(one, certificate=other.certificate) == other
+
+
+def test_all_steps_make_what_they_should(made):
+    deployment = Deployment.load(made / "deployment.json")
+    assert deployment.asked == dataclasses.replace(ASKED, device=benchmark.device_name())
+    assert deployment.predicted.cost_mean <= 0.9 * deployment.original.cost and deployment.predicted.cost_name == "latency_ms"
+    assert Bundle.load(made / "bundle").manifest.exits == tuple(choice.exit for choice in deployment.exits)
+    assert not [path for path in made.rglob(".*")]
+    lines = pipeline.summary(made, deployment).splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(("original", "predicted", "difference"))] == [
+        "original",
+        "predicted",
+        "difference",
+    ]
+    assert lines[-2:] == [
+        f"report: {made / 'report' / 'index.html'}",
+        f"run: python -m mess_runtime run {made / 'bundle'} PHOTO --output={made / 'masks'}",
+    ]
+    assert (made / "report" / "index.html").exists()
+
+
+def test_a_second_start_does_nothing(again):
+    before = hashes(again.workdir)
+    assert again() == []
+    assert hashes(again.workdir) == before
+
+
+def test_another_constraint_does_the_last_three_steps(again):
+    assert again(asked=Asked(min_miou=0.0)) == ["search", "bundle", "report"]
+    assert Deployment.load(again.workdir / "deployment.json").constraint.min_miou == 0
+
+
+@pytest.fixture
+def without_bundle_and_report(monkeypatch):
+    """These two are called, but do nothing."""
+    monkeypatch.setattr(pipeline.export_tflite, "run_deployment", lambda workdir, *_: workdir)
+    monkeypatch.setattr(pipeline.report, "run", lambda workdir, *_: workdir)
+
+
+@pytest.mark.usefixtures("without_bundle_and_report")
+def test_from_makes_a_step_and_all_after_it_anew(again, made):
+    assert again(first="search") == ["search", "bundle", "report"]
+    assert again(first="bundle") == ["bundle", "report"]
+
+
+@pytest.mark.usefixtures("without_bundle_and_report")
+def test_other_latencies_are_searched_again(again, tmp_path):
+    document = json.loads((again.workdir / "latency.json").read_text())
+    same, other, lacking = (tmp_path / f"{name}.json" for name in ("same", "other", "lacking"))
+    same.write_text(json.dumps(document | {"rows": document["rows"][::-1]}))
+    asked = dataclasses.replace(ASKED, device=benchmark.device_name())
+    assert again(latency=same, asked=asked) == []
+    document["rows"] = [row | {"p50_ms": 2 * row["p50_ms"], "p90_ms": None} for row in document["rows"]]
+    other.write_text(json.dumps(document))
+    assert again(latency=other, asked=asked) == ["search", "bundle", "report"]
+    lacking.write_text(json.dumps(document | {"rows": document["rows"][:1]}))
+    with pytest.raises(StepError, match=r"^search: latency.json: must have a row for every submodel"):
+        again(latency=lacking, asked=asked)
+
+
+@pytest.mark.usefixtures("without_bundle_and_report")
+def test_edited_statistics_are_searched_again(again):
+    stats = Stats.load(again.workdir / "stats.npz")
+    dataclasses.replace(stats, changed=np.zeros_like(stats.changed)).save(again.workdir / "stats.npz")
+    assert again() == ["search", "bundle", "report"]
+
+
+@pytest.mark.usefixtures("without_bundle_and_report")
+def test_what_is_broken_or_gone_is_made_again(again):
+    (again.workdir / "bundle" / "model.tflite").unlink()
+    assert again() == ["bundle"]
+    (again.workdir / "deployment.json").write_text("{}")
+    assert again() == ["search", "bundle", "report"]
+    path = again.workdir / "latency.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rows": []}))
+    assert again() == ["measure", "bundle", "report"], "the search finds the same latencies as before"
+
+
+@pytest.mark.usefixtures("without_bundle_and_report")
+def test_other_weights_are_exported_again(again):
+    path = best_weights(again.workdir, "stage2")
+    arrays = {name: array * np.float32(1.01) for name, array in np.load(path).items()}
+    np.savez(path, **arrays)
+    assert again() == ["candidates", "calibrate", "measure", "search", "bundle", "report"]
+
+
+def test_a_training_made_from_something_else_is_an_error(again, made, model, tmp_path):
+    other = tmp_path / "other.keras"
+    small_network(len(SYNTHETIC_CLASSES)).save(other)
+    config = train.resolve_config(again.workdir, "", "", "", [])
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=str(other)))
+    with pytest.raises(StepError, match=r"^train: workdir: must be another folder, since what was trained here was made from another"):
+        Pipeline(again.workdir, config, "", ASKED).run()
+    assert hashes(again.workdir) == hashes(made)
+
+
+class Stopped(BaseException):
+    """As if the process had ended."""
+
+
+# What each step is stopped at: before the file is put in its place.
+STOPS = {
+    "train": "checkpoints/stage2/best.npz",
+    "candidates": "candidates/head.exit1.fcn-r8-b0.tflite",
+    "calibrate": "stats.npz",
+    "measure": "latency.json",
+    "search": "deployment.json",
+    "bundle": "submodels/original.tflite",
+    "report": "report/index.html",
+}
+
+
+def test_stopped_in_each_step_it_ends_with_the_same_files(made, model, tmp_path, monkeypatch, capsys):
+    workdir, replace = tmp_path / "work", os.replace
+    for name, stop in STOPS.items():
+
+        def stopped(source, target, stop=stop):
+            if Path(target) == workdir / stop:
+                raise Stopped
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", stopped)
+        with pytest.raises(Stopped):
+            start(workdir, model)
+        monkeypatch.setattr(os, "replace", replace)
+        done = [line for line in capsys.readouterr().out.splitlines() if line.partition(":")[0] in STEPS]
+        before = STEPS[: STEPS.index(name)]
+        assert done == [f"{step}: up to date" for step in before[:-1]] + [line for line in done[-1:] if before], name
+    start(workdir, model)
+    assert_same(workdir, made)
+
+
+@pytest.mark.slow
+def test_killed_it_ends_with_the_same_files(made, model, tmp_path, capsys):
+    """A process of its own, killed while it exports the candidates; what it leaves half-written is cleared."""
+    workdir = tmp_path / "work"
+    shutil.copytree(made, workdir, symlinks=True)
+    shutil.rmtree(workdir / "candidates")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
+    words = [sys.executable, "-m", "mess_tf.pipeline", f"--workdir={workdir}", "--cost_share=0.9", "--recipe=smoke"]
+    words += [f"--set={override}" for override in (*OVERRIDES, f"backbone.weights={model}")]
+    with open(tmp_path / "output.txt", "w") as output:
+        process = subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    while process.poll() is None and not [*workdir.glob("candidates/head.*")]:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
+    assert not (workdir / "candidates" / "weights.sha256").exists()
+    (workdir / "candidates" / f".{process.pid}.head.final.original.tflite").write_bytes(b"half")
+    capsys.readouterr()
+    start(workdir, model)
+    assert capsys.readouterr().out.splitlines()[0] == "train: up to date"
+    assert_same(workdir, made)
