@@ -13,14 +13,9 @@ demo: $(READY)
 
 demo-commands:
 	rm -rf runs/demo
-	$(BIN)/python -m mess_tf.train --workdir=runs/demo --recipe=demo
-	$(BIN)/python -m mess_tf.export_tflite --workdir=runs/demo --candidates
-	$(BIN)/python -m mess_tf.calibrate --workdir=runs/demo
-	$(BIN)/python -m mess_runtime benchmark runs/demo/candidates --output=runs/demo/latency.json
-	$(BIN)/python -m mess_tf.search --workdir=runs/demo --latency=runs/demo/latency.json --max_drop_pp=1
-	$(BIN)/python -m mess_tf.export_tflite --workdir=runs/demo --deployment=runs/demo/deployment.json
+	$(BIN)/python -m mess_tf.pipeline --workdir=runs/demo --recipe=demo --max_drop_pp=1
 	$(BIN)/python -m mess_runtime run runs/demo/bundle runs/demo/examples --output=runs/demo/masks
-	$(BIN)/python benchmarks/closed_loop.py --workdir=runs/demo --split=val
+	@echo "masks: runs/demo/masks, report: runs/demo/report/index.html"
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 2 --dist loadfile

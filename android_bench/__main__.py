@@ -161,7 +161,7 @@ def measure(arguments: argparse.Namespace) -> int:
     Raises:
       AdbError, ValueError: nothing can be measured.
     """
-    paths = sorted((arguments.workdir / "candidates").glob("[!.]*.tflite"))
+    paths = sorted((arguments.workdir / "candidates").glob("*.tflite"))
     if not paths:
         raise ValueError(
             f"{arguments.workdir / 'candidates'}: must hold .tflite files; run mess_tf.export_tflite --candidates first, got none"

@@ -21,9 +21,6 @@ what it writes would depend on the steps before it.
 
 import argparse
 import dataclasses
-import os
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from absl import flags
 from android_bench import __main__ as android
 from mess_runtime import benchmark
 from mess_runtime.bundle import check, file_sha256, read_json
+from mess_runtime.files import locked
 from mess_runtime.terminal import is_answer, one_line
 from mess_tf import calibrate, configs, export_tflite, report, search, terminal, train
 from mess_tf.files import DEPLOYMENT, Asked, Deployment
@@ -75,10 +73,17 @@ class Pipeline:
 
         Raises:
           StepError: a step could not be done, for a reason that its message gives.
+          ValueError: another pipeline is at work in the folder.
         """
-        clear_temporaries(self.workdir)
+        try:
+            with locked(self.workdir / "pipeline", wait=False):
+                return self._run(first)
+        except BlockingIOError:
+            raise ValueError(f"workdir: must be no other pipeline's, which is still running, got {str(self.workdir)!r}") from None
+
+    def _run(self, first: str | None) -> Deployment:
         if first == STEPS[0]:
-            train.forget(self.workdir)
+            train.forget(self.workdir, self.config)
         forced = STEPS[STEPS.index(first) :] if first else ()
         for name, (is_made, make) in self.steps().items():
             try:
@@ -117,17 +122,24 @@ class Pipeline:
         """The latency.json to search with."""
         return self.latency or self.workdir / "latency.json"
 
+    def question(self) -> Asked:
+        """What to search for: of what is measured here, this machine, in a table that may hold others too."""
+        if self.latency is not None or self.phones is not None:
+            return self.asked
+        device, threads = self.asked.device or benchmark.device_name(), self.asked.threads or 1
+        return dataclasses.replace(self.asked, device=device, threads=threads)
+
     def is_measured(self) -> bool:
-        """Whether the table has a row for every candidate, of this machine or, if they are wanted, of all phones that it has rows of."""
+        """Whether the table has a row for every candidate: of the device that is asked for, or of any phone."""
         if self.latency is not None:
             return True
+        asked, found = self.question(), {}
+        for row in read_json(self.table, benchmark.LatencyTable.from_json).rows if self.table.exists() else ():
+            if asked.threads in (None, row.threads):
+                found.setdefault(row.device, set()).add(row.sha256)
         wanted = {file_sha256(path) for path in export_tflite.candidate_files(self.workdir / export_tflite.CANDIDATES)}
-        rows = read_json(self.table, benchmark.LatencyTable.from_json).rows if self.table.exists() else ()
-        found: dict[str, set[str]] = {}
-        for row in rows:
-            found.setdefault(row.device, set()).add(row.sha256)
-        here = found.pop(benchmark.device_name(), set())
-        return all(wanted <= each for each in ([here] if self.phones is None else found.values() or [set()]))
+        devices = {asked.device} if asked.device else found.keys() - {benchmark.device_name()}
+        return any(wanted <= found.get(device, set()) for device in devices)
 
     def measure(self) -> Path:
         """Measures the candidates here or on the phones."""
@@ -138,37 +150,13 @@ class Pipeline:
             check(not problems, "phones", "without problems, of which each is a line above", problems)
         else:
             paths = export_tflite.candidate_files(self.workdir / export_tflite.CANDIDATES)
-            benchmark.measure(paths, self.table)
+            benchmark.measure(paths, self.table, self.question().threads)
         return self.table
-
-    def question(self) -> Asked:
-        """What to search for: of what was measured here, this machine, in a table that may hold others too."""
-        if self.asked.device is not None or self.latency is not None or self.phones is not None:
-            return self.asked
-        return dataclasses.replace(self.asked, device=benchmark.device_name())
 
     def search(self) -> Path:
         """See `search.run`."""
         search.run(self.workdir, self.question(), self.table)
         return self.workdir / DEPLOYMENT
-
-
-def clear_temporaries(workdir: Path) -> None:
-    """Removes what processes that were killed have left half-written, see `bundle.temporary`."""
-    for path in workdir.rglob(".*"):
-        process = re.match(r"\.(\d+)\.", path.name)
-        if process and not _is_running(int(process[1])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def summary(workdir: Path, deployment: Deployment) -> str:

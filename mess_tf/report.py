@@ -79,8 +79,8 @@ def css_colours(colours: Iterable[Sequence[int]]) -> list[str]:
 
 
 def searched_costs(stats: Stats, deployment: Deployment, latencies: LatencyTable | None) -> Costs:
-    """The costs that the deployment was searched with: of the device and threads that were asked for, or else of those at which the original
-    network costs what it says.
+    """The costs that the deployment was searched with: of the device and threads that were asked for, or else of those at which the
+    original network costs what it says.
 
     Raises:
       ValueError: the latencies are of other submodels, or of no device that gives the original network that cost.

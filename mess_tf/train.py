@@ -174,10 +174,12 @@ def run(
     return Path(workdir, "checkpoints")
 
 
-def forget(workdir: str | os.PathLike) -> None:
-    """Removes a training, weights and logs, but for its configuration."""
+def forget(workdir: str | os.PathLike, config: Config) -> None:
+    """Removes a training, weights and logs, but for its configuration; also the copy of the user's own network, if that is still there."""
     workdir = Path(workdir)
     (workdir / RECORD).unlink(missing_ok=True)
+    if os.path.isfile(config.backbone.weights):
+        (workdir / configs.ORIGINAL).unlink(missing_ok=True)
     for name in ("checkpoints", "logs"):
         if (workdir / name).is_symlink():  # of `mess_tf.rescale`: another folder's
             (workdir / name).unlink()

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from small_network import small_network
 
+from android_bench import __main__ as android
 from mess_runtime import benchmark
 from mess_runtime.bundle import Bundle, file_sha256
+from mess_runtime.files import locked
 from mess_tf import pipeline, train
 from mess_tf.data.synthetic import SYNTHETIC_CLASSES
 from mess_tf.files import Asked, Deployment, Stats
@@ -68,6 +70,12 @@ def made(tmp_path_factory, model) -> Path:
     return workdir
 
 
+def said(text: str) -> list[tuple[str, str]]:
+    """Each step's line, as its name and what it says; others are progress."""
+    lines = [line.partition(": ")[::2] for line in text.splitlines()]
+    return [(name, word) for name, word in lines if name in STEPS and (word == "up to date" or word.startswith("/"))]
+
+
 @pytest.fixture
 def again(made, model, tmp_path, capsys):
     """Starts it again in a copy of that folder, and returns the steps that were done."""
@@ -77,10 +85,9 @@ def again(made, model, tmp_path, capsys):
     def run(**options) -> list[str]:
         capsys.readouterr()
         start(workdir, model, **options)
-        lines = capsys.readouterr().out.splitlines()
-        done = [name for name in STEPS if f"{name}: up to date" not in lines]
-        assert [line.partition(":")[0] for line in lines if line.partition(":")[0] in STEPS] == [*STEPS], "one line for each"
-        return done
+        found = said(capsys.readouterr().out)
+        assert [name for name, _ in found] == [*STEPS], "one line for each"
+        return [name for name, word in found if word != "up to date"]
 
     run.workdir = workdir
     return run
@@ -105,10 +112,10 @@ def assert_same(workdir: Path, made: Path) -> None:
 
 def test_all_steps_make_what_they_should(made):
     deployment = Deployment.load(made / "deployment.json")
-    assert deployment.asked == dataclasses.replace(ASKED, device=benchmark.device_name())
+    assert deployment.asked == dataclasses.replace(ASKED, device=benchmark.device_name(), threads=1)
     assert deployment.predicted.cost_mean <= 0.9 * deployment.original.cost and deployment.predicted.cost_name == "latency_ms"
     assert Bundle.load(made / "bundle").manifest.exits == tuple(choice.exit for choice in deployment.exits)
-    assert not [path for path in made.rglob(".*")]
+    assert {path.name for path in made.rglob(".*")} == {".latency.json.lock", ".pipeline.lock"}
     lines = pipeline.summary(made, deployment).splitlines()
     assert [line.split()[0] for line in lines if line.startswith(("original", "predicted", "difference"))] == [
         "original",
@@ -151,7 +158,7 @@ def test_other_latencies_are_searched_again(again, tmp_path):
     document = json.loads((again.workdir / "latency.json").read_text())
     same, other, lacking = (tmp_path / f"{name}.json" for name in ("same", "other", "lacking"))
     same.write_text(json.dumps(document | {"rows": document["rows"][::-1]}))
-    asked = dataclasses.replace(ASKED, device=benchmark.device_name())
+    asked = dataclasses.replace(ASKED, device=benchmark.device_name(), threads=1)
     assert again(latency=same, asked=asked) == []
     document["rows"] = [row | {"p50_ms": 2 * row["p50_ms"], "p90_ms": None} for row in document["rows"]]
     other.write_text(json.dumps(document))
@@ -197,6 +204,26 @@ def test_a_training_made_from_something_else_is_an_error(again, made, model, tmp
     assert hashes(again.workdir) == hashes(made)
 
 
+def test_two_at_once_are_refused(again, model):
+    with locked(again.workdir / "pipeline"), pytest.raises(ValueError, match=r"^workdir: must be no other pipeline's"):
+        again()
+
+
+def test_latencies_of_phones(again, plug_in, tool):
+    """Beside those of this machine, from a phone that runs no graphs."""
+    phone = plug_in("Pixel 8")
+    phone.environment["FAKE_MODE"] = "canned"
+    words = [f"--tool={tool()}", "--repetitions=1", "--runs=5", "--min_seconds=0", "--warmup_runs=1"]
+    phones = android.parse(["run", f"--workdir={again.workdir}", *words])
+    config = train.resolve_config(again.workdir, "", "", "", [])
+    steps = Pipeline(again.workdir, config, "", ASKED, phones=phones)
+    of_other_phone = dataclasses.replace(steps, asked=dataclasses.replace(ASKED, device="Nexus_5-NEXUS5"))
+    assert not steps.is_measured()
+    assert steps.measure() == again.workdir / "latency.json"
+    assert steps.is_measured() and not of_other_phone.is_measured()
+    assert dataclasses.replace(steps, phones=None).is_measured(), "the rows of this machine are still there"
+
+
 class Stopped(BaseException):
     """As if the process had ended."""
 
@@ -208,7 +235,7 @@ STOPS = {
     "calibrate": "stats.npz",
     "measure": "latency.json",
     "search": "deployment.json",
-    "bundle": "submodels/original.tflite",
+    "bundle": "submodels",
     "report": "report/index.html",
 }
 
@@ -226,9 +253,9 @@ def test_stopped_in_each_step_it_ends_with_the_same_files(made, model, tmp_path,
         with pytest.raises(Stopped):
             start(workdir, model)
         monkeypatch.setattr(os, "replace", replace)
-        done = [line for line in capsys.readouterr().out.splitlines() if line.partition(":")[0] in STEPS]
-        before = STEPS[: STEPS.index(name)]
-        assert done == [f"{step}: up to date" for step in before[:-1]] + [line for line in done[-1:] if before], name
+        found, before = said(capsys.readouterr().out), STEPS[: STEPS.index(name)]
+        assert [step for step, _ in found] == [*before], name
+        assert [step for step, word in found if word == "up to date"] == [*before[:-1]], name
     start(workdir, model)
     assert_same(workdir, made)
 
@@ -249,8 +276,8 @@ def test_killed_it_ends_with_the_same_files(made, model, tmp_path, capsys):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
     assert not (workdir / "candidates" / "weights.sha256").exists()
-    (workdir / "candidates" / f".{process.pid}.head.final.original.tflite").write_bytes(b"half")
+    (workdir / "candidates" / f".head.final.original.tflite.{process.pid}.tmp").write_bytes(b"half")
     capsys.readouterr()
     start(workdir, model)
-    assert capsys.readouterr().out.splitlines()[0] == "train: up to date"
+    assert said(capsys.readouterr().out)[0] == ("train", "up to date")
     assert_same(workdir, made)
