@@ -13,7 +13,7 @@ demo: $(READY)
 
 demo-commands:
 	rm -rf runs/demo
-	$(BIN)/python -m mess_tf.pipeline --workdir=runs/demo --recipe=demo --max_drop_pp=1
+	$(BIN)/python -m mess_tf.pipeline --workdir=runs/demo --recipe=demo --max_drop_pp=0
 	$(BIN)/python -m mess_runtime run runs/demo/bundle runs/demo/examples --output=runs/demo/masks
 	@echo "masks: runs/demo/masks, report: runs/demo/report/index.html"
 
