@@ -174,8 +174,10 @@ def test_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
-def test_the_readme_is_short():
-    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+def test_the_readme_is_short_and_says_how_to_begin():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160
+    assert ["make", "demo"] in (words := list(commands(text))) and ["make", "test"] in words
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
