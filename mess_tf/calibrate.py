@@ -18,7 +18,7 @@ import tensorflow as tf
 from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
-from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE, check, file_sha256
+from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE, check, check_writable, file_sha256
 from mess_runtime.terminal import Bar
 from mess_tf import configs, metrics, terminal
 from mess_tf.data.examples import Examples
@@ -182,6 +182,8 @@ def calibrate(
 def run(workdir: str, data_dir: str = "", split: str = "", theta_pix: Sequence[float] = THETA_PIX, fidelity: str = policy.EXACT) -> Path:
     """The command: see `calibrate`; the split is the validation split if none is named. Returns the path of the statistics."""
     config = configs.with_data_dir(configs.load_config(workdir), data_dir)
+    check_theta_pix(theta_pix)
+    check_writable("workdir", workdir, folder=True)
     split = split or config.data.val_split
     examples = open_split(config.data, split)
     network = load_network(workdir, config, examples.info.num_classes)
@@ -205,7 +207,7 @@ def is_calibrated(workdir: str | os.PathLike, split: str) -> bool:
 
 
 def main() -> None:
-    print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split, [float(theta) for theta in FLAGS.theta_pix], FLAGS.fidelity))
+    print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mess_runtime.bundle import write_json
+from mess_runtime.bundle import check_writable, write_json
 from mess_tf import configs, terminal
 from mess_tf.data.sources import open_split
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
@@ -30,6 +30,7 @@ def table(result: dict[str, Accuracy], classes: Sequence[str]) -> str:
 def run(workdir: str, data_dir: str = "", split: str = "") -> Path:
     """The command: evaluates a training on a split (default: the validation split), prints the table and returns the file's path."""
     config = configs.with_data_dir(configs.load_config(workdir), data_dir)
+    check_writable("workdir", workdir, folder=True)
     split = split or config.data.val_split
     examples = open_split(config.data, split)
     network = load_network(workdir, config, examples.info.num_classes)

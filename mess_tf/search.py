@@ -6,19 +6,18 @@ stats (what each candidate did to each image) → costs → the optimum of the s
 import dataclasses
 import itertools
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from mess_runtime.bundle import FORMAT, INPUT_DEPENDENT, SETTINGS, check, file_sha256, read_json, write_json
+from mess_runtime.bundle import BUDGETED, FORMAT, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, read_json, write_json
 from mess_tf import terminal
 from mess_tf.files import DEPLOYMENT, RISKS, STATS, Asked, Deployment, Stats
 from mess_tf.metrics import miou
 from mess_tf.optimise import guarantee
-from mess_tf.optimise.search import InfeasibleError, front, resolve_objective, search, search_guaranteed, search_table
+from mess_tf.optimise.search import front, resolve_objective, search, search_guaranteed, search_table
 from mess_tf.optimise.space import Costs, latency_costs, macs_costs, original, predict
 
 CONSTRAINTS = ("min_miou", "max_drop_pp", "max_cost", "cost_share")
@@ -220,7 +219,11 @@ def _limits(limits: Sequence[str]) -> dict[str, float]:
 def asked_of_flags() -> list[Asked]:
     """What the flags of `define_question_flags` ask for; several where a constraint has several values."""
     values = flags.FLAGS
-    given = [(name, float(value)) for name in CONSTRAINTS for value in values[name].value or []]
+    terminal.check_left_out(values.max_risk is None, "confidence risk", "without --max_risk")
+    terminal.check_left_out(values.max_risk is not None, "minimise setting", "with --max_risk")
+    terminal.check_left_out(values.setting == BUDGETED, "max_early_exits", f"with --setting={BUDGETED}")
+    terminal.check_left_out(values.setting != INPUT_DEPENDENT, "quantiles", f"with --setting={values.setting}")
+    given = [(name, value) for name in CONSTRAINTS for value in terminal.numbers(name)]
     if values.max_risk is not None:
         check(not given, "max_risk", "given for one device, without another constraint", given)
         given = [("max_risk", values.max_risk)]
@@ -232,20 +235,22 @@ def asked_of_flags() -> list[Asked]:
 def main() -> None:
     """The command; see the flags."""
     values = flags.FLAGS
+    terminal.check_left_out(not values.latency, "device threads all_devices", "without --latency")
+    terminal.check_left_out(values.all_devices, "device threads", "with --all_devices")
     devices = _of_devices(asked_of_flags(), values.latency, values.all_devices)
     questions = [*itertools.chain(*devices.values())]
-    try:
-        if len(questions) > 1:
-            check(values.max_risk is None, "max_risk", "given for one device, without another constraint", [*devices])
-            folder = values.output or os.path.join(values.workdir, "deployments")
-            print(overview(run_table(values.workdir, devices, values.latency, folder)))
-            print(folder)
-            return
-        (asked,) = questions
-        output = Path(values.output or os.path.join(values.workdir, DEPLOYMENT))
-        deployment = run(values.workdir, asked, values.latency, output)
-    except (InfeasibleError, TimeoutError) as error:
-        sys.exit(f"mess_tf.search: {error}")
+    if len(questions) > 1:
+        check(values.max_risk is None, "max_risk", "given for one device, without another constraint", [*devices])
+        terminal.check_left_out(True, "check_share front", "where several constraints or devices make a table")
+        folder = values.output or os.path.join(values.workdir, "deployments")
+        check_writable("--output", folder, folder=True)
+        print(overview(run_table(values.workdir, devices, values.latency, folder)))
+        print(folder)
+        return
+    (asked,) = questions
+    output = Path(values.output or os.path.join(values.workdir, DEPLOYMENT))
+    check_writable("--output", output)
+    deployment = run(values.workdir, asked, values.latency, output)
     print(table(deployment))
     if values.front:
         stats = Stats.load(Path(values.workdir, STATS))

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
+from mess_runtime.bundle import check, check_writable
 from mess_runtime.terminal import progress
 from mess_tf import configs, terminal
 from mess_tf.configs import DataConfig
@@ -65,6 +66,8 @@ def load_teachers(workdirs: Sequence[str], scales: Sequence[float], data: DataCo
 
 def run(workdirs: Sequence[str], output: str, data_dir: str = "", scales: Sequence[float] = SCALES) -> Path:
     """The command: writes the soft targets of some trainings, on the data and at the input size of the first, and returns their path."""
+    check(len(scales) > 0 and min(scales) > 0, "scales", "positive numbers", scales)
+    check_writable("output", output)
     data = configs.with_data_dir(configs.load_config(workdirs[0]), data_dir).data
     examples = open_split(data, data.train_split)
     networks = load_teachers(workdirs, scales, data, examples.info.num_classes)
@@ -73,7 +76,7 @@ def run(workdirs: Sequence[str], output: str, data_dir: str = "", scales: Sequen
 
 
 def main() -> None:
-    print(run(FLAGS.workdirs, FLAGS.output, FLAGS.data_dir, [float(scale) for scale in FLAGS.scales]))
+    print(run(FLAGS.workdirs, FLAGS.output, FLAGS.data_dir, terminal.numbers("scales")))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Literal
 import keras
 from absl import flags
 
-from mess_runtime.bundle import FORMAT, check, decode_versioned, file_sha256, read_json, write_json
+from mess_runtime.bundle import FORMAT, check, check_writable, decode_versioned, file_sha256, read_json, write_json
 from mess_runtime.files import temporary_beside, write_atomically
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
@@ -41,12 +41,12 @@ def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "bot
     keras.utils.set_random_seed(config.stage1.seed)
     train_examples, val_examples = open_split(config.data, config.data.train_split), open_split(config.data, config.data.val_split)
     network = build_network(configs.with_own_original(config, workdir), train_examples.info.num_classes)
-    keep_original(config, workdir)
     momentum = config.backbone.batch_norm_momentum
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], momentum)
     both = stages == "both" and config.stage2.epochs > 0
     if both:
         check_stage2(config, network, train_examples, workdir)
+    keep_original(config, workdir)
     if config.stage1.epochs:
         train_stage("stage1", config.stage1, network, config, train_examples, val_examples, workdir)
     if both:
@@ -79,7 +79,7 @@ def keep_original(config: Config, workdir: str) -> None:
 
 
 def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, overrides: Sequence[str]) -> Config:
-    """The configuration of WORKDIR if it has one, else that of the recipe and flags, which is written there.
+    """The configuration of WORKDIR if something was trained with it, else that of the recipe and flags, which is written there.
 
     Raises:
       ValueError: for an unknown recipe or override, or if WORKDIR was made with other values than the flags ask for; they are named.
@@ -95,11 +95,16 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
         old, new = dataclasses.asdict(kept), dataclasses.asdict(config)
         new["data"]["data_dir"] = kept.data.data_dir  # data may move
         fields = [(section, field) for section in old for field in old[section] if old[section][field] != new[section][field]]
-        if (recipe or data or overrides) and fields:
+        differs = bool((recipe or data or overrides) and fields)
+        if differs and os.path.isdir(os.path.join(workdir, "checkpoints")):
             other = "; ".join(f"{section}.{field} {old[section][field]!r}, not {new[section][field]!r}" for section, field in fields)
             raise ValueError(f"workdir: {path} was made with {other}; leave the flags out to go on with it, or choose another folder")
-        return configs.with_data_dir(kept, data_dir)
+        if not differs:
+            return configs.with_data_dir(kept, data_dir)
+        for name in (RECORD, configs.ORIGINAL):  # of what was never trained
+            Path(workdir, name).unlink(missing_ok=True)
     config = configs.with_data_dir(config, data_dir)
+    check_writable("workdir", workdir, folder=True)
     os.makedirs(workdir, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(configs.to_json(config), encoding="utf-8"))
     return config

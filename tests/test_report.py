@@ -4,11 +4,8 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -34,7 +31,6 @@ from mess_tf.optimise import guarantee
 from mess_tf.optimise.search import resolve_objective, search
 from mess_tf.optimise.space import evaluate_configuration, macs_costs, original, predict
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SHOWN = ["exit1.fcn-r8-b0", "final.original"]
 
 
@@ -85,13 +81,7 @@ def searched(workdir) -> tuple[Stats, Deployment]:
 @pytest.fixture(scope="module")
 def page(workdir) -> Path:
     """The report of the folder, as the command writes it."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
-    command = [sys.executable, "-m", "mess_tf.report", f"--workdir={workdir}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    path = workdir / "report" / "index.html"
-    assert done.stdout.splitlines()[-1] == str(path)
-    return path
+    return report.run(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +103,7 @@ def pixels(uri: str) -> np.ndarray:
 
 
 def test_page_is_one_file_with_every_section(page):
-    assert [path.name for path in page.parent.iterdir()] == ["index.html"]
+    assert sorted(path.name for path in page.parent.iterdir()) == ["deployment.json", "index.html"]
     text = page.read_text(encoding="utf-8")
     assert not re.search(r'(?:src|href)="(?!data:)|url\(|@import', text), "the page must not refer to other files"
     sections = ["Result", "Accuracy and cost", "Images", "IoU per class", "Training", "Search certificate"]

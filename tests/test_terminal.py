@@ -247,6 +247,14 @@ print("/the/end")
     assert "never shown" not in plain and "to descriptor 2" not in plain
 
 
+@pytest.mark.slow
+def test_measuring_shows_a_bar(outputs):
+    words = (outputs["work"] / "candidates", f"--output={outputs['work'] / 'bar.json'}", "--rounds=2", "--min_seconds=0.2")
+    code, text = on_a_terminal("mess_runtime", "benchmark", *words)
+    assert code == 0 and text.endswith("/bar.json\r\n")
+    assert re.search(r"measure .*━.*file \d+ of \d+", text) and "round 1/2" not in text and "INFO" not in text
+
+
 def test_elsewhere_there_are_lines(capsys, monkeypatch):
     clock = iter(range(0, 1000, 6))  # seconds
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
@@ -301,6 +309,56 @@ def test_wrong_arguments_are_one_line(command, tmp_path, monkeypatch, words, lin
     monkeypatch.chdir(tmp_path)
     code, out, err = command("search", *words)
     assert (code, out) == (1, "") and err.startswith(f"mess_tf.search: {line}") and err.count("\n") == 1
+
+
+LEFT_OUT = "must be left out"
+NO_FOLDER = "must be a file in a folder that exists and can be written to, got 'no/where.npz'"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("search", ["--max_cost=1", "--device=x"], f"--device: {LEFT_OUT} without --latency, got 'x'"),
+        ("search", ["--max_cost=1", "--threads=2"], f"--threads: {LEFT_OUT} without --latency, got 2"),
+        ("search", ["--max_cost=1", "--all_devices"], f"--all_devices: {LEFT_OUT} without --latency, got True"),
+        ("search", ["--latency=L", "--all_devices", "--device=x"], f"--device: {LEFT_OUT} with --all_devices, got 'x'"),
+        ("search", ["--max_cost=1", "--risk=final"], f"--risk: {LEFT_OUT} without --max_risk, got 'final'"),
+        ("search", ["--max_risk=0.1", "--setting=budgeted"], f"--setting: {LEFT_OUT} with --max_risk, got 'budgeted'"),
+        ("search", ["--max_cost=1", "--setting=budgeted", "--quantiles=9"], f"--quantiles: {LEFT_OUT} with --setting=budgeted, got 9"),
+        ("search", ["--max_cost=1,2", "--front=9"], f"--front: {LEFT_OUT} where several constraints or devices make a table, got 9"),
+        ("search", ["--max_drop_pp=1,b"], "--max_drop_pp: must be numbers with commas between, got '1,b'"),
+        ("search", ["--max_cost=1", "--output=no/where.npz"], f"--output: {NO_FOLDER}"),
+        ("export_tflite", ["--candidates", "--nomeasure"], f"--measure: {LEFT_OUT} with --candidates, got False"),
+        ("export_tflite", ["--candidates", "--float_operations=a"], f"--float_operations: {LEFT_OUT} without --precision=int8, got ['a']"),
+        ("export_tflite", [], "arguments: must be either --candidates or --deployment=FILE, got ''"),
+        ("calibrate", ["--theta_pix=0.9,0.5"], "theta_pix: must be increasing numbers in [0, 1], got [0.9, 0.5]"),
+        ("calibrate", ["--theta_pix=high"], "--theta_pix: must be numbers with commas between, got 'high'"),
+        ("evaluate", ["--data_dir=D"], f"--data_dir: {LEFT_OUT} with synthetic data, got 'D'"),
+        ("evaluate", [], "workdir: must hold trained weights, which `python -m mess_tf.train` makes, got 'W'"),
+        ("train", ["--set=data.input_size=96,128"], "data.input_size: must be a list, written like [1,2], got '96,128'"),
+        ("train", ["--recipe=smok"], "--recipe: must be a known name, nearest ['smoke', 'demo'], got 'smok'"),
+        ("report", [], "W/deployment.json: must exist, `python -m mess_tf.search` makes it, got no such file"),
+        ("rescale", ["--input_scale=0.5", "--output=W"], "workdir: must hold checkpoints, which `python -m mess_tf.train` makes, got 'W'"),
+        ("rescale", ["--input_scale=big", "--output=O"], "--input_scale: must be a number, got 'big'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_work_starts(command, tmp_path, monkeypatch, name, words, line):
+    monkeypatch.chdir(tmp_path)
+    Path("W").mkdir()
+    Path("W", "config.json").write_text(configs.to_json(configs.RECIPES["smoke"]))
+    code, out, err = command(name, "--workdir=W", *words)
+    assert (code, out, err) == (1, "", f"mess_tf.{name}: {line}\n")
+    assert [path.name for path in Path("W").iterdir()] == ["config.json"]
+
+
+def test_other_commands_say_it_too(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command("pretrained", "--output=no/where.npz") == (1, "", f"mess_tf.pretrained: --output: {NO_FOLDER}\n")
+    assert command("teacher", "--workdirs=W", "--output=no/where.npz")[2] == f"mess_tf.teacher: output: {NO_FOLDER}\n"
+    Path("W").mkdir()
+    Path("W", "config.json").write_text("{")
+    code, _, err = command("evaluate", "--workdir=W")
+    assert code == 1 and err.startswith("mess_tf.evaluate: W/config.json: config.json: must be JSON, got ") and err.count("\n") == 1
 
 
 def test_a_fault_of_a_command_shows_its_traceback(command, tmp_path, monkeypatch):

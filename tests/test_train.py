@@ -526,6 +526,9 @@ def test_a_folder_keeps_its_configuration(tmp_path):
     assert train.resolve_config(str(tmp_path), "camvid_lite0", "", "", ["stage1.epochs=3"]) == config
     elsewhere = train.resolve_config(str(tmp_path), "", "", "elsewhere", [])
     assert elsewhere == dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="elsewhere"))
+    assert train.resolve_config(str(tmp_path), "camvid_lite0", "", "somewhere", ["stage1.epochs=5"]).stage1.epochs == 5  # nothing trained
+    assert train.resolve_config(str(tmp_path), "camvid_lite0", "", "somewhere", ["stage1.epochs=3"]) == config
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=r"workdir: .*config\.json was made with stage1\.epochs 3, not 4; leave the flags out"):
         train.resolve_config(str(tmp_path), "camvid_lite0", "", "", ["stage1.epochs=4"])
     with pytest.raises(ValueError, match=r"data\.source 'folder', not 'synthetic'"):
