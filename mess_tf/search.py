@@ -5,6 +5,7 @@ stats (what each candidate did to each image) → costs → the optimum of the s
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from absl import flags
 
 from mess_runtime.bundle import BUDGETED, FORMAT, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, read_json, write_json
+from mess_runtime.files import safe_name
 from mess_tf import terminal
 from mess_tf.files import DEPLOYMENT, RISKS, STATS, Asked, Deployment, Stats
 from mess_tf.metrics import miou
@@ -187,7 +189,7 @@ def run_table(
         if deployment is not None:
             (given,) = (f"{key}-{value:g}" for key, value in constraint.items() if isinstance(value, float))
             deployment = dataclasses.replace(deployment, asked=each, stats_sha256=file_sha256(path), costs_sha256=costs[name].sha256)
-            deployment.save(folder / f"{name}-{given}.json")
+            deployment.save(folder / f"{safe_name(name)}-{given}.json")
     return found
 
 
@@ -209,10 +211,12 @@ def _limits(limits: Sequence[str]) -> dict[str, float]:
     result = {}
     for text in limits:
         name, _, number = text.partition("=")
+        check(name not in result, "limit", f"given once for {name}", list(limits))
         try:
             result[name] = float(number)
         except ValueError:
             raise ValueError(f"limit: must be NAME=NUMBER, got {text!r}") from None
+        check(0 < result[name] < math.inf, f"limit: {name}", "above 0 and finite", number)
     return result
 
 
@@ -224,6 +228,8 @@ def asked_of_flags() -> list[Asked]:
     terminal.check_left_out(values.setting == BUDGETED, "max_early_exits", f"with --setting={BUDGETED}")
     terminal.check_left_out(values.setting != INPUT_DEPENDENT, "quantiles", f"with --setting={values.setting}")
     given = [(name, value) for name in CONSTRAINTS for value in terminal.numbers(name)]
+    names = [*dict(given)]
+    check(len(names) <= 1, "constraint", f"one of {', '.join(CONSTRAINTS)}; --limit sets bounds on costs beside one on mIoU", names)
     if values.max_risk is not None:
         check(not given, "max_risk", "given for one device, without another constraint", given)
         given = [("max_risk", values.max_risk)]

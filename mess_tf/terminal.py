@@ -4,6 +4,7 @@ A command defines its flags where it is the main program, and ends with `termina
 """
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -59,12 +60,15 @@ def numbers(name: str) -> list[float]:
     """The numbers of a list flag, none if it was not given.
 
     Raises:
-      ValueError: one is not a number.
+      ValueError: one is not a finite number.
     """
+    text = ",".join(flags.FLAGS[name].value or ())
     try:
-        return [float(word) for word in flags.FLAGS[name].value or ()]
+        values = [float(word) for word in flags.FLAGS[name].value or ()]
     except ValueError:
-        raise ValueError(f"--{name}: must be numbers with commas between, got {','.join(flags.FLAGS[name].value)!r}") from None
+        raise ValueError(f"--{name}: must be numbers with commas between, got {text!r}") from None
+    check(all(map(math.isfinite, values)), f"--{name}", "finite", text)
+    return values
 
 
 def _own() -> dict[str, flags.Flag]:

@@ -16,7 +16,7 @@ import keras
 from absl import flags
 
 from mess_runtime.bundle import FORMAT, check, check_writable, decode_versioned, file_sha256, read_json, write_json
-from mess_runtime.files import temporary_beside, write_atomically
+from mess_runtime.files import locked, temporary_beside, write_atomically
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.examples import Examples
@@ -170,12 +170,16 @@ def run(
 ) -> Path:
     """The command: trains in WORKDIR from its last checkpoint, see `resolve_config` and `train`, and returns the folder of the weights."""
     config = resolve_config(workdir, recipe, data, data_dir, overrides)
-    is_trained(workdir, config)  # nothing is mixed with what was made from something else
-    record = Record.load(workdir) or Record(made_from(config), ())
-    record.save(workdir)
-    train(config, workdir, stages)
-    ended = ("stage1", "stage2") if stages == "both" else ("stage1", *record.ended)
-    dataclasses.replace(record, ended=tuple(sorted({*ended}))).save(workdir)
+    try:
+        with locked(Path(workdir, "checkpoints"), wait=False):
+            is_trained(workdir, config)  # nothing is mixed with what was made from something else
+            record = Record.load(workdir) or Record(made_from(config), ())
+            record.save(workdir)
+            train(config, workdir, stages)
+            ended = ("stage1", "stage2") if stages == "both" else ("stage1", *record.ended)
+            dataclasses.replace(record, ended=tuple(sorted({*ended}))).save(workdir)
+    except BlockingIOError:
+        raise ValueError(f"workdir: must be no other training's, which is still running, got {workdir!r}") from None
     return Path(workdir, "checkpoints")
 
 

@@ -393,6 +393,11 @@ def test_resolve_objective():
         resolve("anytime", max_drop_pp=1.0)
     with pytest.raises(ValueError, match="minimise"):
         resolve("budgeted", max_cost=7.0, minimise="parameters")
+    with pytest.raises(ValueError, match=r"limits\.macs: must be left out where the constraint is one on it, got 9\.0"):
+        resolve("budgeted", max_cost=7.0, limits={"macs": 9.0})
+    for name in ("min_miou", "max_drop_pp", "max_cost", "cost_share"):
+        with pytest.raises(ValueError, match=f"{name}: must be finite, got nan"):
+            resolve("budgeted", **{name: math.nan})
 
 
 def test_infeasible_names_the_nearest_on_each_axis():

@@ -15,6 +15,7 @@ import pytest
 from absl import flags
 
 from mess_runtime import terminal
+from mess_runtime.files import locked
 from mess_tf import configs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -326,6 +327,10 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("search", ["--max_risk=0.1", "--setting=budgeted"], f"--setting: {LEFT_OUT} with --max_risk, got 'budgeted'"),
         ("search", ["--max_cost=1", "--setting=budgeted", "--quantiles=9"], f"--quantiles: {LEFT_OUT} with --setting=budgeted, got 9"),
         ("search", ["--max_cost=1,2", "--front=9"], f"--front: {LEFT_OUT} where several constraints or devices make a table, got 9"),
+        ("search", ["--max_drop_pp=nan"], "--max_drop_pp: must be finite, got 'nan'"),
+        ("search", ["--max_drop_pp=1", "--max_cost=5"], "constraint: must be one of min_miou, max_drop_pp, max_cost, cost_share;"),
+        ("search", ["--max_cost=5", "--limit=macs_p90=3", "--limit=macs_p90=4"], "limit: must be given once for macs_p90, got ["),
+        ("search", ["--max_cost=5", "--limit=macs_p90=nan"], "limit: macs_p90: must be above 0 and finite, got 'nan'"),
         ("search", ["--max_drop_pp=1,b"], "--max_drop_pp: must be numbers with commas between, got '1,b'"),
         ("search", ["--max_cost=1", "--output=no/where.npz"], f"--output: {NO_FOLDER}"),
         ("export_tflite", ["--candidates", "--nomeasure"], f"--measure: {LEFT_OUT} with --candidates, got False"),
@@ -359,6 +364,12 @@ def test_other_commands_say_it_too(command, tmp_path, monkeypatch):
     Path("W", "config.json").write_text("{")
     code, _, err = command("evaluate", "--workdir=W")
     assert code == 1 and err.startswith("mess_tf.evaluate: W/config.json: config.json: must be JSON, got ") and err.count("\n") == 1
+
+
+def test_two_trainings_do_not_share_a_folder(command, tmp_path):
+    with locked(tmp_path / "checkpoints"):
+        code, _, err = command("train", f"--workdir={tmp_path}", "--recipe=smoke")
+    assert code == 1 and err == f"mess_tf.train: workdir: must be no other training's, which is still running, got '{tmp_path}'\n"
 
 
 def test_a_fault_of_a_command_shows_its_traceback(command, tmp_path, monkeypatch):

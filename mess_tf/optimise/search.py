@@ -355,6 +355,8 @@ def resolve_objective(
     if len(given) != 1:
         raise ValueError(f"constraint: must be one of --min_miou, --max_drop_pp, --max_cost and --cost_share, got {given}")
     limits = dict(limits or {})
+    for name, value in given.items():
+        check(math.isfinite(value), name, "finite", value)
     if max_drop_pp is not None:
         if setting == ANYTIME:
             raise ValueError("max_drop_pp: must be left out with anytime, whose mIoU is a mean over deadlines; use --min_miou")
@@ -362,6 +364,7 @@ def resolve_objective(
     if min_miou is not None:
         return Objective(minimise or costs.name, min_miou, limits)
     check(minimise is None, "minimise", "left out where the cost is limited and mIoU maximised", minimise)
+    check(costs.name not in limits, f"limits.{costs.name}", "left out where the constraint is one on it", limits.get(costs.name))
     return Objective(limits={costs.name: cost_share * reference.cost if max_cost is None else max_cost} | limits)
 
 
