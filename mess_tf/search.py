@@ -229,7 +229,7 @@ def asked_of_flags() -> list[Asked]:
     terminal.check_left_out(values.setting != INPUT_DEPENDENT, "quantiles", f"with --setting={values.setting}")
     given = [(name, value) for name in CONSTRAINTS for value in terminal.numbers(name)]
     names = [*dict(given)]
-    check(len(names) <= 1, "constraint", f"one of {', '.join(CONSTRAINTS)}; --limit sets bounds on costs beside one on mIoU", names)
+    check(len(names) <= 1, "constraint", f"one of {', '.join(CONSTRAINTS)}", names)
     if values.max_risk is not None:
         check(not given, "max_risk", "given for one device, without another constraint", given)
         given = [("max_risk", values.max_risk)]
