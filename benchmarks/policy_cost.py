@@ -27,7 +27,7 @@ from absl import app, flags
 from common import Trained, define_flags, interleaved, invocation, ratio
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE
-from mess_tf.data.pipelines import evaluation_batches, resize_image
+from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, INT8, convert, run_signature
 from mess_tf.graph.exporter import Exporter, logits_size
@@ -107,8 +107,8 @@ def agreement(exporter: Exporter, candidate: str, examples, limit: int) -> dict[
 
     model = tf.function(exporter.network.submodel([candidate]))
     mask_differs, count_differs, count_off, ours, canny = 0, 0, 0, [], []
-    for image, _ in itertools.islice(evaluation_batches(examples), limit):
-        logits = model(resize_image(image, exporter.size), training=False)[candidate].numpy()
+    for image, _ in itertools.islice(evaluation_batches(examples).as_numpy_iterator(), limit):
+        logits = model(network_input(image, exporter.size, "stretch"), training=False)[candidate].numpy()
         window = policy.median_window(exporter.size, logits)
         graph = exporter.policy(*logits.shape[1:3], DECISIONS["edge"])
         outputs = run_signature(flatbuffer.write({SIGNATURE: graph}), {"logits": logits})

@@ -30,7 +30,7 @@ import mess_runtime
 from mess_runtime.bundle import BUDGETED, FULL, IMAGE, Bundle
 from mess_runtime.engines import open_engine
 from mess_runtime.runner import Runner
-from mess_tf.data.pipelines import evaluation_batches, resize_image
+from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 
 THETA_PIX = 0.9
@@ -41,8 +41,8 @@ def confidences(bundle: Bundle, trained: Trained) -> np.ndarray:
     engine = open_engine(bundle.path, 2)
     engine.prepare(FULL)
     rows = []
-    for image, _ in evaluation_batches(trained.examples):
-        pixels = resize_image(image, trained.size).numpy().astype(bundle.manifest.input.dtype)
+    for image, _ in evaluation_batches(trained.examples).as_numpy_iterator():
+        pixels = network_input(image, trained.size, bundle.manifest.input.resize).astype(bundle.manifest.input.dtype)
         outputs = engine.run(FULL, {IMAGE: engine.put(FULL, IMAGE, pixels)})
         names = [f"{name}.confident_pixels" for name in bundle.manifest.exits[:-1]]
         rows.append([engine.get(FULL, name, outputs[name])[0] / pixels[0, ..., 0].size for name in names])

@@ -19,10 +19,11 @@ from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE, check, check_writable, file_sha256
+from mess_runtime.images import mask_at
 from mess_runtime.terminal import Bar
 from mess_tf import configs, metrics, terminal
 from mess_tf.data.examples import Examples
-from mess_tf.data.pipelines import evaluation_batches, resize_image, resize_label
+from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.data.sources import open_split
 from mess_tf.export_tflite import CANDIDATES, WEIGHTS, candidate_files
 from mess_tf.files import STATS, Stats, check_theta_pix, made_by
@@ -81,18 +82,20 @@ def calibrate(
     folder: str | Path,
     theta_pix: Sequence[float] = THETA_PIX,
     fidelity: str = policy.EXACT,
+    resize: str = "stretch",
 ) -> Stats:
     """Runs every exit and head once over a split.
 
     Args:
       network: with all heads trained.
-      examples: the calibration split. Images are resized to `size`, masks back to the image (nearest pixel), as on the device.
+      examples: the calibration split. Images are fitted to `size`, masks brought back to the image, as on the device.
       split: its name.
       size: (height, width) in pixels of the exported network.
       folder: of the exported candidates, which are run. If there are none, the network itself is, in float32; the hashes stay empty then,
         and the search knows MACs only.
       theta_pix: thresholds of the pixel confidence, increasing.
       fidelity: of the policy, see `policy.decide`.
+      resize: how images are fitted, see `images.fit`.
 
     Returns:
       The statistics, see `Stats`.
@@ -123,17 +126,17 @@ def calibrate(
     counts = np.zeros((3, len(candidates), len(examples), num_classes), np.int64)
     confident = np.zeros((len(candidates), len(examples), len(theta_pix), 2), np.int64)
     changed = np.zeros(confident.shape[:2], np.int64)
-    batches = enumerate(evaluation_batches(examples))
+    batches = enumerate(evaluation_batches(examples).as_numpy_iterator())
     with Bar("calibrate", len(examples) * len(candidates), "mask") as bar:
         while chunk := list(itertools.islice(batches, CHUNK)):
             final_masks: dict[int, np.ndarray] = {}
-            for candidate, logits in logits_of([resize_image(image, size).numpy() for _, (image, _) in chunk]):
+            for candidate, logits in logits_of([network_input(image, size, resize) for _, (image, _) in chunk]):
                 k = candidates.index(candidate)
                 for (i, (_, label)), each in zip(chunk, logits, strict=True):
                     outputs = policy_runner(each.shape)(logits=each)
                     confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(len(theta_pix), 2)
-                    prediction = resize_label(outputs[MASK], tuple(label.shape[1:3]))
-                    counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label.numpy(), prediction.numpy(), num_classes))
+                    prediction = mask_at(outputs[MASK], label.shape[1:3], resize)
+                    counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label, prediction, num_classes))
                     if candidate == FINAL:
                         final_masks[i] = outputs[MASK]
                     changed[k, i] = (outputs[MASK] != final_masks[i]).sum()
@@ -188,7 +191,8 @@ def run(workdir: str, data_dir: str = "", split: str = "", theta_pix: Sequence[f
     examples = open_split(config.data, split)
     network = load_network(workdir, config, examples.info.num_classes)
     path = Path(workdir, STATS)
-    calibrate(network, examples, split, config.data.input_size, Path(workdir, CANDIDATES), theta_pix, fidelity).save(path)
+    folder = Path(workdir, CANDIDATES)
+    calibrate(network, examples, split, config.data.input_size, folder, theta_pix, fidelity, config.data.resize).save(path)
     return path
 
 

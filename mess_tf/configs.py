@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from mess_runtime.bundle import RESIZES
 from mess_runtime.files import parse_json
 
 FORMAT = 1
@@ -26,6 +27,8 @@ BACKBONES = (
 )
 ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
+# Fields of the data section that older files lack, with what was done then.
+_ADDED_TO_DATA = {"resize": "stretch"}
 
 
 def _check(ok: bool, argument: str, required: str, received: Any) -> None:
@@ -42,6 +45,8 @@ class DataConfig:
       data_dir: root folder of the source; unused by `synthetic`.
       train_split, val_split: names of the splits (folder names, ImageSets lists or tfds splits).
       input_size: (height, width) in pixels of the exported network; scale 1 of training images.
+      resize: how images of another size are fitted to the input, in training, evaluation, calibration and the bundle: `stretch`, or
+        `letterbox`, which keeps the aspect ratio and fills up with grey.
       crop_size: (height, width) of training crops; (0, 0) for the input size.
       ignore_value: label value of pixels without a class as stored in the files; 255 inside the project.
       scale_range: random rescaling of training images, uniform in this range.
@@ -57,6 +62,7 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     input_size: tuple[int, int] = (96, 128)
+    resize: Literal["stretch", "letterbox"] = "stretch"
     crop_size: tuple[int, int] = (0, 0)
     ignore_value: int = 255
     scale_range: tuple[float, float] = (0.75, 1.75)
@@ -73,6 +79,7 @@ class DataConfig:
         _check(all(side >= 16 for side in self.input_size), "data.input_size", "two sides of at least 16 pixels", self.input_size)
         crop_ok = self.crop_size == (0, 0) or all(side >= 16 for side in self.crop_size)
         _check(crop_ok, "data.crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
+        _check(self.resize in RESIZES, "data.resize", f"one of {RESIZES}", self.resize)
         low, high = self.scale_range
         _check(0 < low <= high, "data.scale_range", "two positive factors, the smaller first", self.scale_range)
         for name in ("brightness", "contrast", "saturation"):
@@ -420,6 +427,8 @@ def from_json(text: str | bytes) -> Config:
     _check(isinstance(document, dict), "config.json", "an object", document)
     received = document.pop("format", None)
     _check(received == FORMAT, "config.json: format", str(FORMAT), received)
+    if isinstance(document.get("data"), dict):
+        document["data"] = _ADDED_TO_DATA | document["data"]
     return _from_dict(Config, document, "config.json")
 
 

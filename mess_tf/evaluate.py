@@ -34,7 +34,8 @@ def run(workdir: str, data_dir: str = "", split: str = "") -> Path:
     split = split or config.data.val_split
     examples = open_split(config.data, split)
     network = load_network(workdir, config, examples.info.num_classes)
-    result = accuracies(confusion_matrices(keras_predictor(network, network.candidates, config.data.input_size), examples))
+    predict = keras_predictor(network, network.candidates, config.data.input_size, resize=config.data.resize)
+    result = accuracies(confusion_matrices(predict, examples))
     print(table(result, examples.info.classes))
     path = Path(workdir, f"evaluation_{split}.json")
     write_json(path, {name: dataclasses.asdict(accuracy) for name, accuracy in result.items()})

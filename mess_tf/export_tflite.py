@@ -31,7 +31,7 @@ from mess_runtime.files import replace_folder, write_atomically
 from mess_runtime.terminal import progress
 from mess_tf import configs, terminal
 from mess_tf.data.examples import Examples
-from mess_tf.data.pipelines import resize_image
+from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
 from mess_tf.files import DEPLOYMENT, Configuration, Deployment, ExitChoice, read_arrays
 from mess_tf.graph import flatbuffer, policy
@@ -49,7 +49,7 @@ def calibration_images(config: configs.Config, count: int = CALIBRATION_IMAGES) 
     """Evenly picked training images, float32 [1, H, W, 3], for the ranges of int8."""
     examples = open_split(config.data, config.data.train_split)
     picked = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int)
-    return [resize_image(examples.load(i)[0][None], config.data.input_size).numpy() for i in picked]
+    return [network_input(examples.load(i)[0], config.data.input_size, config.data.resize) for i in picked]
 
 
 def export_candidates(exporter: Exporter, folder: Path) -> None:
@@ -163,14 +163,17 @@ def run_deployment(
     data_dir: str = "",
     options: Options = Options(),
     input_type: str = "float32",
-    resize: str = "stretch",
+    resize: str | None = None,
     measure: bool = True,
     extra_signatures: Collection[str] = (),
 ) -> Path:
     """The command with --deployment: see `export_deployment`; also writes some images to try it on. Returns the folder of the bundle."""
+    of_training = configs.load_config(workdir).data.resize
+    required = f"{of_training}, the data.resize of this training, by which its statistics were taken; --set data.resize at its start"
+    bundles.check(resize in (None, of_training), "--resize", required, resize)
     workdir, chosen = Path(workdir), Deployment.load(deployment)
     exporter, examples = _open(workdir, data_dir, options, chosen.fidelity)
-    input_spec = bundles.InputSpec(*exporter.size, input_type, resize)
+    input_spec = bundles.InputSpec(*exporter.size, input_type, of_training)
     export_deployment(exporter, chosen, examples.info.classes, workdir, input_spec, examples if measure else None, extra_signatures)
     (workdir / "examples").mkdir(exist_ok=True)
     for i in range(min(EXAMPLES, len(examples))):
@@ -220,7 +223,7 @@ if __name__ == "__main__":
         "what the exit policy computes at full size; default: that of the deployment's statistics, for candidates exact",
     )
     flags.DEFINE_enum("input", "float32", bundles.INPUT_TYPES, "type of the image that goes into a bundle")
-    flags.DEFINE_enum("resize", "stretch", bundles.RESIZES, "how images of another size are fitted to the network's")
+    flags.DEFINE_enum("resize", None, bundles.RESIZES, "how images are fitted: that of the training, data.resize; another one is an error")
     flags.DEFINE_multi_enum(
         "extra_signatures",
         [],

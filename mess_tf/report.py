@@ -24,11 +24,12 @@ from PIL import Image
 from mess_runtime.benchmark import LatencyTable
 from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, check_writable, file_sha256, read_json
 from mess_runtime.files import write_atomically
+from mess_runtime.images import mask_at, placed
 from mess_runtime.terminal import progress
 from mess_tf import configs, metrics, terminal
 from mess_tf.configs import IGNORE
 from mess_tf.data.examples import Examples, palette
-from mess_tf.data.pipelines import resize_image, resize_label
+from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
 from mess_tf.files import DEPLOYMENT, STATS, Deployment, Stats
 from mess_tf.graph import policy
@@ -274,7 +275,7 @@ def fitting(items: Iterable[Any], limit: int) -> list[Any]:
 
 
 def gallery(
-    network: MultiExitNetwork, examples: Examples, stats: Stats, costs: Costs, deployment: Deployment, size: tuple[int, int]
+    network: MultiExitNetwork, examples: Examples, stats: Stats, costs: Costs, deployment: Deployment, size: tuple[int, int], resize: str
 ) -> Iterator[dict[str, Any]]:
     """Images with their label and, at each chosen exit and the original's, mask, confidence, errors and mIoU in percent."""
     chosen = chain_of(deployment)
@@ -294,17 +295,18 @@ def gallery(
     colours = np.vstack([palette(len(stats.classes)), [ERRORS["no label"]]]).astype(np.uint8)
     for index in progress(worth_showing(here, miou[-1] - here, leaves_at, sure[0] if sure else here), "report", "image"):
         image, label = examples.load(index)
-        label = resize_label(label[None], size)[0].numpy()
+        inside = placed(image.shape[:2], size, resize)
+        label = mask_at(label, tuple(part.stop - part.start for part in inside), "stretch")
         shrink = min(1.0, IMAGE_SIDE / max(image.shape[:2]))
         display = tuple(max(1, round(shrink * side)) for side in image.shape[1::-1])
-        logits = logits_of(resize_image(image[None], size))
-        masks = [policy.decide(each, size, ())["mask"][0].numpy() for each in logits]
+        logits = logits_of(network_input(image, size, resize))
+        masks = [policy.decide(each, size, ())["mask"][0].numpy()[inside] for each in logits]
         at_exits = [
             {
                 "miou": float(miou[k, index]),
                 "sure": 100 * float(sure[k][index]) if k < len(sure) else None,
                 "mask": data_uri(colours[masks[k]], display, None),
-                "confidence": data_uri(confidence_map(logits[k], size), display, 50),
+                "confidence": data_uri(confidence_map(logits[k], size)[inside], display, 50),
                 "errors": data_uri(error_map(label, masks[k], masks[-1]), display, None),
             }
             for k in range(len(shown))
@@ -377,6 +379,7 @@ def page(
     network: MultiExitNetwork,
     examples: Examples,
     size: tuple[int, int],
+    resize: str,
     stats: Stats,
     deployment: Deployment,
     latencies: LatencyTable | None,
@@ -389,6 +392,7 @@ def page(
       network: trained.
       examples: the calibration split that `stats` was made of.
       size: (height, width) in pixels of the exported network.
+      resize: how images are fitted to it, see `images.fit`.
       stats, deployment: of the workdir.
       latencies: what the search read, None if its costs were MACs.
 
@@ -405,7 +409,7 @@ def page(
         "rates": exit_rate_curves(stats, deployment),
         "training": training_panels(workdir, stats.exits),
         "shown": list(dict.fromkeys([*chain_of(deployment), FINAL])),
-        "images": fitting(gallery(network, examples, stats, costs, deployment, size), IMAGE_BYTES),
+        "images": fitting(gallery(network, examples, stats, costs, deployment, size, resize), IMAGE_BYTES),
         "confidence_colours": css_colours(CONFIDENCE_COLOURS),
         "errors": [*zip(ERRORS, css_colours(ERRORS.values()), strict=True)],
         "needed": [None if choice.theta_img is None else 100 * choice.theta_img for choice in deployment.exits],
@@ -454,7 +458,7 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     examples = open_split(config.data, stats.split)
     network = load_network(workdir, config, examples.info.num_classes)
     title = f"{config.backbone.name} on {config.data.source}: {workdir.resolve().name}"
-    text = page(workdir, title, network, examples, config.data.input_size, stats, deployment, latencies)
+    text = page(workdir, title, network, examples, config.data.input_size, config.data.resize, stats, deployment, latencies)
     path = page_path(workdir)
     path.parent.mkdir(exist_ok=True)
     path.with_name(DEPLOYMENT).unlink(missing_ok=True)

@@ -16,11 +16,12 @@ import tensorflow as tf
 from absl import flags
 
 from mess_runtime.bundle import check, check_writable
+from mess_runtime.images import placed
 from mess_runtime.terminal import progress
 from mess_tf import configs, terminal
 from mess_tf.configs import DataConfig
 from mess_tf.data.examples import Examples
-from mess_tf.data.pipelines import SOFT_STRIDE, resize_image
+from mess_tf.data.pipelines import SOFT_STRIDE, network_input
 from mess_tf.data.sources import open_split
 from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.network.model import load_network
@@ -29,23 +30,28 @@ from mess_tf.network.originals import define_flags
 SCALES = (1.0, 1.25)
 
 
-def predictor(network: keras.Model, input_size: tuple[int, int], mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:
-    """Makes a function from an image uint8 [H, W, 3] to the probabilities float32 [h, w, C] at 1 / SOFT_STRIDE of the input size."""
+def predictor(network: keras.Model, input_size: tuple[int, int], resize: str, mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:
+    """Makes a function from an image uint8 [H, W, 3] to the probabilities float32 [h, w, C] all over it, at 1 / SOFT_STRIDE of the input."""
     reduced = tuple(side // SOFT_STRIDE for side in input_size)
 
     @tf.function(autograph=False, reduce_retracing=True)
+    def logits_of(image):
+        logits = tf.cast(network(image[:, :, ::-1] if mirrored else image, training=False), tf.float32)
+        return logits[:, :, ::-1] if mirrored else logits
+
     def predict(image):
-        image = resize_image(image, input_size)[None]
-        logits = network(image[:, :, ::-1] if mirrored else image, training=False)
-        probability = tf.nn.softmax(tf.image.resize(tf.cast(logits, tf.float32), reduced))[0]
-        return probability[:, ::-1] if mirrored else probability
+        logits = logits_of(network_input(image, input_size, resize))
+        rows, columns = placed(image.shape[:2], input_size, resize)
+        if (rows, columns) != (slice(0, input_size[0]), slice(0, input_size[1])):
+            logits = tf.image.resize(logits, input_size)[:, rows, columns]
+        return tf.nn.softmax(tf.image.resize(logits, reduced))[0]
 
-    return lambda image: predict(tf.convert_to_tensor(image))
+    return predict
 
 
-def soft_targets(networks: Sequence[keras.Model], examples: Examples, input_size: tuple[int, int]) -> SoftTargets:
-    """The mean probabilities over networks (image of the input size to logits) and mirror images."""
-    views = [predictor(network, input_size, mirrored) for network in networks for mirrored in (False, True)]
+def soft_targets(networks: Sequence[keras.Model], examples: Examples, input_size: tuple[int, int], resize: str = "stretch") -> SoftTargets:
+    """The mean probabilities over networks (image of the input size, fitted as `images.fit` does, to logits) and mirror images."""
+    views = [predictor(network, input_size, resize, mirrored) for network in networks for mirrored in (False, True)]
     result = []
     for index in progress(range(len(examples)), "teacher", "image"):
         image, _ = examples.load(index)
@@ -71,7 +77,7 @@ def run(workdirs: Sequence[str], output: str, data_dir: str = "", scales: Sequen
     data = configs.with_data_dir(configs.load_config(workdirs[0]), data_dir).data
     examples = open_split(data, data.train_split)
     networks = load_teachers(workdirs, scales, data, examples.info.num_classes)
-    soft_targets(networks, examples, data.input_size).save(output)
+    soft_targets(networks, examples, data.input_size, data.resize).save(output)
     return Path(output)
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import tensorflow as tf
 
+from mess_runtime.images import GREY, fit, nearest, placed
 from mess_tf.configs import IGNORE, DataConfig
 from mess_tf.data.examples import Examples
 
-PAD_COLOUR = 127.5
 # Soft targets of a training image are made at this share of its size, per axis.
 SOFT_STRIDE = 4
 
@@ -59,15 +59,15 @@ def training_batches(
 
 
 def evaluation_batches(examples: Examples) -> tf.data.Dataset:
-    """Builds batches of one, in order, at native size: float32 [1, H, W, 3] RGB 0..255 and uint8 [1, H, W]."""
-
-    @tf.autograph.experimental.do_not_convert
-    def prepare(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        image, label = _load(examples, index)
-        return tf.cast(image, tf.float32), label
-
+    """Builds batches of one, in order, at native size: uint8 [1, H, W, 3] RGB and uint8 [1, H, W]."""
     dataset = tf.data.Dataset.range(len(examples))
-    return dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(1).prefetch(2)
+    load = tf.autograph.experimental.do_not_convert(lambda index: _load(examples, index))
+    return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(1).prefetch(2)
+
+
+def network_input(image: np.ndarray, size: tuple[int, int], resize: str) -> np.ndarray:
+    """The image uint8 [1, H, W, 3] or [H, W, 3] as a network of this input size gets it, float32 [1, h, w, 3]; see `images.fit`."""
+    return fit(np.asarray(image).reshape(image.shape[-3:]), size, resize)[None].astype(np.float32)
 
 
 def _load(examples: Examples, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -80,8 +80,9 @@ def augment(
 ) -> tuple[tf.Tensor, ...]:
     """Scales, crops, flips and recolours one example at random.
 
-    Scale 1 is the image resized to the input size, as in evaluation. Image pixels are interpolated once, label pixels never.
-    Where a scaled image does not fill the crop, the image is grey and the label IGNORE.
+    Scale 1 is the image fitted to the input size, as in evaluation: by the same antialiased interpolation, here without rounding to whole
+    values, so at most 1 of 255 apart. Image pixels are interpolated once, label pixels never. Where a scaled image does not fill the
+    crop, the image is grey and the label IGNORE.
 
     Args:
       image: uint8 [H, W, 3].
@@ -99,21 +100,23 @@ def augment(
     def between(low: float | tf.Tensor, high: float | tf.Tensor) -> tf.Tensor:
         return low + (high - low) * dice.pop()
 
-    target = tf.constant(config.training_size)
-    scaled = tf.cast(tf.round(between(*config.scale_range) * tf.constant(config.input_size, tf.float32)), tf.int32)
+    def inside(height: int, width: int) -> np.ndarray:
+        return np.array([part.stop - part.start for part in placed((height, width), config.input_size, config.resize)], np.int32)
+
+    target, native = tf.constant(config.training_size), tf.shape(label)
+    at_scale_one = tf.ensure_shape(tf.numpy_function(inside, [native[0], native[1]], tf.int32, stateful=False), [2])
+    scaled = tf.cast(tf.round(between(*config.scale_range) * tf.cast(at_scale_one, tf.float32)), tf.int32)
     room = tf.cast(scaled - target, tf.float32)  # below zero where the scaled image does not fill the crop
     offset = tf.cast(tf.round([between(0.0, room[0]), between(0.0, room[1])]), tf.int32)
     start, extent = tf.maximum(offset, 0), tf.minimum(scaled, target)
-    scale = tf.cast(scaled, tf.float32) / tf.cast(tf.shape(label), tf.float32)
+    scale = tf.cast(scaled, tf.float32) / tf.cast(native, tf.float32)
 
-    # One interpolation from native pixels to the crop, for the label the nearest pixel by the same rule.
+    # One interpolation from native pixels to the crop, for the label the nearest pixel.
     image = tf.raw_ops.ScaleAndTranslate(
-        images=image[None], size=extent, scale=scale, translation=-tf.cast(start, tf.float32), kernel_type="triangle", antialias=False
+        images=image[None], size=extent, scale=scale, translation=-tf.cast(start, tf.float32), kernel_type="triangle", antialias=True
     )[0]
     for axis in (0, 1):
-        centres = tf.cast(start[axis] + tf.range(extent[axis]), tf.float32) + 0.5
-        nearest = tf.cast(centres / scale[axis], tf.int32)
-        label = tf.gather(label, tf.minimum(nearest, tf.shape(label)[axis] - 1), axis=axis)
+        label = tf.gather(label, nearest(native[axis], scaled[axis], start[axis] + tf.range(extent[axis])), axis=axis)
 
     if config.brightness:
         image *= 1 + between(-config.brightness, config.brightness)
@@ -128,7 +131,7 @@ def augment(
     mirrored = dice.pop() < 0.5 if config.flip else tf.constant(False)
     before = tf.maximum(-offset, 0)
     margins = tf.stack([before, target - extent - before], axis=1)
-    image = tf.pad(image, tf.concat([margins, [[0, 0]]], axis=0), constant_values=PAD_COLOUR)
+    image = tf.pad(image, tf.concat([margins, [[0, 0]]], axis=0), constant_values=GREY)
     label = tf.pad(label, margins, constant_values=IGNORE)
     result = [tf.ensure_shape(image, [*config.training_size, 3]), tf.ensure_shape(label, config.training_size)]
     if soft is not None:
@@ -140,13 +143,3 @@ def augment(
         )[0]
         result.append(tf.ensure_shape(soft, [*size, soft.shape[2]]))
     return tuple(tf.cond(mirrored, lambda: [each[:, ::-1] for each in result], lambda: result))
-
-
-def resize_image(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """Resizes [..., H, W, 3] bilinearly to float32 [..., h, w, 3], with half-pixel centres and no antialiasing."""
-    return tf.image.resize(tf.cast(image, tf.float32), size, "bilinear", antialias=False)
-
-
-def resize_label(label: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """Resizes [..., H, W] to [..., h, w] by taking the nearest pixel; keeps the dtype."""
-    return tf.image.resize(label[..., None], size, "nearest")[..., 0]

@@ -16,8 +16,9 @@ from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime import bundle as bundles
 from mess_runtime.files import replace_folder, write_atomically
+from mess_runtime.images import mask_at
 from mess_tf.data.examples import Examples, palette
-from mess_tf.data.pipelines import resize_image, resize_label
+from mess_tf.data.pipelines import network_input
 from mess_tf.files import Configuration, made_by
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import (
@@ -284,7 +285,7 @@ class Exporter:
         content = self.content({name: graph for name, graph in everything.items() if name.startswith(kept)})
         with _named(bundles.MODEL):
             self._check_bundle(content, configuration, everything, input_spec.dtype)
-        mious = measured_miou(self.content({bundles.FULL: everything[bundles.FULL]}), examples, self.size, input_spec) if examples else {}
+        mious = measured_miou(self.content({bundles.FULL: everything[bundles.FULL]}), examples, input_spec) if examples else {}
         segments = []
         for choice in configuration.exits:
             alone = everything[bundles.alone_signature(choice.exit)]
@@ -371,13 +372,15 @@ def _cast(pixels: tf.TensorSpec) -> flatbuffer.Graph:
     return flatbuffer.read(content, [bundles.IMAGE], ["pixels"])
 
 
-def measured_miou(content: bytes, examples: Examples, size: tuple[int, int], input_spec: bundles.InputSpec) -> dict[str, float]:
-    """mIoU (0..1) of every exit of a bundle's file over a split."""
+def measured_miou(content: bytes, examples: Examples, input_spec: bundles.InputSpec) -> dict[str, float]:
+    """mIoU (0..1) of every exit of a bundle's file over a split, its images fitted as the bundle says."""
+    size = (input_spec.height, input_spec.width)
     run = Interpreter(model_content=content, num_threads=os.cpu_count()).get_signature_runner(bundles.FULL)
 
     def predict(image: np.ndarray) -> dict[str, np.ndarray]:
-        outputs = run(image=resize_image(image, size).numpy().round().astype(input_spec.dtype))
+        outputs = run(image=network_input(image, size, input_spec.resize).astype(input_spec.dtype))
         parts = {name.rpartition("."): value for name, value in outputs.items()}
-        return {name: resize_label(mask, image.shape[1:3]).numpy() for (name, _, kind), mask in parts.items() if kind == bundles.MASK}
+        masks = {name: mask for (name, _, kind), mask in parts.items() if kind == bundles.MASK}
+        return {name: mask_at(mask, image.shape[1:3], input_spec.resize) for name, mask in masks.items()}
 
     return {name: accuracy.miou for name, accuracy in accuracies(confusion_matrices(predict, examples)).items()}

@@ -36,7 +36,7 @@ class Log:
         self.summaries.flush()
 
     def masks(self, step: int, name: str, image: np.ndarray, masks: dict[str, np.ndarray], num_classes: int) -> None:
-        """Shows an image, float32 [1, H, W, 3], and masks of it, uint8 [1, H, W] each, side by side."""
-        pictures = [image.astype(np.uint8)] + [palette(num_classes)[mask] for mask in masks.values()]
+        """Shows an image, uint8 [1, H, W, 3], and masks of it, uint8 [1, H, W] each, side by side."""
+        pictures = [image] + [palette(num_classes)[mask] for mask in masks.values()]
         with self.summaries.as_default(step=step):
             tf.summary.image(f"examples/{name}", np.concatenate(pictures, axis=2), description=f"image, {', '.join(masks)}")

@@ -83,7 +83,7 @@ def train_stage(
     log_weights = np.log(np.where(weights > 0, weights, 1))
     shifts = {share: share * log_weights for share in (LOGIT_SHARES if log_weights.any() else LOGIT_SHARES[:1])}
     tried = {key: list(shifts) if biases[key] is not None else LOGIT_SHARES[:1] for key in candidates}
-    predict = keras_predictor(network, candidates, config.data.input_size, shifts)
+    predict = keras_predictor(network, candidates, config.data.input_size, shifts, config.data.resize)
     examples = list(zip(val.names, evaluation_batches(val).take(EXAMPLE_MASKS).as_numpy_iterator(), strict=False))
 
     def evaluate(done: int) -> None:

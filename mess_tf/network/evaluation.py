@@ -7,18 +7,23 @@ import numpy as np
 import tensorflow as tf
 
 from mess_runtime import terminal
+from mess_runtime.images import mask_at
 from mess_tf import metrics
 from mess_tf.data.examples import Examples
-from mess_tf.data.pipelines import evaluation_batches, resize_image, resize_label
+from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.network.model import MultiExitNetwork
 
 Predictor = Callable[[np.ndarray], dict[Hashable, np.ndarray]]
 
 
 def keras_predictor(
-    network: MultiExitNetwork, candidates: Sequence[str], size: tuple[int, int], shifts: Mapping[Hashable, np.ndarray] | None = None
+    network: MultiExitNetwork,
+    candidates: Sequence[str],
+    size: tuple[int, int],
+    shifts: Mapping[Hashable, np.ndarray] | None = None,
+    resize: str = "stretch",
 ) -> Predictor:
-    """Makes a function from an image float32 [1, H, W, 3] in 0..255 to a dict of masks uint8 [1, H, W], one per candidate.
+    """Makes a function from an image uint8 [1, H, W, 3] to a dict of masks uint8 [1, H, W], one per candidate.
 
     As on the device, the network sees the image at its input size, and the mask of that size is brought to the image's.
 
@@ -27,6 +32,7 @@ def keras_predictor(
       candidates: names of what predicts.
       size: (height, width) in pixels of the network's input.
       shifts: float32 [C] each, to be subtracted from the logits; with them, a mask per (candidate, key of the shift).
+      resize: how images are fitted to this size, see `images.fit`.
     """
     features_of = tf.function(network.features(candidates), autograph=False)
     offsets = tf.stack([tf.zeros(network.num_classes)] if shifts is None else list(shifts.values()))[:, None, None]
@@ -37,11 +43,11 @@ def keras_predictor(
         return tf.map_fn(lambda offset: tf.cast(tf.argmax(logits - offset, -1, tf.int32), tf.uint8), offsets, tf.uint8)
 
     def predict(image):
-        features = features_of(resize_image(image, size), training=False)
+        features = features_of(network_input(image, size, resize), training=False)
         result = {}
         for name in candidates:
             masks = masks_of(name, {tap: features[tap] for tap in network.taps(name)})
-            masks = resize_label(masks, image.shape[1:3]).numpy()[:, None]
+            masks = mask_at(masks.numpy(), image.shape[1:3], resize)[:, None]
             result |= dict(zip([name] if shifts is None else [(name, key) for key in shifts], masks, strict=True))
         return result
 

@@ -1,5 +1,7 @@
 """Where images come from (files, folders, videos, cameras) and where masks go (palette PNGs, overlays)."""
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -7,17 +9,14 @@ import numpy as np
 from PIL import Image
 
 from mess_runtime.bundle import check
-from mess_runtime.files import write_atomically
+from mess_runtime.files import printable, write_atomically
+from mess_runtime.images import SUFFIXES, UnreadableError, files_in, read_photo
 
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 CAMERA = "camera:"
+_FRAME_NUMBER = re.compile(r"\.\d{6,}(?=(\.overlay)?\.png$)")
 
 Frames = Iterator[tuple[str, np.ndarray]]
-
-
-class UnreadableError(ValueError):
-    """An image or video that cannot be read; others may be."""
 
 
 def is_film(source: Path) -> bool:
@@ -26,13 +25,10 @@ def is_film(source: Path) -> bool:
 
 
 def expand(paths: Sequence[Path], suffixes: set[str]) -> list[Path]:
-    """Returns the files, with every folder replaced by its files of these suffixes, in order and without repetition."""
+    """Returns the files, with every folder replaced by its `files_in`, in order and without repetition."""
     files = {}
     for path in paths:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path}: must hold files with the suffix {' or '.join(sorted(suffixes))}, got none")
-        files |= {file.resolve(): file for file in found}
+        files |= {os.path.realpath(file): file for file in (files_in(path, suffixes) if path.is_dir() else [path])}
     return list(files.values())
 
 
@@ -52,26 +48,28 @@ def open_sources(sources: Sequence[str], limit: int | None = None) -> list[tuple
         if source.startswith(CAMERA):
             number = source.removeprefix(CAMERA)
             check(number.isdecimal() and len(number) < 4, "source", f"{CAMERA}NUMBER, the number of a camera from 0 on", source)
-            opened.append((Path(source), _video(source, source.replace(":", ""), limit)))
+            opened.append((Path(source), _video(Path(source), limit)))
             continue
-        for path in expand([Path(source)], IMAGE_SUFFIXES):
-            opened.append((path, _video(str(path), path.stem, limit) if is_film(path) else _image(path)))
+        for path in expand([Path(source)], SUFFIXES):
+            opened.append((path, _video(path, limit) if is_film(path) else _image(path)))
     paths = {}
     for path, frames in opened:
-        paths.setdefault(path.resolve(), (path, frames))
+        paths.setdefault(os.path.realpath(path), (path, frames))
     return list(paths.values())
 
 
+def _mask_name(source: Path, number: str) -> str:
+    """Name of the mask of an image, or of a frame of a video or camera, without suffix."""
+    stem = str(source).replace(":", "") if str(source).startswith(CAMERA) else source.stem
+    return f"{stem}.{number}" if is_film(source) else stem
+
+
 def _image(path: Path) -> Frames:
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableError(f"{path}: not a readable image: {error}") from error
-    yield path.stem, pixels
+    yield _mask_name(path, ""), read_photo(path)
 
 
-def _video(source: str, stem: str, limit: int | None) -> Frames:
+def _video(path: Path, limit: int | None) -> Frames:
+    source = str(path)
     try:
         import cv2
     except ModuleNotFoundError:
@@ -84,9 +82,9 @@ def _video(source: str, stem: str, limit: int | None) -> Frames:
             if not found:
                 break
             number += 1
-            yield f"{stem}.{number:06d}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            yield _mask_name(path, f"{number:06d}"), cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         if not number:
-            raise UnreadableError(f"{source}: not a readable video or camera")
+            raise UnreadableError(f"{printable(str(source))}: not a readable video or camera")
     finally:
         capture.release()
 
@@ -101,19 +99,28 @@ class Writer:
       sources: what is read, none of which may be overwritten.
 
     Raises:
-      ValueError: two images have the same name, or a mask would replace an image.
+      ValueError: two files that would be written have the same name (in small letters, as some file systems see them), or one would
+        replace a source.
     """
 
     def __init__(self, folder: Path, palette: Sequence[tuple[int, int, int]], overlay: bool, sources: Sequence[Path]):
         self._folder, self._palette, self._overlay = folder, np.array(palette, np.uint8), overlay
-        names: dict[str, Path] = {}
-        for source in sources:
-            if source.stem in names:
-                raise ValueError(f"{source}: another image's mask is called {folder / source.stem}.png already")
-            names[source.stem] = source
-        written = {(folder / f"{stem}{suffix}").resolve() for stem in names for suffix in (".png", ".overlay.png")}
-        if written & {source.resolve() for source in sources}:
-            raise ValueError(f"--output: must be a folder where masks do not replace images, got {folder}")
+        written: dict[str, Path] = {}  # sources by the names they lead to, in small letters, with a \0 for the number of a frame
+
+        def writer_of(name: str) -> Path | None:
+            return written.get(name.casefold()) or written.get(_FRAME_NUMBER.sub(".\0", name.casefold()))
+
+        for source in sorted(sources, key=is_film, reverse=True):  # first the videos, whose frames may be called like an image
+            for suffix in (".png", ".overlay.png") if overlay else (".png",):
+                name = _mask_name(source, "\0") + suffix
+                if (other := writer_of(name)) is not None:
+                    path = printable(str(folder / name.replace("\0", "NUMBER")))
+                    raise ValueError(f"{printable(str(source))}: another image's mask is called {path} already, of {printable(str(other))}")
+                written[name.casefold()] = source
+        output = os.path.realpath(folder)
+        for path in {*sources, *(Path(os.path.realpath(source)) for source in sources)}:
+            if writer_of(path.name) is not None and os.path.realpath(path.parent) == output:
+                raise ValueError(f"--output: must be a folder where masks do not replace images, got {printable(str(folder))}")
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, image: np.ndarray, mask: np.ndarray) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
 from mess_runtime.bundle import (
     ANYTIME,
@@ -21,17 +20,16 @@ from mess_runtime.bundle import (
     MASK,
     SETTINGS,
     Bundle,
-    InputSpec,
     Manifest,
     alone_signature,
     check,
     segment_signature,
 )
 from mess_runtime.engines import MAX_THREADS, Tensor, open_engine
+from mess_runtime.images import fit, mask_at
 
 # The first run touches the memory, the second has a typical latency.
 WARMUP_RUNS = 2
-GREY = 128  # around letterboxed images
 # What is not used of the share that may go on is kept for as many images as this.
 HELD_IMAGES = 100
 
@@ -278,22 +276,12 @@ class Runner:
             raise ValueError(f"image: must be a NumPy array, uint8 [h, w, 3], got {type(image).__name__}")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"image: must be uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
-        pixels = image[None]
-        if pixels.shape != self._image.shape:
-            pixels = self._fitted(image)
+        pixels = fit(image, self._image.shape[1:3], self._input.resize)[None]
         if pixels.dtype != self._image.dtype:
             np.copyto(self._image, pixels)
             pixels = self._image
         self._tensors = {IMAGE: self._engine.put(self._signatures[0], IMAGE, pixels)}
         self._turn += 1
-
-    def _fitted(self, image: np.ndarray) -> np.ndarray:
-        """An image of another size at that of the network: uint8 [1, H, W, 3]."""
-        rows, columns = placed(image.shape[:2], self._input)
-        size = (columns.stop - columns.start, rows.stop - rows.start)
-        pixels = np.full(self._image.shape, GREY, np.uint8)
-        pixels[0, rows, columns] = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-        return pixels
 
     def _step(self, signature: str) -> StepTrace:
         """Runs one signature; what it reads must have been made from the same image."""
@@ -314,8 +302,7 @@ class Runner:
 
     def _result(self, signature: str, trace: list[StepTrace], image: np.ndarray) -> Result:
         mask = self._engine.get(signature, MASK, self._outputs[signature][MASK])[0]
-        if mask.shape != image.shape[:2]:
-            mask = _resize_nearest(mask[placed(image.shape[:2], self._input)], *image.shape[:2])
+        mask = mask_at(mask, image.shape[:2], self._input.resize)
         return Result(mask, signature.partition(".")[2], tuple(trace), sum(step.latency_ms for step in trace))
 
 
@@ -348,19 +335,3 @@ def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_m
     check(latencies[fastest] <= latency_budget_ms, "latency_budget_ms", f"at least {latencies[fastest]:g} for {fastest}", latency_budget_ms)
     fast = [(segment.miou or 0.0, index) for index, segment in enumerate(manifest.segments) if latencies[segment.exit] <= latency_budget_ms]
     return manifest.exits[max(fast)[1]]
-
-
-def placed(size: tuple[int, int], spec: InputSpec) -> tuple[slice, slice]:
-    """Rows and columns of the network's input that an image of (height, width) `size` takes."""
-    if spec.resize == "stretch":
-        return slice(0, spec.height), slice(0, spec.width)
-    scale = min(spec.height / size[0], spec.width / size[1])
-    height, width = (max(1, min(limit, round(side * scale))) for side, limit in zip(size, (spec.height, spec.width), strict=True))
-    top, left = (spec.height - height) // 2, (spec.width - width) // 2
-    return slice(top, top + height), slice(left, left + width)
-
-
-def _resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The mask in which every pixel has the class at its centre, in whole numbers because Pillow's rounding is off at some sizes."""
-    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip((height, width), mask.shape, strict=True))
-    return mask.take(columns, axis=1).take(rows, axis=0)
