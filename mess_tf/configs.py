@@ -45,8 +45,6 @@ class DataConfig:
       data_dir: root folder of the source; unused by `synthetic`.
       train_split, val_split: names of the splits (folder names, ImageSets lists or tfds splits).
       input_size: (height, width) in pixels of the exported network; scale 1 of training images.
-      resize: how images of another size are fitted to the input, in training, evaluation, calibration and the bundle: `stretch`, or
-        `letterbox`, which keeps the aspect ratio and fills up with grey.
       crop_size: (height, width) of training crops; (0, 0) for the input size.
       ignore_value: label value of pixels without a class as stored in the files; 255 inside the project.
       scale_range: random rescaling of training images, uniform in this range.
@@ -55,6 +53,8 @@ class DataConfig:
       synthetic_train, synthetic_val: number of synthetic scenes.
       synthetic_hard: share of hard scenes in them.
       seed: of the synthetic scenes.
+      resize: how images of another size are fitted to the input, in training, evaluation, calibration and the bundle: `stretch`, or
+        `letterbox`, which keeps the aspect ratio and fills up with grey.
     """
 
     source: str = "synthetic"
@@ -62,7 +62,6 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     input_size: tuple[int, int] = (96, 128)
-    resize: Literal["stretch", "letterbox"] = "stretch"
     crop_size: tuple[int, int] = (0, 0)
     ignore_value: int = 255
     scale_range: tuple[float, float] = (0.75, 1.75)
@@ -74,6 +73,7 @@ class DataConfig:
     synthetic_val: int = 128
     synthetic_hard: float = 0.5
     seed: int = 0
+    resize: Literal["stretch", "letterbox"] = "stretch"
 
     def __post_init__(self):
         _check(all(side >= 16 for side in self.input_size), "data.input_size", "two sides of at least 16 pixels", self.input_size)

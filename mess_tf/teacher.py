@@ -31,7 +31,7 @@ SCALES = (1.0, 1.25)
 
 
 def predictor(network: keras.Model, input_size: tuple[int, int], resize: str, mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:
-    """Makes a function from an image uint8 [H, W, 3] to the probabilities float32 [h, w, C] all over it, at 1 / SOFT_STRIDE of the input."""
+    """Makes a function from an image uint8 [H, W, 3] to the probabilities float32 [h, w, C] all over it, 1 / SOFT_STRIDE of the input."""
     reduced = tuple(side // SOFT_STRIDE for side in input_size)
 
     @tf.function(autograph=False, reduce_retracing=True)

@@ -26,7 +26,7 @@ def test_every_recipe_survives_json(name):
 
 def test_a_configuration_with_no_default_value_survives_json():
     config = Config(
-        DataConfig("folder", "D", "a", "b", (32, 48), (16, 32), 7, (1.0, 2.0), False, 0.1, 0.2, 0.3, 4, 5, 0.6, 8),
+        DataConfig("folder", "D", "a", "b", (32, 48), (16, 32), 7, (1.0, 2.0), False, 0.1, 0.2, 0.3, 4, 5, 0.6, 8, "letterbox"),
         BackboneConfig("resnet50", 1.0, 8, "FILE", 0.9, 0.5),
         ExitsConfig(3, ("a", "b"), "fcn-r2-b0", "deeplab-r4-b1-d2", ("fcn-r8-b3-d4",)),
         StageConfig(
@@ -36,6 +36,12 @@ def test_a_configuration_with_no_default_value_survives_json():
         StageConfig("heads", "none", "all", "soft.npz", "best.npz", 0.2),
     )
     assert configs.from_json(configs.to_json(config)) == config
+
+
+def test_a_file_of_before_a_field_was_added_means_what_was_done_then():
+    document = json.loads(configs.to_json(RECIPES["demo"]))
+    del document["data"]["resize"]
+    assert configs.from_json(json.dumps(document)) == RECIPES["demo"]
 
 
 def test_load_config_reads_the_file_of_a_workdir(tmp_path):

@@ -265,7 +265,13 @@ def test_a_reduction_is_antialiased():
 
 @pytest.mark.parametrize(
     ("size", "inside"),
-    [((96, 96), (0, 32, 16, 48)), ((20, 300), (14, 18, 0, 64)), ((300, 20), (0, 32, 31, 33)), ((2000, 1), (0, 32, 31, 32)), ((64, 128), (0, 32, 0, 64))],
+    [
+        ((96, 96), (0, 32, 16, 48)),
+        ((20, 300), (14, 18, 0, 64)),
+        ((300, 20), (0, 32, 31, 33)),
+        ((2000, 1), (0, 32, 31, 32)),
+        ((64, 128), (0, 32, 0, 64)),
+    ],
 )
 def test_a_letterboxed_image_lies_in_the_middle_and_its_mask_comes_back(size, inside):
     top, bottom, left, right = inside

@@ -15,7 +15,23 @@ from mess_runtime.terminal import complain
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 # Pictures that are not read. That they are left out is said, as of no other file.
-OTHER_SUFFIXES = {".avif", ".dng", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".psd", ".raw", ".svg", ".tga"}
+OTHER_SUFFIXES = {
+    ".avif",
+    ".dng",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".ico",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".pgm",
+    ".ppm",
+    ".psd",
+    ".raw",
+    ".svg",
+    ".tga",
+}
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit, of an image that it takes for an attack
 GREY = 128  # around images that do not fill their frame
 
@@ -125,7 +141,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def placed(size: tuple[int, int], input_size: tuple[int, int], resize: str) -> tuple[slice, slice]:
-    """Rows and columns of a network's input (height, width) that an image of (height, width) takes; `resize` is one of `bundle.RESIZES`."""
+    """Rows and columns of a network's input (height, width) that an image of (height, width) takes, by one of `bundle.RESIZES`."""
     (height, width), (rows, columns) = size, input_size
     if resize == "letterbox":  # whole numbers, rounded half up, so that every language gets the same
         if rows * width <= columns * height:
@@ -153,7 +169,7 @@ def fit(image: np.ndarray, input_size: tuple[int, int], resize: str) -> np.ndarr
 
 
 def mask_at(mask: np.ndarray, size: tuple[int, int], resize: str) -> np.ndarray:
-    """Masks [..., h, w] of a network's input at the (height, width) of the image that was fitted to it: the class at each pixel's centre."""
+    """Masks [..., h, w] of a network at the (height, width) of the image that was fitted to it: of each pixel the class at its centre."""
     if mask.shape[-2:] == tuple(size):
         return mask
     rows, columns = placed(size, mask.shape[-2:], resize)
