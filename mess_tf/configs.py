@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 import json
 import os
+import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -28,12 +30,44 @@ BACKBONES = (
 ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
 # Fields of the data section that older files lack, with what was done then.
-_ADDED_TO_DATA = {"resize": "stretch"}
+_ADDED_TO_DATA = {"resize": "stretch", "label_values": ""}
+
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+LABEL_VALUES = {
+    "cityscapes": {str(value): _CITYSCAPES_IDS.index(value) if value in _CITYSCAPES_IDS else IGNORE for value in (*range(34), 255)},
+    "ade20k": {"0": IGNORE} | {str(value): value - 1 for value in range(1, 151)},
+}
 
 
 def _check(ok: bool, argument: str, required: str, received: Any) -> None:
     if not ok:
         raise ValueError(f"{argument}: must be {required}, got {received!r}")
+
+
+def parse_label_values(label_values: str | Mapping[str, int]) -> dict[int | tuple[int, int, int], int]:
+    """Reads `data.label_values`: stored value or RGB colour to class; empty where the stored values are the classes.
+
+    Raises:
+      ValueError: unknown name, a key that is neither value nor colour, both kinds together, one twice, or a class out of range.
+    """
+    where = "data.label_values"
+    if isinstance(label_values, str):
+        _check(label_values in ("", *LABEL_VALUES), where, f"a table or one of {', '.join(LABEL_VALUES)}", label_values)
+        label_values = LABEL_VALUES.get(label_values, {})
+    parsed: dict[int | tuple[int, int, int], int] = {}
+    for key, value in label_values.items():
+        if re.fullmatch(r"#[0-9A-Fa-f]{6}", key):
+            stored = tuple(bytes.fromhex(key[1:]))
+        else:
+            numbers = [int(part) for part in key.split(",")] if re.fullmatch(r"\d{1,5}|\d{1,3}(,\s*\d{1,3}){2}", key) else [-1]
+            known = numbers != [-1] and max(numbers) <= (255 if len(numbers) == 3 else 65535)
+            _check(known, where, "with keys like 7 (a value), #804080 or 128,64,128 (a colour)", key)
+            stored = tuple(numbers) if len(numbers) == 3 else numbers[0]
+        _check(0 <= value <= IGNORE, where, f"with classes from 0 on, {IGNORE} for none", value)
+        _check(stored not in parsed, where, "without a value or colour twice", key)
+        parsed[stored] = value
+    _check(len({type(stored) for stored in parsed}) < 2, where, "of values or of colours, not of both", label_values)
+    return parsed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +89,10 @@ class DataConfig:
       seed: of the synthetic scenes.
       resize: how images of another size are fitted to the input, in training, evaluation, calibration and the bundle: `stretch`, or
         `letterbox`, which keeps the aspect ratio and fills up with grey.
+      label_values: of `folder` and `voc`: which value or colour in the label files is which class, as {"0": 0, "255": 1} or
+        {"#804080": 0, "70,70,70": 1}; class 255 stands for pixels without a class. Or the name of such a table: `cityscapes` (labelIds to
+        the 19 train ids), `ade20k` (0 is unlabelled, 1..150). Empty: the values are the classes. `ignore_value` goes on to be ignored
+        unless it is in the table; other values are errors.
     """
 
     source: str = "synthetic"
@@ -74,12 +112,16 @@ class DataConfig:
     synthetic_hard: float = 0.5
     seed: int = 0
     resize: Literal["stretch", "letterbox"] = "stretch"
+    label_values: str | dict[str, int] = ""
 
     def __post_init__(self):
         _check(all(side >= 16 for side in self.input_size), "data.input_size", "two sides of at least 16 pixels", self.input_size)
         crop_ok = self.crop_size == (0, 0) or all(side >= 16 for side in self.crop_size)
         _check(crop_ok, "data.crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
         _check(self.resize in RESIZES, "data.resize", f"one of {RESIZES}", self.resize)
+        parse_label_values(self.label_values)
+        has_files = self.source in ("folder", "voc") or not self.label_values
+        _check(has_files, "data.label_values", "left out unless data.source is folder or voc", self.label_values)
         low, high = self.scale_range
         _check(0 < low <= high, "data.scale_range", "two positive factors, the smaller first", self.scale_range)
         for name in ("brightness", "contrast", "saturation"):
@@ -466,6 +508,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _from_dict(hint, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        kind = next((kind for kind in arguments if isinstance(value, typing.get_origin(kind) or kind)), arguments[0])
+        return _value(kind, value, where)
+    if origin is dict:
+        _check(isinstance(value, dict), where, "an object", value)
+        return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal:
         _check(value in arguments, where, f"one of {arguments}", value)
         return value

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,8 @@ from mess_runtime.bundle import FORMAT, check, check_writable, decode_versioned,
 from mess_runtime.files import locked, temporary_beside, write_atomically
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
-from mess_tf.data.examples import Examples
-from mess_tf.data.sources import open_split
+from mess_tf.data.examples import DataError, Examples, first_few
+from mess_tf.data.sources import open_training
 from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
@@ -39,7 +39,8 @@ def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "bot
     fix_summation_order()
     keras.mixed_precision.set_global_policy(config.stage1.precision)
     keras.utils.set_random_seed(config.stage1.seed)
-    train_examples, val_examples = open_split(config.data, config.data.train_split), open_split(config.data, config.data.val_split)
+    train_examples, val_examples = open_training(config.data)
+    check_data(workdir, {"train": train_examples, "val": val_examples})
     network = build_network(configs.with_own_original(config, workdir), train_examples.info.num_classes)
     momentum = config.backbone.batch_norm_momentum
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], momentum)
@@ -68,6 +69,31 @@ def check_stage2(config: Config, network: MultiExitNetwork, train_examples: Exam
     trial = MultiExitNetwork(network.original, network.exit_points)
     trial.add_heads(specs, config.backbone.batch_norm_momentum)
     check_start("stage2", config.stage2, trial, train_examples, workdir)
+
+
+def check_data(workdir: str, splits: Mapping[str, Examples]) -> None:
+    """Writes what the data are into WORKDIR/data.json at the first start, and compares them with it later.
+
+    Raises:
+      DataError: images, labels or classes are others than at the first start; the first few are named.
+    """
+    path = Path(workdir, "data.json")
+    found = {name: {"classes": list(examples.info.classes), "images": examples.digests} for name, examples in splits.items()}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+        return
+    kept = read_json(path, lambda value: value)
+    for name, now in found.items():
+        then = kept.get(name, {})
+        before, after = then.get("images", {}), now["images"]
+        problems = [f"{image}: {'changed' if image in after else 'gone'}" for image in before if before[image] != after.get(image)]
+        problems += [f"{image}: new" for image in after if image not in before]
+        if then.get("classes") != now["classes"]:
+            problems.append(f"classes {then.get('classes')}, now {now['classes']}")
+        if problems:
+            advice = "give them back, choose another --workdir, or delete the file to go on with the data as they are"
+            raise DataError(f"{path}: data must be those of the first start of this training ({advice}), got\n{first_few(problems)}")
 
 
 def keep_original(config: Config, workdir: str) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import pathlib
 
 import numpy as np
@@ -6,14 +7,16 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
+from pngs import png
 
 from mess_runtime.images import GREY, mask_at, placed
 from mess_tf.configs import IGNORE, DataConfig
 from mess_tf.data import examples as examples_module
 from mess_tf.data.examples import DataError, palette
 from mess_tf.data.pipelines import augment, evaluation_batches, network_input, training_batches
-from mess_tf.data.sources import open_split
+from mess_tf.data.sources import open_split, open_training
 from mess_tf.learning.losses import class_weights
+from mess_tf.train import check_data
 
 SMALL = DataConfig(input_size=(32, 64), synthetic_train=10, synthetic_val=7, brightness=0.3, contrast=0.2, saturation=0.2)
 
@@ -23,13 +26,13 @@ def write_image(path: pathlib.Path, array: np.ndarray) -> None:
     Image.fromarray(array).save(path)
 
 
-def folder_config(root: pathlib.Path, label_values: tuple[int, ...] = (0, 7), classes: int = 8, count: int = 3, **changes) -> DataConfig:
-    """Writes a train split of `count` images, 40x60, whose labels hold only `label_values`, and its classes.txt."""
+def folder_config(root: pathlib.Path, stored: tuple[int, ...] = (0, 7), classes: int = 8, count: int = 3, **changes) -> DataConfig:
+    """Writes a train split of `count` images, 40x60, whose labels hold only `stored`, and its classes.txt."""
     rng = np.random.default_rng(0)
     (root / "classes.txt").write_text("".join(f"class{i}\n" for i in range(classes)))
     for i in range(count):
         write_image(root / "train" / "images" / f"{i}.jpg", rng.integers(0, 256, (40, 60, 3), np.uint8))
-        write_image(root / "train" / "labels" / f"{i}.png", rng.choice(np.array(label_values, np.uint8), (40, 60)))
+        write_image(root / "train" / "labels" / f"{i}.png", rng.choice(np.array(stored, np.uint8), (40, 60)))
     return dataclasses.replace(DataConfig(source="folder", data_dir=str(root), input_size=(32, 64)), **changes)
 
 
@@ -153,7 +156,7 @@ def damage_label(root):
 def damage_empty(root):
     for path in (root / "train/images").iterdir():
         path.unlink()
-    return r"train/images: the split has no images"
+    return r"train/images: must hold files with the suffix .*, got none"
 
 
 def damage_folder(root):
@@ -479,3 +482,285 @@ def test_camvid(camvid_dir):
     images, labels = next(iter(training_batches(train, config, 2, seed=0, first_step=0, steps=1)))
     assert images.shape == (2, 96, 128, 3)
     assert set(np.unique(labels)) <= {*range(11), IGNORE}
+
+
+# --- labels of every kind
+
+
+def turned(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def test_labels_are_those_of_the_photo_as_it_is_shown(tmp_path):
+    config = folder_config(tmp_path)
+    array = np.zeros((40, 60, 3), np.uint8)
+    array[:, :20] = 255
+    Image.fromarray(array).save(tmp_path / "train/images/1.jpg", exif=turned(6))
+    with pytest.raises(DataError, match=r"labels/1\.png: must be as large as its image, 60x40, got 40x60"):
+        open_split(config, "train")
+    label = np.zeros((60, 40), np.uint8)
+    label[:20] = 7  # after the turn, what was on the left is on top
+    write_image(tmp_path / "train/labels/1.png", label)
+    image, read = open_split(config, "train").load(1)
+    assert ((image[..., 0] > 127) == (read == 7)).all()
+    Image.fromarray(np.ascontiguousarray(label.T[::-1])).save(tmp_path / "train/labels/1.png", exif=turned(6))  # one that is turned itself
+    np.testing.assert_array_equal(open_split(config, "train").load(1)[1], label)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_grey_labels_of_any_depth_are_true_values(tmp_path, bits):
+    config = folder_config(tmp_path, (0, 1), classes=60, count=1)
+    label = np.arange(40 * 64).reshape(40, 64) % min(2**bits, 60)
+    write_image(tmp_path / "train/images/0.jpg", np.zeros((40, 64, 3), np.uint8))
+    if bits == 16:
+        packed = label.astype(">u2").view(np.uint8)
+    else:
+        packed = np.packbits((label[..., None] >> np.arange(bits)[::-1] & 1).astype(np.uint8).reshape(40, -1), axis=-1)
+    png(tmp_path / "train/labels/0.png", bits, 0, packed)
+    np.testing.assert_array_equal(open_split(config, "train").load(0)[1], label)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_palette_labels_are_their_indices_whatever_is_transparent(tmp_path, bits):
+    config = folder_config(tmp_path, (0, 1))
+    label = Image.fromarray(np.tile(np.arange(2, dtype=np.uint8), (40, 30)))
+    label.putpalette([9, 8, 7] * 256)
+    label.save(tmp_path / "train/labels/1.png", transparency=1, bits=bits)
+    np.testing.assert_array_equal(open_split(config, "train").load(1)[1], np.array(label))
+
+
+def test_wide_values_and_jpegs_are_no_labels(tmp_path):
+    config = folder_config(tmp_path)
+    Image.fromarray(np.full((40, 60), 260, np.uint16)).save(tmp_path / "train/labels/0.png")
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path / "train/labels/1.png", "JPEG")
+    (tmp_path / "train/labels/2.png").unlink()
+    (tmp_path / "train/labels/2.tif").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        open_split(config, "train")
+    first, second, third = str(caught.value).splitlines()
+    assert "labels/0.png: label values" in first and "got [260]" in first
+    assert second.endswith("labels/1.png: not a readable image: does not hold PNG")
+    assert third.endswith("is missing; there is 2.tif, labels must be PNG")
+
+
+@pytest.mark.parametrize(
+    ("label_values", "classes", "stored", "expected"),
+    [
+        ({"0": 0, "255": 1}, 2, [0, 255], [0, 1]),
+        ({"0": 255, "300": 1, "7": 0}, 2, [0, 300, 7, 255], [255, 1, 0, 255]),
+        ("cityscapes", 19, [0, 7, 8, 33, 18, 255], [255, 0, 1, 18, 255, 255]),
+        ("ade20k", 150, [0, 1, 2, 150], [255, 0, 1, 149]),
+    ],
+)
+def test_label_values_say_which_value_is_which_class(tmp_path, label_values, classes, stored, expected):
+    config = folder_config(tmp_path, classes=classes, count=1, label_values=label_values)
+    write_image(tmp_path / "train/images/0.jpg", np.zeros((3, len(stored), 3), np.uint8))
+    write_image(tmp_path / "train/labels/0.png", np.array([stored] * 3, np.uint16 if 300 in stored else np.uint8))
+    examples = open_split(config, "train")
+    np.testing.assert_array_equal(examples.load(0)[1], np.array([expected] * 3))
+    assert examples.class_pixels().sum() == 3 * sum(value != 255 for value in expected)
+
+
+def test_values_and_classes_that_do_not_fit_label_values(tmp_path):
+    config = folder_config(tmp_path, (0, 128), classes=2, label_values={"0": 0, "255": 1})
+    with pytest.raises(DataError, match=r"labels/0\.png: label values must be classes or the ignored value, got \[128\]"):
+        open_split(config, "train")
+    with pytest.raises(DataError, match=r"data\.label_values: must lead to the 2 classes of the data or 255, got 2"):
+        open_split(dataclasses.replace(config, label_values={"0": 2}), "train")
+
+
+def test_labels_may_be_colours(tmp_path):
+    config = folder_config(tmp_path, classes=2, count=2, label_values={"#804080": 0, "70, 70,70": 1, "#000000": 255})
+    which = np.arange(40 * 60).reshape(40, 60) % 3
+    painted = np.array([[128, 64, 128], [70, 70, 70], [0, 0, 0]], np.uint8)[which]
+    write_image(tmp_path / "train/labels/0.png", painted)
+    Image.fromarray(painted).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "train/labels/1.png")
+    examples = open_split(config, "train")
+    for i in range(2):
+        np.testing.assert_array_equal(examples.load(i)[1], np.array([0, 1, 255])[which])
+    painted[3, 4] = (1, 2, 3)
+    write_image(tmp_path / "train/labels/0.png", painted)
+    with pytest.raises(DataError, match=r"labels/0\.png: label values must be .*, got \['#010203'\]"):
+        open_split(config, "train")
+
+
+@pytest.mark.parametrize(
+    ("label_values", "message"),
+    [
+        ("citscapes", "a table or one of cityscapes, ade20k, got 'citscapes'"),
+        ({"red": 0}, "with keys like 7"),
+        ({"0,0,256": 0}, "with keys like 7"),
+        ({"65536": 0}, "with keys like 7"),
+        ({"0": 256}, "with classes from 0 on"),
+        ({"0": 0, "00": 1}, "without a value or colour twice, got '00'"),
+        ({"0": 0, "#000000": 1}, "of values or of colours, not of both"),
+    ],
+)
+def test_bad_label_values_are_refused(label_values, message):
+    with pytest.raises(ValueError, match=rf"data\.label_values: must be {message}"):
+        DataConfig(source="folder", data_dir="D", label_values=label_values)
+
+
+# --- names and lists of every kind
+
+
+def test_names_that_are_not_utf8_are_shown_with_escapes(tmp_path):
+    config = folder_config(tmp_path, count=1)
+    for kind, suffix in (("images", b"jpg"), ("labels", b"png")):
+        path = os.fsencode(tmp_path / "train" / kind)
+        os.rename(path + b"/0." + suffix, path + b"/stra\xdfe\n." + suffix)
+    examples = open_split(config, "train")
+    assert examples.names == (r"stra\udcdfe\n",)
+    assert examples.load(0)[0].shape == (40, 60, 3)
+
+
+def test_two_images_of_one_name_and_nested_folders_are_refused(tmp_path):
+    config = folder_config(tmp_path)
+    write_image(tmp_path / "train/images/1.PNG", np.zeros((40, 60, 3), np.uint8))
+    with pytest.raises(DataError, match=r"images/1\.jpg: must have a name of its own, got that of 1\.PNG"):
+        open_split(config, "train")
+    (tmp_path / "train/images").rename(tmp_path / "train/city")
+    (tmp_path / "train/images").mkdir()
+    (tmp_path / "train/city").rename(tmp_path / "train/images/city")
+    with pytest.raises(DataError, match=r"train/images: must hold files .*; its folder city does"):
+        open_split(config, "train")
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    config = folder_config(tmp_path)
+    for name in ("3.heic", "._0.jpg", "Thumbs.db"):
+        (tmp_path / "train/images" / name).write_bytes(b"")
+    write_image(tmp_path / "train/labels/3.png", np.zeros((40, 60), np.uint8))
+    write_image(tmp_path / "train/images/4.tif", np.zeros((40, 60, 3), np.uint8))
+    write_image(tmp_path / "train/labels/4.PNG", np.zeros((40, 60), np.uint8))
+    assert open_split(config, "train").names == ("0", "1", "2", "4")
+    images, labels = capsys.readouterr().err.splitlines()
+    assert "images/3.heic: left out, the suffix must be one of" in images
+    assert "labels/3.png: left out, there is no image of this name" in labels
+
+
+@pytest.mark.parametrize("content", ["a\nb\n".encode("utf-8-sig"), b"a\r\n\r\nb\r\n", "a\nb\n".encode("utf-16"), b"a\nb"])
+def test_class_names_of_windows_are_read(tmp_path, content):
+    config = folder_config(tmp_path, (0, 1), classes=2)
+    (tmp_path / "classes.txt").write_bytes(content)
+    assert open_split(config, "train").info.classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"a\nstra\xdfe", "got byte 0xdf at 6"), ("a\nb".encode("utf-16-le"), "control characters")]
+)
+def test_other_texts_are_refused_by_name(tmp_path, content, message):
+    config = folder_config(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"classes\.txt: must be text in UTF-8.*{message}"):
+        open_split(config, "train")
+
+
+def voc_list(root: pathlib.Path, content: bytes) -> DataConfig:
+    """A VOC year of three images, its labels 0, 1 and 2, those of SegmentationClassAug 10, 11 and 12, and a list train_aug."""
+    for value, name in enumerate(("a", "b", "two words")):
+        write_image(root / "JPEGImages" / f"{name}.jpg", np.zeros((4, 5, 3), np.uint8))
+        write_image(root / "SegmentationClass" / f"{name}.png", np.full((4, 5), value, np.uint8))
+        write_image(root / "SegmentationClassAug" / f"{name}.png", np.full((4, 5), 10 + value, np.uint8))
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/train_aug.txt").write_bytes(content)
+    return DataConfig(source="voc", data_dir=str(root))
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "first"),
+    [
+        ("\ufeffb\r\n\r\na\r\n".encode(), ("b", "a"), 1),
+        ("b\na\n".encode("utf-16"), ("b", "a"), 1),
+        (b"two words\na", ("two words", "a"), 2),
+        (b"/JPEGImages/b.jpg /SegmentationClassAug/b.png\nJPEGImages/a.jpg SegmentationClassAug/a.png\n", ("b", "a"), 11),
+        (b"JPEGImages/b.jpg\na.jpg\n", ("b", "a"), 1),
+    ],
+)
+def test_voc_lists_of_every_kind(tmp_path, content, names, first):
+    examples = open_split(voc_list(tmp_path, content), "train_aug")
+    assert examples.names == names
+    assert (examples.load(0)[1] == first).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a  1\nb -1\n", "each line must be a name, .* got 'a  1'"),
+        (b"a\nb\na\n", "must list each image once, got 'a' and 'a'"),
+        (b"a\nstra\xdfe\n", "must be text in UTF-8, got byte 0xdf at 6"),
+        (b"\n", "the split has no images"),
+    ],
+)
+def test_other_voc_lists_are_refused_by_name(tmp_path, content, message):
+    with pytest.raises(DataError, match=rf"train_aug\.txt: {message}"):
+        open_split(voc_list(tmp_path, content), "train_aug")
+
+
+# --- both splits of a training
+
+
+def two_splits(root: pathlib.Path, trained: tuple[int, ...], judged: tuple[int, ...], classes: int) -> DataConfig:
+    root.mkdir(exist_ok=True)
+    folder_config(root, judged, classes)
+    (root / "train").rename(root / "val")
+    return folder_config(root, trained, classes)
+
+
+def test_classes_that_a_split_lacks_are_named(tmp_path, capsys):
+    open_training(two_splits(tmp_path, (0, 1), (0, 2), 4))
+    trained, judged = capsys.readouterr().err.splitlines()
+    assert trained == "warning: the train split holds no labelled pixel of class2, class3 (nor elsewhere): nothing is learnt of them"
+    assert judged == "warning: the val split holds no labelled pixel of class1, class3 (nor elsewhere): mIoU leaves them out"
+
+
+def test_nothing_to_learn_or_to_judge_is_refused(tmp_path, capsys):
+    config = two_splits(tmp_path / "binary", (0, 255), (0, 255), 2)
+    with pytest.raises(DataError, match=r"at least two classes, got \['class0'\]; of binary masks of 0 and 255, data\.label_values="):
+        open_training(config)
+    train, val = open_training(dataclasses.replace(config, label_values={"0": 0, "255": 1}))
+    assert (train.class_pixels() > 0).all() and (val.class_pixels() > 0).all()
+    assert capsys.readouterr().err == ""
+    with pytest.raises(DataError, match=r"ignored/val: must hold labelled pixels, got none in 3 labels"):
+        open_training(two_splits(tmp_path / "ignored", (0, 1), (255,), 2))
+
+
+def test_a_truncated_photo_is_known_before_training(tmp_path):
+    config = two_splits(tmp_path, (0, 1), (0, 1), 2)
+    path = tmp_path / "train/images/1.jpg"
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(DataError, match=r"images/1\.jpg: not a readable image"):
+        open_training(config)
+
+
+def test_the_fingerprint_is_of_contents_and_classes(tmp_path):
+    config = folder_config(tmp_path)
+    found = [open_split(config, "train").fingerprint for _ in range(2)]
+    for name, array in (("images/1.jpg", np.zeros((40, 60, 3), np.uint8)), ("labels/1.png", np.zeros((40, 60), np.uint8))):
+        write_image(tmp_path / "train" / name, array)
+        found.append(open_split(config, "train").fingerprint)
+    (tmp_path / "classes.txt").write_text("".join(f"other{i}\n" for i in range(8)))
+    found.append(open_split(config, "train").fingerprint)
+    assert found[0] == found[1] and len(set(found)) == 4
+    drawn = [open_split(dataclasses.replace(SMALL, seed=seed), "train").fingerprint for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_changed_data_are_refused_at_a_later_start(tmp_path):
+    config = two_splits(tmp_path / "data", (0, 1), (0, 1), 2)
+
+    def start():
+        check_data(str(tmp_path / "work"), {name: open_split(config, name) for name in ("train", "val")})
+
+    start()
+    start()
+    write_image(tmp_path / "data/val/images/1.jpg", np.zeros((40, 60, 3), np.uint8))
+    for kind, suffix in (("images", "jpg"), ("labels", "png")):
+        (tmp_path / f"data/val/{kind}/2.{suffix}").rename(tmp_path / f"data/val/{kind}/3.{suffix}")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"work/data\.json: data must be .*\n1: changed\n2: gone\n3: new"):
+            start()
+    (tmp_path / "work/data.json").unlink()
+    start()

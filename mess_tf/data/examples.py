@@ -5,12 +5,20 @@ files hold.
 """
 
 import colorsys
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from mess_runtime.terminal import Bar
+
 CACHE_BYTES = 2**30
+_SHOWN_PROBLEMS = 5
 
 
 class DataError(ValueError):
@@ -50,12 +58,14 @@ class Examples:
         read: Callable[[int], tuple[np.ndarray, np.ndarray]],
         hard: np.ndarray | None = None,
         class_pixels: np.ndarray | None = None,
+        content: Callable[[int], Iterable[bytes]] | None = None,
     ):
         self.info = info
         self.names = tuple(names)
         self.hard = hard
         self._read = read
         self._class_pixels = class_pixels
+        self._content = content or self.load  # what an image and its label are made from
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._cached_bytes = 0
 
@@ -80,6 +90,45 @@ class Examples:
                 self._cache[index] = pair
         return pair
 
+    def check(self) -> None:
+        """Decodes every image once, so that what is broken is known before work starts.
+
+        Raises:
+          DataError: see `load`; lists the first few problems.
+        """
+
+        def problem(index: int) -> str | None:
+            try:
+                self.load(index)
+            except DataError as error:
+                return str(error)
+
+        problems = []
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, Bar("decoding", len(self), "image") as bar:
+            for found in pool.map(problem, range(len(self))):
+                problems += [found] if found else []
+                bar.advance()
+        if problems:
+            raise DataError(first_few(problems))
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Name of every image to the first 16 digits of the SHA-256 of its and its label's content, as it is in the files."""
+
+        def digest(index: int) -> str:
+            sha256 = hashlib.sha256()
+            for part in self._content(index):
+                sha256.update(hashlib.sha256(part).digest())
+            return sha256.hexdigest()[:16]
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            return dict(zip(self.names, pool.map(digest, range(len(self))), strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and contents of images and labels, their order, and the classes: other data have another one."""
+        return hashlib.sha256(json.dumps([self.info.classes, list(self.digests.items())]).encode()).hexdigest()
+
     def class_pixels(self) -> np.ndarray:
         """Returns the number of labelled pixels per class over the split, int64 [C]; counted once."""
         if self._class_pixels is None:
@@ -88,6 +137,12 @@ class Examples:
                 counts += np.bincount(self.load(index)[1].ravel(), minlength=256)
             self._class_pixels = counts[: self.info.num_classes]
         return self._class_pixels
+
+
+def first_few(problems: Sequence[str]) -> str:
+    """Some of many problems, a line each."""
+    more = [f"... and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
+    return "\n".join([*problems[:_SHOWN_PROBLEMS], *more])
 
 
 def palette(num_classes: int) -> np.ndarray:

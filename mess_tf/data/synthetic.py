@@ -111,7 +111,11 @@ def open_synthetic(config: DataConfig, split: str) -> Examples:
         return _draw_scene(rng, _HARD if hard[index] else _EASY, config.input_size)
 
     names = [f"{split}/{index:05d}_{'hard' if is_hard else 'easy'}" for index, is_hard in enumerate(hard)]
-    return Examples(DatasetInfo(config.source, SYNTHETIC_CLASSES), names, read, hard=hard)
+
+    def content(index: int) -> list[bytes]:
+        return [repr((config.seed, stream, index, bool(hard[index]), config.input_size)).encode()]
+
+    return Examples(DatasetInfo(config.source, SYNTHETIC_CLASSES), names, read, hard=hard, content=content)
 
 
 class _Canvas:

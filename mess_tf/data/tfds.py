@@ -6,7 +6,7 @@ import numpy as np
 
 from mess_tf.configs import IGNORE, DataConfig
 from mess_tf.data.examples import DataError, DatasetInfo, Examples
-from mess_tf.data.files import INVALID, apply_table
+from mess_tf.data.labels import INVALID, apply_table
 
 _CITYSCAPES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign",

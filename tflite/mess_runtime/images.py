@@ -98,10 +98,14 @@ def read_photo(path: str | Path) -> np.ndarray:
       UnreadableError: the file is broken, too large, of another format, or its values have no known range (floats, 32 bits).
     """
     with opened(path) as image:
-        image.load()  # before the orientation is asked for: TIFF turns itself, PNG may tell it behind the pixels
-        pixels = _rgb(image)
-        turn = _UPRIGHT.get(_orientation(image))
-        return np.array(pixels if turn is None else pixels.transpose(turn))
+        image.load()
+        return np.array(upright(image, _rgb(image)))
+
+
+def upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
+    """The pixels of a loaded image as viewers show them. Before it is loaded, PNG may not know its orientation; TIFF then turns itself."""
+    turn = _UPRIGHT.get(_orientation(image))
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def photo_size(path: str | Path) -> tuple[int, int]:
