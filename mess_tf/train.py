@@ -26,7 +26,7 @@ from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
 from mess_tf.network.originals import define_flags
 
-RECORD = "training.json"
+RECORD, DATA_RECORD = "training.json", "data.json"
 
 
 def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "both") -> MultiExitNetwork:
@@ -77,7 +77,7 @@ def check_data(workdir: str, splits: Mapping[str, Examples]) -> None:
     Raises:
       DataError: images, labels or classes are others than at the first start; the first few are named.
     """
-    path = Path(workdir, "data.json")
+    path = Path(workdir, DATA_RECORD)
     found = {name: {"classes": list(examples.info.classes), "images": examples.digests} for name, examples in splits.items()}
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,8 @@ def run(
 def forget(workdir: str | os.PathLike, config: Config) -> None:
     """Removes a training, weights and logs, but for its configuration; also the copy of the user's own network, if that is still there."""
     workdir = Path(workdir)
-    (workdir / RECORD).unlink(missing_ok=True)
+    for name in (RECORD, DATA_RECORD):
+        (workdir / name).unlink(missing_ok=True)
     if os.path.isfile(config.backbone.weights):
         (workdir / configs.ORIGINAL).unlink(missing_ok=True)
     for name in ("checkpoints", "logs"):
