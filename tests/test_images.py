@@ -1,7 +1,10 @@
 """What a photo is read as, and how it is fitted to a network: the pixels of training and of the device."""
 
+import shutil
 import struct
+import subprocess
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,7 +245,7 @@ def resized(values, size):
     return np.clip(made, 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("size", [(96, 192), (48, 80), (17, 200), (331, 447), (20, 20)])
+@pytest.mark.parametrize("size", [(96, 192), (300, 100), (17, 200), (331, 447), (20, 20)])
 def test_fit_is_the_resize_that_its_words_define(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     across = resized(image.swapaxes(0, 1), 64).swapaxes(0, 1)
@@ -277,3 +280,38 @@ def test_a_letterboxed_image_lies_in_the_middle_and_its_mask_comes_back(size, in
     mask[rows, columns] = 1
     assert mask_at(mask, size, "letterbox").shape == size
     assert (mask_at(mask, size, "letterbox") == 1).all()
+
+
+@pytest.fixture(scope="session")
+def cpp_fit(tmp_path_factory):
+    """tflite/examples/cpp/mess_fit, built."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    path = tmp_path_factory.mktemp("cpp") / "mess_fit"
+    source = Path(__file__).parents[1] / "tflite" / "examples" / "cpp" / "mess_fit.cc"
+    subprocess.run(["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", str(source), "-o", str(path)], check=True)
+    return path
+
+
+@pytest.mark.parametrize("size", [(32, 64), (331, 447), (20, 300), (300, 20), (17, 200), (64, 64)])
+def test_cpp_fits_images_with_the_same_bits(cpp_fit, tmp_path, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "photo.ppm")
+    for resize in ("stretch", "letterbox"):
+        for dtype in ("uint8", "float32"):
+            words = [cpp_fit, tmp_path / "photo.ppm", 32, 64, resize, dtype, tmp_path / "image.rgb"]
+            subprocess.run([str(word) for word in words], check=True)
+            made = np.fromfile(tmp_path / "image.rgb", dtype).reshape(32, 64, 3)
+            np.testing.assert_array_equal(made, fit(image, (32, 64), resize))
+
+
+def test_cpp_fit_names_what_is_wrong(cpp_fit, tmp_path):
+    (tmp_path / "short.ppm").write_bytes(b"P6\n4 4\n255\nabc")
+    (tmp_path / "no.ppm").write_bytes(b"P5\n4 4\n255\nabc")
+    for words, message in (
+        (["short.ppm", "4", "4", "stretch", "uint8", "o"], "short.ppm: ends before its last pixel"),
+        (["no.ppm", "4", "4", "stretch", "uint8", "o"], "no.ppm: must be a binary PPM"),
+        (["short.ppm", "4", "4", "crop", "uint8", "o"], "the fit must be stretch or letterbox, got crop"),
+    ):
+        done = subprocess.run([str(cpp_fit), *words], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1 and message in done.stderr

@@ -285,10 +285,15 @@ def test_results_outlive_the_next_image(run, images):
     np.testing.assert_array_equal(first.mask, before)
 
 
+def resized(image, width, height):
+    across = Image.fromarray(image).resize((width, image.shape[0]), Image.Resampling.BILINEAR)
+    return np.asarray(across.resize((width, height), Image.Resampling.BILINEAR))
+
+
 @pytest.mark.parametrize("size", [(96, 192), (48, 80), (17, 200)])
 def test_image_of_another_size(net, run, size):
     image = np.random.default_rng(1).integers(0, 4, (*size, 3), np.uint8)
-    small = np.asarray(Image.fromarray(image).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+    small = resized(image, WIDTH, HEIGHT)
     mask = net.everything(small)[0][2]
     # The network's pixel that the centre of an output pixel falls into.
     rows = [int(Fraction(2 * row + 1, 2) * HEIGHT / size[0]) for row in range(size[0])]
@@ -309,7 +314,7 @@ def test_letterboxed_image_keeps_its_aspect_ratio(net, copy, size):
     top, left = (HEIGHT - height) // 2, (WIDTH - width) // 2
     boxed = np.full((HEIGHT, WIDTH, 3), 128, np.uint8)
     inside = np.s_[top : top + height, left : left + width]
-    boxed[inside] = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    boxed[inside] = resized(image, width, height)
     mask = net.everything(boxed)[0][2][inside]
     run = Runner(Bundle.load(copy))
     run.run(np.zeros((HEIGHT, WIDTH, 3), np.uint8))  # leaves nothing behind in the margins

@@ -167,8 +167,11 @@ def fit(image: np.ndarray, input_size: tuple[int, int], resize: str) -> np.ndarr
         return image
     rows, columns = placed(image.shape[:2], input_size, resize)
     pixels = np.full((*input_size, 3), GREY, np.uint8)
-    size = (columns.stop - columns.start, rows.stop - rows.start)
-    pixels[rows, columns] = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    width, height = columns.stop - columns.start, rows.stop - rows.start
+    # One axis at a time: which of both Pillow takes first depends on its version and the sizes.
+    for size in ((width, image.shape[0]), (width, height)):
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    pixels[rows, columns] = image
     return pixels
 
 

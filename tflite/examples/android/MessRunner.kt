@@ -33,6 +33,7 @@ class MessRunner(assets: AssetManager, folder: String, threads: Int) : AutoClose
     val height: Int
     val width: Int
     private val takesBytes: Boolean
+    private val letterbox: Boolean
     private val palette: IntArray
     private val exits: List<Exit>
     private val interpreter: Interpreter
@@ -48,6 +49,7 @@ class MessRunner(assets: AssetManager, folder: String, threads: Int) : AutoClose
         height = input.getInt("height")
         width = input.getInt("width")
         takesBytes = input.getString("dtype") == "uint8"
+        letterbox = input.getString("resize") == "letterbox"
         val colours = manifest.getJSONArray("palette")
         palette = IntArray(colours.length()) { index ->
             val colour = colours.getJSONArray(index)
@@ -74,9 +76,15 @@ class MessRunner(assets: AssetManager, folder: String, threads: Int) : AutoClose
         image = direct(height * width * 3 * if (takesBytes) 1 else 4)
     }
 
-    /** Segments a bitmap of any size; the mask has the network's size, stretched like the image. */
+    /**
+     * Segments a bitmap of any size; the mask has the network's size, and the image lies in it where [Fit.placed] says.
+     *
+     * The bitmap must be upright: BitmapFactory leaves photos as they are stored, ExifInterface.getRotationDegrees tells how to turn them.
+     */
     fun run(bitmap: Bitmap): Result {
-        fill(Bitmap.createScaledBitmap(bitmap, width, height, true))
+        val pixels = IntArray(bitmap.height * bitmap.width)
+        bitmap.getPixels(pixels, 0, bitmap.width, 0, 0, bitmap.width, bitmap.height)
+        fill(Fit.fit(pixels, bitmap.height, bitmap.width, height, width, letterbox))
         val tensors = HashMap<String, Any>().apply { put("image", image) }
         val trace = ArrayList<Step>()
         for (exit in exits) {
@@ -105,9 +113,7 @@ class MessRunner(assets: AssetManager, folder: String, threads: Int) : AutoClose
 
     override fun close() = interpreter.close()
 
-    private fun fill(scaled: Bitmap) {
-        val pixels = IntArray(height * width)
-        scaled.getPixels(pixels, 0, width, 0, 0, width, height)
+    private fun fill(pixels: IntArray) {
         image.rewind()
         for (pixel in pixels) {
             for (channel in intArrayOf(Color.red(pixel), Color.green(pixel), Color.blue(pixel))) {

@@ -2,7 +2,7 @@
 //
 //   mess_runner model.tflite image.rgb mask.raw exit1=118540 exit2=96210 final
 //
-// image.rgb: the image at the network's size, RGB in 0..255 of the type that the bundle takes; mask.raw: one byte per pixel. The exits
+// image.rgb: the image at the network's size, RGB in 0..255 of the type that the bundle takes, as mess_fit makes it; mask.raw: one byte per pixel. The exits
 // follow in the order of manifest.json, each but the last with the confident pixels from which an image leaves there,
 // ceil(theta_img * height * width). Prints one line per segment.
 //
