@@ -97,6 +97,7 @@ def outputs(tmp_path_factory):
         "teacher": ("mess_tf.teacher", f"--workdirs={work}", f"--output={work / 'teacher.npz'}", "--scales=1"),
         "run": ("mess_runtime", "run", work / "bundle", work / "examples", f"--output={work / 'masks'}"),
         "inspect": ("mess_runtime", "inspect", work / "bundle"),
+        "pipeline": ("mess_tf.pipeline", f"--workdir={work}", f"--latency={work / 'latency.json'}", "--max_drop_pp=99"),
     }
     return {name: run(*words) for name, words in chain.items()} | {"work": work}
 
@@ -123,6 +124,18 @@ def test_a_bundle_is_described_quietly(outputs):
     words = [line.split()[0] for line in done.stdout.splitlines() if line]
     assert words[:6] == ["made", "input", "model", "classes", "setting", "predicted"]
     assert words[6] == "exit" and set(words[7:]) <= {"exit1", "final"}
+
+
+def test_the_pipeline_says_what_it_did_and_what_to_do_next(outputs):
+    done = outputs["pipeline"]
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    steps = [line.partition(": ") for line in lines[:7]]
+    assert [name for name, _, _ in steps] == ["train", "candidates", "calibrate", "measure", "search", "bundle", "report"]
+    assert [said for _, _, said in steps[:4]] == ["up to date"] * 4 and all(Path(said).exists() for _, _, said in steps[4:])
+    *table, page, run = lines[7:]
+    assert [line for line in table if not any(re.fullmatch(pattern, line) for pattern in LINES["search"])] == []
+    assert Path(page.removeprefix("report: ")).exists() and run.startswith("run: python -m mess_runtime run ")
 
 
 def test_phones_are_measured_quietly(outputs, plug_in, tool):
@@ -223,7 +236,7 @@ def test_an_error_while_the_command_is_loaded_loses_nothing(noisy):
 def test_a_reader_that_has_seen_enough_is_no_error(noisy):
     reader, writer = os.pipe()
     os.close(reader)
-    done = noisy("print('line', flush=True)", capture_output=False, stdout=writer, stderr=subprocess.PIPE)
+    done = noisy("print('line')", capture_output=False, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -250,7 +263,7 @@ print("/the/end")
 
 @pytest.mark.slow
 def test_measuring_shows_a_bar(outputs):
-    words = (outputs["work"] / "candidates", f"--output={outputs['work'] / 'bar.json'}", "--rounds=2", "--min_seconds=0.2")
+    words = (outputs["work"] / "candidates", f"--output={outputs['work'] / 'bar.json'}", "--rounds=2", "--runs=2", "--min_seconds=0.2")
     code, text = on_a_terminal("mess_runtime", "benchmark", *words)
     assert code == 0 and text.endswith("/bar.json\r\n")
     assert re.search(r"measure .*━.*file \d+ of \d+", text) and "round 1/2" not in text and "INFO" not in text

@@ -125,6 +125,7 @@ def run(name: str, command: Callable[[], int | None]) -> int:
     error, lines, show = None, [], False
     try:
         code = command() or 0
+        sys.stdout.flush()
     except SystemExit as end:
         code = end.code
     except KeyboardInterrupt:
