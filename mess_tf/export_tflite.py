@@ -27,6 +27,7 @@ from absl import flags
 from PIL import Image
 
 from mess_runtime import bundle as bundles
+from mess_runtime.engines import BACKENDS
 from mess_runtime.files import replace_folder, write_atomically
 from mess_runtime.terminal import progress
 from mess_tf import configs, terminal
@@ -90,6 +91,7 @@ def export_deployment(
     input_spec: bundles.InputSpec | None = None,
     examples: Examples | None = None,
     extra_signatures: Collection[str] = (),
+    backends: Collection[str] = (),
 ) -> None:
     """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`.
 
@@ -104,10 +106,9 @@ def export_deployment(
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
     predicted = bundles.Predicted(deployment.original.miou, cost, (1.0,))
-    original = exporter.bundle(workdir / "bundle_original", alone, predicted, classes, input_spec, examples, extra_signatures)
-    signatures = exporter.bundle(
-        workdir / "bundle", deployment, deployment.predicted.in_manifest(), classes, input_spec, examples, extra_signatures
-    )
+    shared = (classes, input_spec, examples, extra_signatures, backends)
+    original = exporter.bundle(workdir / "bundle_original", alone, predicted, *shared)
+    signatures = exporter.bundle(workdir / "bundle", deployment, deployment.predicted.in_manifest(), *shared)
 
     def write(submodels: Path) -> None:
         for name, graph in signatures.items():
@@ -166,15 +167,18 @@ def run_deployment(
     resize: str | None = None,
     measure: bool = True,
     extra_signatures: Collection[str] = (),
+    backends: Collection[str] = (),
 ) -> Path:
     """The command with --deployment: see `export_deployment`; also writes some images to try it on. Returns the folder of the bundle."""
+    bundles.check(set(backends) <= set(BACKENDS), "verify", f"of {', '.join(BACKENDS)}", ",".join(backends))
     of_training = configs.load_config(workdir).data.resize
     required = f"{of_training}, the data.resize of this training, by which its statistics were taken; --set data.resize at its start"
     bundles.check(resize in (None, of_training), "--resize", required, resize)
     workdir, chosen = Path(workdir), Deployment.load(deployment)
     exporter, examples = _open(workdir, data_dir, options, chosen.fidelity)
     input_spec = bundles.InputSpec(*exporter.size, input_type, of_training)
-    export_deployment(exporter, chosen, examples.info.classes, workdir, input_spec, examples if measure else None, extra_signatures)
+    measured = examples if measure else None
+    export_deployment(exporter, chosen, examples.info.classes, workdir, input_spec, measured, extra_signatures, backends)
     (workdir / "examples").mkdir(exist_ok=True)
     for i in range(min(EXAMPLES, len(examples))):
         Image.fromarray(examples.load(i)[0]).save(workdir / "examples" / f"{Path(examples.names[i]).name}.png")
@@ -193,7 +197,7 @@ def is_bundled(workdir: str | os.PathLike, deployment: str | os.PathLike) -> boo
 
 
 def main() -> None:
-    terminal.check_left_out(FLAGS.candidates, "input resize measure extra_signatures", "with --candidates")
+    terminal.check_left_out(FLAGS.candidates, "input resize measure extra_signatures verify", "with --candidates")
     terminal.check_left_out(FLAGS.precision != INT8, "float_operations", f"without --precision={INT8}")
     given = [name for name in ("--candidates", "--deployment") if flags.FLAGS[name[2:]].value]
     bundles.check(len(given) == 1, "arguments", "either --candidates or --deployment=FILE", " ".join(given))
@@ -201,7 +205,7 @@ def main() -> None:
     if FLAGS.candidates:
         print(run_candidates(FLAGS.workdir, FLAGS.data_dir, options))
     else:
-        how = (FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures)
+        how = (FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures, FLAGS.verify)
         print(run_deployment(FLAGS.workdir, FLAGS.deployment, FLAGS.data_dir, options, *how))
 
 
@@ -229,6 +233,9 @@ if __name__ == "__main__":
         [],
         bundles.EXTRA_SIGNATURES,
         "beside the segments of a bundle: every exit alone, for several in budgeted; everything",
+    )
+    flags.DEFINE_list(
+        "verify", [], f"backends ({', '.join(BACKENDS)}) on which a bundle must do what it does on the CPU; recorded in its manifest"
     )
     flags.DEFINE_bool("measure", True, "measure the mIoU of each exit on the validation split, for the manifest")
     terminal.run(main)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -17,6 +18,7 @@ from ai_edge_litert.interpreter import Interpreter
 from mess_runtime import bundle as bundles
 from mess_runtime.files import replace_folder, write_atomically
 from mess_runtime.images import mask_at
+from mess_runtime.verify import verify
 from mess_tf.data.examples import Examples, palette
 from mess_tf.data.pipelines import network_input
 from mess_tf.files import Configuration, made_by
@@ -37,6 +39,8 @@ from mess_tf.network.costs import Cost, graph_nodes, model_cost, with_input_size
 from mess_tf.network.evaluation import accuracies, confusion_matrices
 from mess_tf.network.exits import TAP
 from mess_tf.network.model import FINAL, MultiExitNetwork
+
+VERIFIED_IMAGES = 3
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -261,6 +265,7 @@ class Exporter:
         input_spec: bundles.InputSpec | None = None,
         examples: Examples | None = None,
         extra_signatures: Collection[str] = (),
+        backends: Collection[str] = (),
     ) -> dict[str, flatbuffer.Graph]:
         """Writes the deployable folder of a configuration. An earlier one is replaced as a whole.
 
@@ -272,12 +277,15 @@ class Exporter:
           input_spec: how images go in; by default float32, stretched to the network's size.
           examples: images to measure the mIoU of each exit on, for the manifest.
           extra_signatures: of `bundles.EXTRA_SIGNATURES`, written beside the segments.
+          backends: of `mess_runtime.engines.BACKENDS`, on which the file must do what it does on the CPU; recorded in the manifest.
 
         Returns:
           The graphs of `deployed`.
 
         Raises:
-          ExportError: the file differs from Keras, or its segments, one after another, from the network run at a stretch.
+          ExportError: the file differs from Keras, or its segments, one after another, from the network run at a stretch, or a backend from
+            the CPU.
+          ValueError: a backend is not there.
         """
         input_spec = input_spec or bundles.InputSpec(*self.size)
         everything = self.deployed(configuration, input_spec.dtype)
@@ -323,6 +331,13 @@ class Exporter:
         def write(fresh: Path) -> None:
             (fresh / bundles.MODEL).write_bytes(content)
             bundles.write_manifest(fresh, manifest)
+            if backends:
+                photos = [examples.load(i)[0] for i in range(min(VERIFIED_IMAGES, len(examples)))] if examples else []
+                reports = [verify(fresh, backend, photos) for backend in backends]
+                if refused := [report.table() for report in reports if not report.ok]:
+                    raise ExportError("\n".join(refused))
+                proven = tuple(report.verification for report in reports)
+                bundles.write_manifest(fresh, dataclasses.replace(manifest, verified=proven))
 
         replace_folder(folder, write)
         return everything

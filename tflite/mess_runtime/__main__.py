@@ -1,4 +1,4 @@
-"""Command line: `python -m mess_runtime run|benchmark|inspect`."""
+"""Command line: `python -m mess_runtime run|verify|benchmark|inspect`."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mess_runtime import terminal
-from mess_runtime.bundle import SETTINGS, Bundle, Manifest, check, check_writable, read_json
+from mess_runtime.bundle import PRECISIONS, SETTINGS, Bundle, Manifest, check, check_writable, read_json
 
 
 def _parser() -> terminal.ArgumentParser:
@@ -29,7 +29,18 @@ def _parser() -> terminal.ArgumentParser:
     )
     run.add_argument("--threads", type=int, default=1)
     run.add_argument("--engine", choices=("compiled", "interpreter"), help="default: the faster of those installed")
+    run.add_argument("--backend", choices=("cpu", "gpu"), default="cpu")
     run.set_defaults(function=_run)
+
+    verify = commands.add_parser(
+        "verify", help="compare a file's outputs on a backend with those on the CPU; 1 if they differ, 2 without it"
+    )
+    verify.add_argument("path", type=Path, help="bundle or .tflite")
+    verify.add_argument("images", nargs="*", type=Path, help="files and folders; images/NAME.jpg may have labels/NAME.png; default: noise")
+    verify.add_argument("--backend", choices=("cpu", "gpu"), required=True)
+    verify.add_argument("--runs", type=int, default=5, help="of the first image")
+    verify.add_argument("--precision", choices=PRECISIONS, help="of a .tflite; a bundle knows it")
+    verify.set_defaults(function=_verify)
 
     benchmark = commands.add_parser("benchmark", help="measure .tflite files on this machine")
     benchmark.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, and folders whose .tflite are all measured")
@@ -61,7 +72,10 @@ def _run(arguments: argparse.Namespace) -> int:
     check(arguments.frames is None or arguments.frames > 0, "--frames", "at least 1", arguments.frames)
     writer = Writer(arguments.output, bundle.manifest.palette, arguments.overlay, [path for path, _ in sources])
     rows = read_json(arguments.latency, LatencyTable.from_json).rows if arguments.latency else ()
-    runner = Runner(bundle, arguments.threads, arguments.engine, rows, arguments.hold_latency)
+    if arguments.backend != "cpu" and arguments.backend not in {each.backend for each in bundle.manifest.verified}:
+        command = f"python -m mess_runtime verify {arguments.bundle} --backend={arguments.backend}"
+        terminal.complain(f"mess_runtime: the manifest records no proof of the masks on {arguments.backend}: {command}")
+    runner = Runner(bundle, arguments.threads, arguments.engine, rows, arguments.hold_latency, arguments.backend)
     failures = 0
     for source, frames in sources:
         try:
@@ -82,6 +96,23 @@ def _run(arguments: argparse.Namespace) -> int:
             failures += 1
     print(arguments.output)
     return 1 if failures else 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from mess_runtime import verify
+    from mess_runtime.frames import expand, read_label
+    from mess_runtime.images import SUFFIXES, read_photo
+
+    paths = expand(arguments.images, SUFFIXES)
+    images, labels = [read_photo(path) for path in paths], [read_label(path) for path in paths]
+    try:
+        report = verify.verify(arguments.path, arguments.backend, images, labels, arguments.runs, arguments.precision)
+    except verify.AbsentError as error:
+        terminal.complain(f"mess_runtime: {terminal.one_line(error)}")
+        return 2
+    print(report.table())
+    print(json.dumps(report.to_json()))
+    return 0 if report.ok else 1
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:

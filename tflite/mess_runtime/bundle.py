@@ -44,6 +44,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 INPUT_TYPES = ("float32", "uint8")
 Fidelity = Literal["exact", "low_confidence", "low"]
 RESIZES = ("stretch", "letterbox")
+OPTIONAL = ("verified",)  # keys that earlier manifests do not have
 
 T = TypeVar("T")
 
@@ -181,6 +182,33 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Verification:
+    """A proof of the .tflite on a backend, see `mess_runtime.verify`.
+
+    Attributes:
+      backend: that it ran on.
+      runtime: name and version of the package.
+      device: as the backend calls it.
+      accelerated: share of the operations that did not stay on the CPU.
+      images: how many.
+      runs: of the first image.
+      different: largest share of the pixels of a mask that have another class than on the CPU.
+    """
+
+    backend: str
+    runtime: str
+    device: str
+    accelerated: float
+    images: int
+    runs: int
+    different: float
+
+    def __post_init__(self):
+        for name in ("accelerated", "different"):
+            check(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Everything about a bundle that is not in its .tflite.
 
@@ -195,6 +223,7 @@ class Manifest:
       sha256, size_bytes: of the .tflite.
       predicted: what the search expects, if there was a search.
       segments: in the order of execution; every image that leaves nowhere else leaves at the last.
+      verified: where the .tflite was found to give what it gives on the CPU.
     """
 
     created_by: CreatedBy
@@ -208,6 +237,7 @@ class Manifest:
     size_bytes: int
     predicted: Predicted | None
     segments: tuple[Segment, ...]
+    verified: tuple[Verification, ...] = ()
 
     def __post_init__(self):
         check(0 < len(set(self.classes)) == len(self.classes) <= 256, "classes", "1 to 256 different names", self.classes)
@@ -378,8 +408,8 @@ def _decode_dataclass(cls: type, value: Any, where: str) -> Any:
             near = difflib.get_close_matches(key, hints) or list(hints)
             raise ValueError(f"{where}.{key}: unknown key, must be one of {', '.join(near)}")
     for key in hints:
-        check(key in value, where, f"an object with the key {key!r}", sorted(value))
-    arguments = {key: decode(hint, value[key], f"{where}.{key}") for key, hint in hints.items()}
+        check(key in value or key in OPTIONAL, where, f"an object with the key {key!r}", sorted(value))
+    arguments = {key: decode(hint, value[key], f"{where}.{key}") for key, hint in hints.items() if key in value}
     try:
         return cls(**arguments)
     except ValueError as error:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mess_runtime.bundle import check
+
 try:
     from ai_edge_litert.interpreter import Interpreter
 
@@ -32,6 +34,7 @@ except ModuleNotFoundError:
 
 MAX_THREADS = 256  # runtimes crash where the system has no more
 COMPILED, INTERPRETER = ENGINES = ("compiled", "interpreter")
+CPU, GPU = BACKENDS = ("cpu", "gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +81,21 @@ class InterpreterEngine:
 
 
 class CompiledEngine:
-    """LiteRT's CompiledModel. What one signature makes, another reads from the same buffer."""
+    """LiteRT's CompiledModel. What one signature makes, another reads from the same buffer, on a GPU in its memory.
 
-    def __init__(self, path: str | os.PathLike, threads: int):
+    Attributes:
+      fully_accelerated: whether no operation was left to the CPU of those that another backend was to run.
+    """
+
+    def __init__(self, path: str | os.PathLike, threads: int, backend: str = CPU):
         verify(path)
-        options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
+        accelerators = HardwareAccelerator.CPU if backend == CPU else HardwareAccelerator.GPU | HardwareAccelerator.CPU
+        options = Options(hardware_accelerators=accelerators, cpu_options=CpuOptions(num_threads=threads))
         try:
             self._model = CompiledModel.from_file(os.fspath(path), options=options)
         except (ValueError, RuntimeError, MemoryError) as error:
             raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
+        self.fully_accelerated = self._model.is_fully_accelerated()
         signatures = self._model.get_signature_list()
         self._inputs: dict[str, Any] = {}  # of `put`
         self._outputs: dict[str, dict[str, Any]] = {}  # by signature
@@ -128,22 +137,27 @@ class CompiledEngine:
         return value.read(size, dtype).reshape(shape)
 
 
-def open_engine(path: str | os.PathLike, threads: int, engine: str | None = None) -> InterpreterEngine | CompiledEngine:
+def open_engine(path: str | os.PathLike, threads: int, engine: str | None = None, backend: str = CPU) -> InterpreterEngine | CompiledEngine:
     """Opens a .tflite with several signatures.
 
     Args:
       path: of the file.
       threads: to run on.
       engine: `compiled`, `interpreter`, or the faster of those that are installed.
+      backend: `cpu`, or `gpu`, for which `compiled` is needed; what it cannot run stays on the CPU.
 
     Raises:
-      ValueError: the file is not a model, needs operations that the runtime does not have, or the engine is not installed.
+      ValueError: the file is not a model, needs operations that the runtime does not have, or the engine or backend is not there.
     """
+    check(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", backend)
     if engine is None:
         engine = COMPILED if CompiledModel else INTERPRETER
     if engine == COMPILED and CompiledModel is None:
         raise ValueError(f"engine: must be {INTERPRETER} without ai-edge-litert, got {engine!r}")
-    return {COMPILED: CompiledEngine, INTERPRETER: InterpreterEngine}[engine](path, threads)
+    if engine == COMPILED:
+        return CompiledEngine(path, threads, backend)
+    check(backend == CPU, "backend", f"{CPU} for the engine {INTERPRETER}", backend)
+    return InterpreterEngine(path, threads)
 
 
 def verify(path: str | os.PathLike) -> None:

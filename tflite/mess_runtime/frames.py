@@ -10,7 +10,7 @@ from PIL import Image
 
 from mess_runtime.bundle import check
 from mess_runtime.files import printable, write_atomically
-from mess_runtime.images import SUFFIXES, UnreadableError, files_in, read_photo
+from mess_runtime.images import SUFFIXES, UnreadableError, files_in, opened, read_photo
 
 VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 CAMERA = "camera:"
@@ -56,6 +56,15 @@ def open_sources(sources: Sequence[str], limit: int | None = None) -> list[tuple
     for path, frames in opened:
         paths.setdefault(os.path.realpath(path), (path, frames))
     return list(paths.values())
+
+
+def read_label(path: Path) -> np.ndarray | None:
+    """The label beside an image, if `path` is images/NAME.SUFFIX and there is labels/NAME.png: class indices uint8 [h, w]."""
+    label = path.parent.parent / "labels" / f"{path.stem}.png"
+    if path.parent.name != "images" or not label.exists():
+        return None
+    with opened(label, ("PNG",)) as image:
+        return np.asarray(image)
 
 
 def _mask_name(source: Path, number: str) -> str:

@@ -25,7 +25,7 @@ from mess_runtime.bundle import (
     check,
     segment_signature,
 )
-from mess_runtime.engines import MAX_THREADS, Tensor, open_engine
+from mess_runtime.engines import CPU, MAX_THREADS, Tensor, open_engine
 from mess_runtime.images import fit, mask_at
 
 # The first run touches the memory, the second has a typical latency.
@@ -77,7 +77,13 @@ class Runner:
     """Executes a bundle, image after image. Threads may share it: one image is worked on at a time."""
 
     def __init__(
-        self, bundle: Bundle, threads: int = 1, engine: str | None = None, latency: Sequence[LatencyRow] = (), hold_latency: bool = False
+        self,
+        bundle: Bundle,
+        threads: int = 1,
+        engine: str | None = None,
+        latency: Sequence[LatencyRow] = (),
+        hold_latency: bool = False,
+        backend: str = CPU,
     ):
         """Loads and warms up every segment.
 
@@ -89,6 +95,7 @@ class Runner:
           hold_latency: in the input-dependent setting, lets no more images go on than the search expected. Thresholds alone keep the
             accuracy when images get harder, as in the dark, and the latency rises; with this it is the other way round. Of any first T
             images, at most T times the expected share go on beyond an exit; of any T in a row, 100 times that share more.
+          backend: see `engines.open_engine`. On a GPU the features stay in its memory; the host reads a count per segment and a mask.
 
         Raises:
           ValueError: the file cannot be loaded, its signatures do not fit the manifest, or nothing was expected whose latency can be held.
@@ -98,13 +105,13 @@ class Runner:
         self.manifest, self.threads, self.latency = manifest, threads, tuple(latency)
         self._path, self._input = bundle.path, manifest.input
         with self._loading():
-            self._engine = open_engine(bundle.path, threads, engine)
+            self._engine = open_engine(bundle.path, threads, engine, backend)
         self._pixels = self._input.height * self._input.width
         self._shape = (1, self._input.height, self._input.width, 3)
         self._lock = threading.Lock()
         self._exits = manifest.exits
         self._signatures = [segment_signature(name) for name in self._exits]
-        self._needed = [None if s.theta_img is None else math.ceil(s.theta_img * self._pixels - 1e-9) for s in manifest.segments]
+        self._needed = needed_pixels(manifest)
         self._going_on: list[float] | None = None  # expected shares, by segment
         if hold_latency:
             check(manifest.predicted is not None, "hold_latency", "left out, as the manifest holds no prediction", hold_latency)
@@ -335,3 +342,9 @@ def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_m
     check(latencies[fastest] <= latency_budget_ms, "latency_budget_ms", f"at least {latencies[fastest]:g} for {fastest}", latency_budget_ms)
     fast = [(segment.miou or 0.0, index) for index, segment in enumerate(manifest.segments) if latencies[segment.exit] <= latency_budget_ms]
     return manifest.exits[max(fast)[1]]
+
+
+def needed_pixels(manifest: Manifest) -> list[int | None]:
+    """Confident pixels from which on an image leaves at each segment, None where there is no decision."""
+    pixels = manifest.input.height * manifest.input.width
+    return [None if each.theta_img is None else math.ceil(each.theta_img * pixels - 1e-9) for each in manifest.segments]

@@ -1,0 +1,314 @@
+"""Proof of files on backends: it finds what is wrong, and on a GPU, driven in software, nothing is."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from small_network import small_network
+
+from mess_runtime import engines, verify
+from mess_runtime.__main__ import main
+from mess_runtime.bundle import FULL, MANIFEST, Bundle, InputSpec, Verification, write_manifest
+from mess_runtime.runner import Runner
+from mess_tf.configs import HeadSpec
+from mess_tf.files import Configuration, ExitChoice
+from mess_tf.graph import flatbuffer
+from mess_tf.graph.conversion import PRECISIONS, ExportError, convert
+from mess_tf.graph.exporter import Exporter
+from mess_tf.graph.policy import FIDELITIES, decide
+from mess_tf.network.model import convert as convert_network
+
+SIZE = (40, 56)
+CLASSES = tuple("abcde")
+HEAD = "decoder-r1-b1-d1"
+THETA_PIX = 0.35
+ROOT = Path(__file__).resolve().parents[1]
+# SwiftShader, of Debian's package chromium; with libvulkan1, LiteRT's GPU delegate runs on it.
+DRIVER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
+VERSIONS = ("2.1.6", "2.2.0", "2.3.0", "nightly")
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Smooth, so that few pixels are undecided."""
+    return [verify._noise(InputSpec(*SIZE), seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def network(images):
+    """Random weights, and the statistics of batch normalisation that belong to them."""
+    tf.keras.utils.set_random_seed(0)
+    network = convert_network(small_network(len(CLASSES)), 3, SIZE)
+    network.add_heads([HeadSpec.parse(HEAD)], 0.9)
+    run = tf.function(network.submodel(network.candidates), autograph=False)
+    for _ in range(40):
+        run(np.stack(images).astype(np.float32), training=True)
+    return network
+
+
+def configuration(setting: str = "input-dependent") -> Configuration:
+    choices = [ExitChoice(name, HEAD, THETA_PIX, 0.5) for name in ("exit1", "exit2")]
+    return Configuration(setting, True, (*choices, ExitChoice("final", "original")), None)
+
+
+@pytest.fixture(scope="module")
+def bundle(network, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    Exporter(network, SIZE).bundle(folder, configuration(), None, CLASSES)
+    return Bundle.load(folder)
+
+
+# ---------------------------------------------------------------- faults are found
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Runs what another process would run in this one, on the CPU; `faulty(turn, outputs)` may spoil outputs, `text` is its stderr."""
+
+    def install(faulty=lambda turn, outputs: None, text="", accelerated=1.0):
+        def on_backend(file, name, runs, folder):
+            engine = engines.CompiledEngine(file, 1)
+            for signature in engine.inputs:
+                engine.prepare(signature)
+            with np.load(folder / "images.npz") as arrays:
+                for turn, outputs in verify._outputs(engine, list(arrays.values()), runs):
+                    faulty(turn, outputs)
+                    flat = {f"{signature}/{key}": value for signature, tensors in outputs.items() for key, value in tensors.items()}
+                    np.savez(folder / f"{turn}.npz", **flat)
+            return accelerated, text, ()
+
+        monkeypatch.setattr(verify, "_on_backend", on_backend)
+
+    return install
+
+
+def test_the_cpu_in_another_process_gives_what_the_cpu_gives(bundle, images):
+    report = verify.verify(bundle.folder, "cpu", images, runs=2)
+    assert report.ok and report.decisions == 0 and not report.faults
+    assert {(each.signature, each.output) for each in report.differences} == {
+        (signature, name) for signature, graph in flatbuffer.read_signatures(bundle.path.read_bytes()).items() for name in graph.outputs
+    }
+    assert any(each.output not in ("mask", "confident_pixels") for each in report.differences)
+    assert all(each.worst <= 1e-6 for each in report.differences)
+    assert report.sha256 == bundle.manifest.sha256
+
+
+def test_what_is_wrong_from_the_third_run_on_is_found(bundle, images, backend):
+    def faulty(turn, outputs):
+        if turn >= 2:
+            outputs["segment.exit2"]["mask"] = outputs["segment.exit2"]["mask"] ^ 1
+
+    backend(faulty)
+    assert verify.verify(bundle.folder, "gpu", images[:1], runs=2).ok
+    report = verify.verify(bundle.folder, "gpu", images[:1], runs=3)
+    (wrong,) = [each for each in report.differences if not each.ok]
+    assert (wrong.signature, wrong.output, wrong.first, wrong.last) == ("segment.exit2", "mask", 0.0, 1.0)
+    assert not report.ok and "DIFFERS" in report.table()
+
+
+def test_a_feature_between_segments_that_is_an_operand_of_its_sum_is_found(bundle, images, backend):
+    def faulty(turn, outputs):
+        name = next(name for name in outputs["segment.exit1"] if name not in ("mask", "confident_pixels"))
+        outputs["segment.exit1"][name] = outputs["segment.exit1"][name] * 0.8
+
+    backend(faulty)
+    report = verify.verify(bundle.folder, "gpu", images[:1], runs=1)
+    (wrong,) = [each for each in report.differences if not each.ok]
+    assert wrong.signature == "segment.exit1" and wrong.worst > 0.05
+
+
+def test_a_decision_that_differs_is_counted(bundle, images, backend):
+    def faulty(turn, outputs):
+        outputs["segment.exit1"]["confident_pixels"][:] = SIZE[0] * SIZE[1] * (turn == 1)
+
+    cpu = [Runner(bundle).run(image).exit == "exit1" for image in images[:2]]
+    backend(faulty)
+    assert verify.verify(bundle.folder, "gpu", images[:2], runs=1).decisions == sum(cpu[i] != (i == 1) for i in range(2))
+
+
+def test_errors_that_only_go_to_stderr_fail(bundle, images, backend):
+    backend(text="I0000 00:00:1.2 3 a.cc:1] fine\nE0000 00:00:1.2 3 environment.cc:105] Validation error: cannot assign\n")
+    report = verify.verify(bundle.folder, "gpu", images[:1], runs=1)
+    assert report.faults == ("environment.cc:105] Validation error: cannot assign",) and not report.ok
+
+
+def test_values_that_are_not_finite_fail(bundle, images, backend):
+    def faulty(turn, outputs):
+        for name, value in outputs["segment.exit1"].items():
+            if value.dtype == np.float32:
+                outputs["segment.exit1"][name] = np.full_like(value, np.nan)
+
+    backend(faulty)
+    assert not verify.verify(bundle.folder, "gpu", images[:1], runs=1).ok
+
+
+def test_labels_give_the_miou_of_both_sides(bundle, images, backend):
+    masks = [Runner(bundle).run(image, "budgeted").mask for image in images]
+    backend()
+    report = verify.verify(bundle.folder, "gpu", images, [*masks[:3], None], runs=1)
+    assert report.mious["final"] == (1.0, 1.0) and report.mious["exit1"][0] < 1
+
+
+def fake_process(monkeypatch, code: int, stderr: str) -> None:
+    done = subprocess.CompletedProcess([], code, "", stderr)
+    monkeypatch.setattr(verify, "subprocess", type("module", (), {"run": lambda *_, **__: done, "DEVNULL": None}))
+
+
+def test_a_backend_that_crashes_or_does_not_load_fails(bundle, images, monkeypatch):
+    for code, message in ((-11, "ended with -11"), (1, "RuntimeError: no")):
+        fake_process(monkeypatch, code, "" if code < 0 else "Traceback\nRuntimeError: no\nINFO: destroyed\n")
+        report = verify.verify(bundle.folder, "gpu", images[:1], runs=1)
+        assert report.faults == (message,) and not report.ok
+
+
+def test_a_backend_that_is_not_there_is_no_pass(bundle, monkeypatch, capsys):
+    fake_process(monkeypatch, 1, "ERROR: Failed to initialize WebGPU environment: INTERNAL: No adapters found\n")
+    monkeypatch.setattr(sys, "argv", ["mess_runtime", "verify", str(bundle.folder), "--backend=gpu"])
+    assert main() == 2
+    output = capsys.readouterr()
+    assert output.out == "" and "backend: must be there to verify a file on it, got 'gpu'" in output.err
+
+
+@pytest.mark.parametrize(("wrong", "code"), [(False, 0), (True, 1)])
+def test_verify_prints_a_table_and_a_json_line(bundle, images, backend, tmp_path, monkeypatch, capsys, wrong, code):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(images[0]).save(tmp_path / "images" / "a.png")
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "labels" / "a.png")
+    backend(lambda turn, outputs: outputs["segment.final"]["mask"].fill(4) if wrong else None)
+    words = ["verify", str(bundle.folder), str(tmp_path / "images"), "--backend=gpu", "--runs=1"]
+    monkeypatch.setattr(sys, "argv", ["mess_runtime", *words])
+    assert main() == code
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads(lines[-1])
+    assert (report["ok"], report["images"], report["backend"]) == (not wrong, 1, "gpu")
+    assert set(report["mious"]) == {"exit1", "exit2", "final"} and any("DIFFERS" in line for line in lines) == wrong
+
+
+def test_export_records_the_proof_and_keeps_no_file_that_differs(network, backend, tmp_path):
+    exporter = Exporter(network, SIZE)
+    backend(accelerated=0.5)
+    exporter.bundle(tmp_path / "kept", configuration(), None, CLASSES, backends=("gpu",))
+    manifest = Bundle.load(tmp_path / "kept").manifest
+    runtime = f"{engines.RUNTIME} {verify._version()}"
+    assert manifest.verified == (Verification("gpu", runtime, "gpu", 0.5, 2, 5, 0.0),)
+    before = (tmp_path / "kept" / MANIFEST).read_bytes()
+    backend(lambda turn, outputs: outputs["segment.final"]["mask"].fill(4))
+    with pytest.raises(ExportError, match=r"segment\.final +mask .* DIFFERS"):
+        exporter.bundle(tmp_path / "kept", configuration(), None, CLASSES, backends=("gpu",))
+    assert (tmp_path / "kept" / MANIFEST).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_run_warns_of_a_backend_without_proof(bundle, images, tmp_path, monkeypatch, capsys):
+    real = engines.CompiledEngine
+    monkeypatch.setattr(engines, "CompiledEngine", lambda path, threads, backend: real(path, threads))
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    words = ["mess_runtime", "run", str(bundle.folder), str(tmp_path / "a.png"), f"--output={tmp_path / 'masks'}", "--backend=gpu"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert main() == 0
+    assert "the manifest records no proof of the masks on gpu: python -m mess_runtime verify" in capsys.readouterr().err
+    proven = dataclasses.replace(bundle.manifest, verified=(Verification("gpu", "x", "y", 1.0, 1, 1, 0.0),))
+    write_manifest(bundle.folder, proven)
+    assert main() == 0
+    write_manifest(bundle.folder, bundle.manifest)
+    assert "proof" not in capsys.readouterr().err
+
+
+def test_earlier_manifests_say_nothing_of_backends(bundle):
+    value = json.loads(json.dumps(bundle.manifest.to_json()))
+    del value["verified"]
+    assert type(bundle.manifest).from_json(value) == bundle.manifest
+
+
+# ---------------------------------------------------------------- a GPU in software
+
+
+@pytest.fixture(scope="module")
+def files(network, images, tmp_path_factory):
+    """By precision: a file with the segments of a bundle, and with one exit under every policy."""
+    folder, result = tmp_path_factory.mktemp("files"), {}
+    for precision in PRECISIONS:
+        exporter = Exporter(network, SIZE, precision=precision, samples=[image[None].astype(np.float32) for image in images])
+        everything = exporter.deployed(configuration(), "float32")
+        signatures = {name: graph for name, graph in everything.items() if name.startswith("segment.") or name == FULL}
+        to_logits = everything["logits.exit1"]
+        for fidelity, edge_aware in itertools.product(FIDELITIES, (False, True)):
+            thresholds = ((THETA_PIX, edge_aware),)
+            policy = convert(
+                lambda logits, thresholds=thresholds, fidelity=fidelity: decide(logits, SIZE, thresholds, fidelity),
+                {"logits": to_logits.outputs["logits"].shape},
+            )
+            joined = flatbuffer.join(to_logits, policy, {"logits": "logits"})
+            signatures[f"{fidelity}.{'edge' if edge_aware else 'plain'}"] = joined
+        result[precision] = folder / f"{precision}.tflite"
+        result[precision].write_bytes(exporter.content(signatures))
+    return result
+
+
+@pytest.fixture(scope="module")
+def driver():
+    """The environment in which LiteRT finds a GPU."""
+    if "VK_ICD_FILENAMES" not in os.environ and not DRIVER.exists():
+        pytest.skip(f"needs a Vulkan driver: {DRIVER} of the Debian package chromium, and libvulkan1")
+    paths = {"PYTHONPATH": str(ROOT / "tflite"), "VK_ICD_FILENAMES": os.environ.get("VK_ICD_FILENAMES", str(DRIVER))}
+    return os.environ | paths
+
+
+def verified(python: Path, environment, *arguments) -> tuple[int, dict]:
+    words = [python, "-m", "mess_runtime", "verify", *arguments, "--backend=gpu"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_gpu_gives_what_the_cpu_gives(files, driver, version, precision):
+    python = ROOT / ".venv-runtimes" / f"ai-edge-litert-{version}" / "bin" / "python"
+    if version == "2.3.0" and not python.exists():
+        python = Path(sys.executable)
+    if not python.exists():
+        pytest.skip(f"needs {python}, an environment with nothing but ai-edge-litert {version} and Pillow, which .ci/run makes")
+    code, report = verified(python, driver, files[precision], f"--precision={precision}", "--runs=3")
+    wrong = [(each["signature"], each["output"], each["worst"]) for each in report["differences"] if each["worst"] > each["limit"]]
+    assert (code, wrong, report["faults"], report["accelerated"]) == (0, [], [], 1.0)
+
+
+def test_a_reshape_that_a_gpu_gets_wrong_in_int8_is_found(driver, tmp_path, monkeypatch):
+    """What the converter makes of a pooled branch, if nothing is done about it."""
+    kernel = np.random.default_rng(0).normal(size=(1, 1, 8, 8)).astype(np.float32)
+
+    def function(image):
+        x = tf.nn.conv2d(tf.pad(image, [[0, 0], [0, 0], [0, 0], [0, 5]]), kernel, 1, "SAME")
+        pooled = tf.reshape(tf.nn.relu(tf.reduce_mean(x, (1, 2))), (8,))
+        return {"y": tf.nn.relu(x + pooled)}
+
+    samples = [{"image": np.random.default_rng(i).uniform(0, 255, (1, 8, 8, 3)).astype(np.float32)} for i in range(4)]
+    monkeypatch.setattr(flatbuffer, "with_broadcasts", lambda graph: graph)
+    graph = convert(function, {"image": (1, 8, 8, 3)}, "int8", lambda: iter(samples))
+    (tmp_path / "int8.tflite").write_bytes(flatbuffer.write({"serve": graph}))
+    code, report = verified(Path(sys.executable), driver, tmp_path / "int8.tflite", "--precision=int8", "--runs=1")
+    assert code == 1 and any("Validation error" in fault for fault in report["faults"])
+
+
+def test_the_runner_runs_on_a_gpu(files, bundle, images, driver, tmp_path):
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    words = [sys.executable, "-m", "mess_runtime", "run", bundle.folder, tmp_path, f"--output={tmp_path / 'masks'}", "--backend=gpu"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=driver, timeout=300)
+    assert done.returncode == 0, done.stderr
+    runner = Runner(bundle)
+    for index, (image, line) in enumerate(zip(images, done.stdout.splitlines(), strict=False)):
+        result, record = runner.run(image), json.loads(line)
+        assert record["exit"] == result.exit
+        with Image.open(tmp_path / "masks" / f"{index}.png") as mask:
+            assert (np.asarray(mask) != result.mask).mean() <= verify.LIMITS["fp32"][1]

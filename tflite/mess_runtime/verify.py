@@ -1,0 +1,339 @@
+"""Proof of a file on a backend: every output of every signature against the CPU's for the same images, after several runs.
+
+A delegate may compute nonsense and say nothing, or be right at its first inference only. The features between segments are compared too,
+each segment reading what the one before made on the same backend, and what the backend's libraries write to stderr counts: LiteRT reports
+shaders that do not compile nowhere else. The backend runs in a process of its own, which it may crash.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mess_runtime import engines
+from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, Bundle, InputSpec, Verification, check, file_sha256
+from mess_runtime.images import fit
+from mess_runtime.runner import needed_pixels
+
+# By the file's precision: root mean square error of a tensor over that of its values, share of the pixels of a mask. GPUs compute in half
+# precision if the file leaves it to them, and int8 by other roundings than XNNPACK.
+LIMITS = {"fp32": (0.01, 0.002), "fp16": (0.03, 0.01), "int8": (0.15, 0.03)}
+ABSENT = re.compile(r".*(?:No adapters found|Failed to initialize WebGPU|GPU accelerator could not be loaded).*")
+FAULTS = re.compile(r"^E\d{4} .*|.*[Vv]alidation error.*", re.MULTILINE)
+EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", re.MULTILINE)
+ADAPTER = re.compile(r"Selected adapter: ([^,\n]+)")
+ON_CPU = re.compile(r"(\d+) operations? will run on the GPU, and the remaining (\d+) operations? will run on the CPU")
+
+Outputs = dict[str, dict[str, np.ndarray]]  # by signature and name
+
+
+class AbsentError(ValueError):
+    """The machine does not have the backend, so nothing can be said of the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """What a backend makes of an output, against the CPU.
+
+    Attributes:
+      signature, output: of the file.
+      first, last: at the first and at the last run of the first image: root mean square error over that of the CPU's values, or the share
+        of the image's pixels that have another class, or that are counted more or less.
+      worst: over all runs and images.
+      largest: difference of a single value, of a mask 1 where anything differs.
+      limit: of `worst` for the file's precision.
+    """
+
+    signature: str
+    output: str
+    first: float
+    last: float
+    worst: float
+    largest: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the backend may stand in for the CPU."""
+        return self.worst <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All about one file on one backend.
+
+    Attributes:
+      path, sha256: of the .tflite.
+      precision: of the file.
+      backend, runtime, device: that ran it.
+      accelerated: share of the operations that did not stay on the CPU.
+      images, runs: how many, and how often the first of them ran.
+      differences: of every output.
+      decisions: images that leave at another exit, None without a decision.
+      mious: by exit, of the CPU and of the backend, where there were labels.
+      faults: what the backend's libraries wrote of errors.
+    """
+
+    path: str
+    sha256: str
+    precision: str
+    backend: str
+    runtime: str
+    device: str
+    accelerated: float
+    images: int
+    runs: int
+    differences: tuple[Difference, ...]
+    decisions: int | None
+    mious: dict[str, tuple[float, float]]
+    faults: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs beyond the file's precision and nothing failed."""
+        return not self.faults and all(difference.ok for difference in self.differences)
+
+    @property
+    def verification(self) -> Verification:
+        """What the manifest says of it."""
+        masks = [difference.worst for difference in self.differences if difference.output.endswith(MASK)]
+        return Verification(self.backend, self.runtime, self.device, self.accelerated, self.images, self.runs, max(masks, default=0.0))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        return dataclasses.asdict(self) | {"ok": self.ok}
+
+    def table(self) -> str:
+        """A few lines for people."""
+        rows = [("signature", "output", "first run", f"run {self.runs}", "worst", "largest", "limit", "")]
+        for each in self.differences:
+            numbers = [f"{value:.3g}" for value in (each.first, each.last, each.worst, each.largest, each.limit)]
+            rows.append((each.signature, each.output, *numbers, "" if each.ok else "DIFFERS"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{self.path}: {self.backend} ({self.device}), {self.runtime}, {self.precision}, {self.images} images,"
+            f" {100 * self.accelerated:.0f} % of the operations accelerated"
+        ]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.decisions is not None:
+            lines.append(f"decisions that differ: {self.decisions} of {self.images}")
+        lines += [f"{name}: mIoU {100 * cpu:.2f} %, on {self.backend} {100 * here:.2f} %" for name, (cpu, here) in self.mious.items()]
+        return "\n".join([*lines, *(f"error: {fault}" for fault in self.faults)])
+
+
+def verify(
+    path: str | os.PathLike,
+    backend: str,
+    images: Sequence[np.ndarray] = (),
+    labels: Sequence[np.ndarray | None] = (),
+    runs: int = 5,
+    precision: str | None = None,
+) -> Report:
+    """Runs a file on the CPU and on a backend.
+
+    Args:
+      path: a bundle, or a .tflite of one chain or with signatures that take an image; inputs that nothing makes are noise.
+      backend: one of `engines.BACKENDS`.
+      images: uint8 [h, w, 3]; without any, two of smooth noise.
+      labels: uint8 [h, w] of them for the mIoU, or None each.
+      runs: of the first image; the others run once, after it.
+      precision: of a .tflite; a bundle knows it.
+
+    Raises:
+      AbsentError: the backend is not there.
+      ValueError: the file cannot be loaded on the CPU.
+    """
+    check(backend in engines.BACKENDS, "backend", f"one of {', '.join(engines.BACKENDS)}", backend)
+    check(runs >= 1, "runs", "at least 1", runs)
+    bundle = Bundle.load(path) if Path(path).is_dir() else None
+    file = bundle.path if bundle else Path(path)
+    precision = bundle.manifest.precision if bundle else precision or "fp32"
+    reference = engines.InterpreterEngine(file, os.cpu_count() or 1)
+    for signature in reference.inputs:
+        reference.prepare(signature)
+    spec = bundle.manifest.input if bundle else _spec(reference)
+    images = list(images) or [_noise(spec, seed) for seed in (0, 1)]
+    pixels = [fit(image, (spec.height, spec.width), spec.resize)[None].astype(spec.dtype) for image in images]
+    expected = [outputs for _, outputs in _outputs(reference, pixels, 1)]
+    with tempfile.TemporaryDirectory(prefix="mess_runtime.") as folder:
+        np.savez(Path(folder) / "images.npz", *pixels)
+        accelerated, text, faults = _on_backend(file, backend, runs, Path(folder))
+        got = [_read(Path(folder) / f"{turn}.npz") for turn in range(runs + len(images) - 1)] if not faults else []
+    faults += tuple(dict.fromkeys(re.sub(r"^E\d{4} \S+ +\d+ ", "", line) for line in FAULTS.findall(text)))
+    return Report(
+        path=os.fspath(path),
+        sha256=file_sha256(file),
+        precision=precision,
+        backend=backend,
+        runtime=f"{engines.RUNTIME} {_version()}",
+        device=found.group(1) if (found := ADAPTER.search(text)) else backend,
+        accelerated=accelerated,
+        images=len(images),
+        runs=runs,
+        differences=tuple(_differences(expected, got, runs, LIMITS[precision])),
+        decisions=_decisions(bundle, expected, got[runs - 1 :]) if got else None,
+        mious=_mious(bundle, expected, got[runs - 1 :], labels) if got else {},
+        faults=faults,
+    )
+
+
+def _version() -> str:
+    for name in (engines.RUNTIME, f"{engines.RUNTIME}-nightly"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _spec(engine: engines.InterpreterEngine) -> InputSpec:
+    """The input of a file without a manifest."""
+    for tensors in engine.inputs.values():
+        if IMAGE in tensors:
+            return InputSpec(*tensors[IMAGE].shape[1:3], tensors[IMAGE].dtype)
+    return InputSpec(1, 1)
+
+
+def _noise(spec: InputSpec, seed: int) -> np.ndarray:
+    """Smooth, so that as in a photo few pixels are equally near to two classes."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((spec.width, spec.height), Image.Resampling.BICUBIC))
+
+
+def _outputs(engine: Any, images: Sequence[np.ndarray], runs: int) -> Iterator[tuple[int, Outputs]]:
+    """Runs all signatures in order, the first image several times; yields the number of the turn and copies of what was made."""
+    turns = [images[0]] * runs + list(images[1:])
+    for turn, image in enumerate(turns):
+        made, outputs = {}, {}
+        for signature, tensors in engine.inputs.items():
+            inputs = {}
+            for name, tensor in tensors.items():
+                if name == IMAGE or name not in made:
+                    value = image if name == IMAGE else np.random.default_rng(len(name)).normal(0, 3, tensor.shape).astype(tensor.dtype)
+                    inputs[name] = engine.put(signature, name, value)
+                else:
+                    inputs[name] = made[name]
+            results = engine.run(signature, inputs)
+            made |= results
+            outputs[signature] = {name: np.array(engine.get(signature, name, value)) for name, value in results.items()}
+        yield turn, outputs
+
+
+def _on_backend(file: Path, backend: str, runs: int, folder: Path) -> tuple[float, str, tuple[str, ...]]:
+    """Lets another process write the outputs of every turn; the share of accelerated operations, its stderr, and how it failed."""
+    words = [sys.executable, "-c", "from mess_runtime import verify; verify.serve()", file, backend, runs, folder]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([str(word) for word in words], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    text = done.stdout + done.stderr
+    if done.returncode:
+        if absent := ABSENT.search(text):
+            raise AbsentError(f"backend: must be there to verify a file on it, got {backend!r}: {absent.group().strip()}")
+        raised = EXCEPTION.findall(text)
+        return 0.0, text, (raised[-1] if raised else f"ended with {done.returncode}",)
+    partly = [(int(there), int(left)) for there, left in ON_CPU.findall(text)]
+    there, left = sum(there for there, _ in partly), sum(left for _, left in partly)
+    fully = (folder / "accelerated").exists()
+    return (1.0 if fully else there / max(1, there + left)), text, ()
+
+
+def serve() -> None:
+    """What the process of the backend does: `FILE BACKEND RUNS FOLDER`."""
+    file, backend, runs, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+    engine = engines.CompiledEngine(file, os.cpu_count() or 1, backend)
+    for signature in engine.inputs:
+        engine.prepare(signature)
+    with np.load(folder / "images.npz") as images:
+        for turn, outputs in _outputs(engine, list(images.values()), runs):
+            arrays = {f"{signature}/{name}": value for signature, tensors in outputs.items() for name, value in tensors.items()}
+            np.savez(folder / f"{turn}.npz", **arrays)
+    if engine.fully_accelerated:
+        (folder / "accelerated").touch()
+
+
+def _read(path: Path) -> Outputs:
+    outputs: Outputs = {}
+    with np.load(path) as arrays:
+        for key, value in arrays.items():
+            signature, _, name = key.partition("/")
+            outputs.setdefault(signature, {})[name] = value
+    return outputs
+
+
+def _differences(expected: Sequence[Outputs], got: Sequence[Outputs], runs: int, limits: tuple[float, float]) -> Iterator[Difference]:
+    for signature, names in expected[0].items() if got else ():
+        size = next((value.size for name, value in names.items() if name.endswith(MASK)), 1)
+        for name in names:
+            pairs = [(expected[max(0, turn - runs + 1)][signature][name], outputs[signature][name]) for turn, outputs in enumerate(got)]
+            errors = [_error(name, cpu, here, size) for cpu, here in pairs]
+            largest = max(float(np.abs(cpu.astype(np.float64) - here.astype(np.float64)).max()) for cpu, here in pairs)
+            whole = name.endswith((MASK, CONFIDENT_PIXELS))
+            yield Difference(
+                signature,
+                name,
+                errors[0],
+                errors[runs - 1],
+                max(errors),
+                min(largest, 1.0) if name.endswith(MASK) else largest,
+                limits[whole],
+            )
+
+
+def _error(name: str, cpu: np.ndarray, here: np.ndarray, pixels: int) -> float:
+    if name.endswith(MASK):
+        return float((cpu != here).mean())
+    cpu, here = cpu.astype(np.float64), here.astype(np.float64)
+    if name.endswith(CONFIDENT_PIXELS):
+        return float(np.abs(cpu - here).max() / pixels)
+    if not np.isfinite(here).all():
+        return float("inf")
+    scale = cpu - cpu.min() if cpu.size else cpu  # quantised tensors have their zero anywhere
+    return float(np.sqrt(np.square(cpu - here).mean() / max(np.square(scale).mean(), 1e-12)))
+
+
+def _decisions(bundle: Bundle | None, expected: Sequence[Outputs], got: Sequence[Outputs]) -> int | None:
+    needed = needed_pixels(bundle.manifest) if bundle else []
+    if all(count is None for count in needed):
+        return None
+
+    def exit_of(outputs: Outputs) -> str:
+        for segment, count in zip(bundle.manifest.segments, needed, strict=True):
+            if count is not None and outputs[f"segment.{segment.exit}"][CONFIDENT_PIXELS][0] >= count:
+                return segment.exit
+        return bundle.manifest.exits[-1]
+
+    return sum(exit_of(cpu) != exit_of(here) for cpu, here in zip(expected, got, strict=True))
+
+
+def _mious(
+    bundle: Bundle | None, expected: Sequence[Outputs], got: Sequence[Outputs], labels: Sequence[np.ndarray | None]
+) -> dict[str, tuple[float, float]]:
+    """By exit; the labels are taken at the network's size, to the nearest pixel. Classes that the bundle does not have are ignored."""
+    if bundle is None or not any(label is not None for label in labels):
+        return {}
+    classes, result = len(bundle.manifest.classes), {}
+    for exit in bundle.manifest.exits:
+        counts = np.zeros((2, classes, classes), np.int64)
+        for side, outputs in enumerate((expected, got)):
+            for label, each in zip(labels, outputs, strict=True):
+                mask = each[f"segment.{exit}"][MASK][0]
+                if label is not None:
+                    truth = np.asarray(Image.fromarray(label).resize(mask.shape[::-1], Image.Resampling.NEAREST))
+                    known = truth < classes
+                    pairs = truth[known].astype(np.int64) * classes + mask[known]
+                    counts[side] += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+        result[exit] = tuple(_miou(matrix) for matrix in counts)
+    return result
+
+
+def _miou(confusion: np.ndarray) -> float:
+    both, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    return float((both[union > 0] / union[union > 0]).mean())
