@@ -1,9 +1,11 @@
 """Proof of files on backends: it finds what is wrong, and on a GPU, driven in software, nothing is."""
 
+import ctypes.util
 import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from small_network import small_network
 
 from mess_runtime import engines, verify
 from mess_runtime.__main__ import main
-from mess_runtime.bundle import FULL, MANIFEST, Bundle, InputSpec, Verification, write_manifest
+from mess_runtime.bundle import FULL, MANIFEST, MODEL, Bundle, InputSpec, Verification, write_manifest
 from mess_runtime.runner import Runner
 from mess_tf.configs import HeadSpec
 from mess_tf.files import Configuration, ExitChoice
@@ -193,6 +195,19 @@ def test_verify_prints_a_table_and_a_json_line(bundle, images, backend, tmp_path
     assert set(report["mious"]) == {"exit1", "exit2", "final"} and any("DIFFERS" in line for line in lines) == wrong
 
 
+def test_verify_records_a_proof(bundle, backend, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(bundle.folder, tmp_path / "copy")
+    monkeypatch.setattr(sys, "argv", ["mess_runtime", "verify", str(folder), "--backend=gpu", "--runs=1", "--record"])
+    backend(lambda turn, outputs: outputs["segment.final"]["mask"].fill(4))
+    assert main() == 1 and Bundle.load(folder).manifest.verified == ()
+    backend()
+    assert (main(), main()) == (0, 0)
+    (proof,) = Bundle.load(folder).manifest.verified
+    assert (proof.backend, proof.images, proof.different) == ("gpu", 2, 0.0)
+    monkeypatch.setattr(sys, "argv", ["mess_runtime", "verify", str(folder / MODEL), "--backend=gpu", "--record"])
+    assert main() == 1 and "--record: must be left out for a file without manifest" in capsys.readouterr().err
+
+
 def test_export_records_the_proof_and_keeps_no_file_that_differs(network, backend, tmp_path):
     exporter = Exporter(network, SIZE)
     backend(accelerated=0.5)
@@ -221,6 +236,29 @@ def test_run_warns_of_a_backend_without_proof(bundle, images, tmp_path, monkeypa
     assert main() == 0
     write_manifest(bundle.folder, bundle.manifest)
     assert "proof" not in capsys.readouterr().err
+
+
+def test_the_host_writes_an_image_and_reads_a_count_a_segment_and_a_mask(bundle, images, monkeypatch):
+    """All else stays in the runtime's buffers, which on a GPU are its memory."""
+    runner, moved = Runner(bundle, engine=engines.COMPILED), []
+    buffer = type(runner._engine._inputs["image"])
+    read, write = buffer.read, buffer.write
+
+    def counted_read(self, *arguments):
+        moved.append(("read", arguments[0]))
+        return read(self, *arguments)
+
+    def counted_write(self, value):
+        moved.append(("write", value.size))
+        write(self, value)
+
+    monkeypatch.setattr(buffer, "read", counted_read)
+    monkeypatch.setattr(buffer, "write", counted_write)
+    trace = runner.run(images[0]).trace
+    decisions = min(len(trace), 2)
+    pixels = SIZE[0] * SIZE[1]
+    assert moved == [("write", 3 * pixels), *[("read", 1)] * (len(moved) - 2), ("read", pixels)]
+    assert decisions <= len(moved) - 2 <= 2 * decisions  # the decision and the confidence in the trace read the same count
 
 
 def test_earlier_manifests_say_nothing_of_backends(bundle):
@@ -257,7 +295,7 @@ def files(network, images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def driver():
     """The environment in which LiteRT finds a GPU."""
-    if "VK_ICD_FILENAMES" not in os.environ and not DRIVER.exists():
+    if not ctypes.util.find_library("vulkan") or ("VK_ICD_FILENAMES" not in os.environ and not DRIVER.exists()):
         pytest.skip(f"needs a Vulkan driver: {DRIVER} of the Debian package chromium, and libvulkan1")
     paths = {"PYTHONPATH": str(ROOT / "tflite"), "VK_ICD_FILENAMES": os.environ.get("VK_ICD_FILENAMES", str(DRIVER))}
     return os.environ | paths

@@ -40,6 +40,7 @@ def _parser() -> terminal.ArgumentParser:
     verify.add_argument("--backend", choices=("cpu", "gpu"), required=True)
     verify.add_argument("--runs", type=int, default=5, help="of the first image")
     verify.add_argument("--precision", choices=PRECISIONS, help="of a .tflite; a bundle knows it")
+    verify.add_argument("--record", action="store_true", help="if all is well, say so in the bundle's manifest")
     verify.set_defaults(function=_verify)
 
     benchmark = commands.add_parser("benchmark", help="measure .tflite files on this machine")
@@ -103,6 +104,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from mess_runtime.frames import expand, read_label
     from mess_runtime.images import SUFFIXES, read_photo
 
+    check(not arguments.record or arguments.path.is_dir(), "--record", "left out for a file without manifest", str(arguments.path))
     paths = expand(arguments.images, SUFFIXES)
     images, labels = [read_photo(path) for path in paths], [read_label(path) for path in paths]
     try:
@@ -110,6 +112,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     except verify.AbsentError as error:
         terminal.complain(f"mess_runtime: {terminal.one_line(error)}")
         return 2
+    if arguments.record and report.ok:
+        verify.record(arguments.path, report)
     print(report.table())
     print(json.dumps(report.to_json()))
     return 0 if report.ok else 1

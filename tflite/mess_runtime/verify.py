@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from mess_runtime import engines
-from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, Bundle, InputSpec, Verification, check, file_sha256
+from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, Bundle, InputSpec, Verification, check, file_sha256, write_manifest
 from mess_runtime.images import fit
 from mess_runtime.runner import needed_pixels
 
@@ -184,6 +184,15 @@ def verify(
         mious=_mious(bundle, expected, got[runs - 1 :], labels) if got else {},
         faults=faults,
     )
+
+
+def record(folder: str | os.PathLike, report: Report) -> None:
+    """Writes the result into a bundle's manifest, in the place of an earlier one of the same backend, runtime and device."""
+    manifest, fresh = Bundle.load(folder).manifest, report.verification
+    others = [
+        each for each in manifest.verified if (each.backend, each.runtime, each.device) != (fresh.backend, fresh.runtime, fresh.device)
+    ]
+    write_manifest(folder, dataclasses.replace(manifest, verified=(*others, fresh)))
 
 
 def _version() -> str:
