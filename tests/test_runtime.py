@@ -844,7 +844,7 @@ def test_inspect_prints_the_segments(command, folder, thetas):
         (["benchmark", "nowhere.tflite", "--output=out.json"], "nowhere.tflite"),
         (["benchmark", ".", "--output=out.json"], "must hold files with the suffix .tflite, got none"),
         (["run", "nowhere"], "sources, --output: must be given, got nothing"),
-        (["fly"], "command: must be one of 'run', 'benchmark', 'inspect', got 'fly'"),
+        (["fly"], "command: must be one of 'run', 'verify', 'benchmark', 'inspect', got 'fly'"),
     ],
 )
 def test_user_errors_are_one_line(command, monkeypatch, tmp_path, arguments, message):
