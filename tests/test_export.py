@@ -287,6 +287,25 @@ def test_measured_miou_is_that_of_the_evaluation(made, deployed):
         assert segment.miou == pytest.approx(result[f"{segment.exit}.{segment.head}"].miou, abs=2e-3)
 
 
+@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
+def test_what_is_promised_is_measured_as_it_runs(made, exporter, resize):
+    network, _, folder, _ = made
+    examples = open_split(DataConfig(input_size=(120, 150), synthetic_train=2, synthetic_val=3), "val")  # larger, and of another shape
+    spec = InputSpec(*SIZE, "uint8", resize)
+    bundle = bundle_of(made, exporter, f"promised-{resize}", False, input_spec=spec, examples=examples)
+    stats = calibrate(network, examples, "val", SIZE, folder / "candidates", [0.5], resize=resize)
+    runner, counts = Runner(bundle), {segment.exit: 0 for segment in bundle.manifest.segments}
+    for i in range(len(examples)):
+        image, label = examples.load(i)
+        for result in runner.refine(image):
+            counts[result.exit] += metrics.confusion_matrix(label, result.mask, examples.info.num_classes)
+    for segment in bundle.manifest.segments:
+        ran = float(metrics.miou(*metrics.class_counts(counts[segment.exit])))
+        k = stats.candidates.index(f"{segment.exit}.{segment.head}")
+        assert segment.miou == pytest.approx(ran, abs=1e-12)
+        assert float(metrics.miou(stats.tp[k].sum(0), stats.fp[k].sum(0), stats.fn[k].sum(0))) == pytest.approx(ran, abs=1e-3)
+
+
 def test_deployment_writes_each_exit_as_a_file(deployed):
     _, folder = deployed
     exits = ("exit1", "exit2", "final")

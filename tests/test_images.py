@@ -144,6 +144,10 @@ def test_values_of_no_known_range_are_refused(tmp_path, array, message):
 # --- refusals
 
 
+def empty(path):
+    path.write_bytes(b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 0, 0, 1, 24, 0, 0, 0, 0, 0, 0))
+
+
 def large(path):
     png(path, 1, 0, np.zeros((1, 2500), np.uint8))
     content = bytearray(path.read_bytes())
@@ -174,6 +178,7 @@ def eps(path):
 @pytest.mark.parametrize(
     "write",
     [
+        empty,
         large,
         long_text,
         *(other_content(kind) for kind in ("GIF", "ICO", "DDS", "PPM")),

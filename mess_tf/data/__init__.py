@@ -1,1 +1,6 @@
 """Images and labels: sources, checks on opening, `tf.data` pipelines."""
+
+from mess_tf.data.examples import DataError
+from mess_tf.data.sources import open_split
+
+__all__ = ["DataError", "open_split"]

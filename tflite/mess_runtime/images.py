@@ -32,7 +32,6 @@ OTHER_SUFFIXES = {
     ".svg",
     ".tga",
 }
-MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit, of an image that it takes for an attack
 GREY = 128  # around images that do not fill their frame
 
 _UPRIGHT = {
@@ -46,7 +45,7 @@ _UPRIGHT = {
 }
 _WHITE_IS_ZERO, _PHOTOMETRIC, _BITS = 0, 262, 258  # of TIFF
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from half of MAX_PIXELS on
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half the size that is an error
 
 
 class UnreadableError(ValueError):
@@ -79,12 +78,14 @@ def opened(path: str | Path, formats: Sequence[str] = FORMATS) -> Iterator[Image
     """Opens an image file that holds one of some formats. What goes wrong, in the block too, is an UnreadableError that names the file."""
     try:
         with Image.open(path, formats=formats) as image:
-            width, height = image.size
-            if not 0 < width * height <= MAX_PIXELS:
-                raise UnreadableError(f"must have 1 to {MAX_PIXELS} pixels, got {width} x {height}")
+            if not all(image.size):
+                raise UnreadableError("must have pixels, got none")
             yield image
     except UnidentifiedImageError as error:
         raise UnreadableError(f"{printable(str(path))}: not a readable image: does not hold {' or '.join(formats)}") from error
+    except Image.DecompressionBombError as error:
+        limit = f"must have at most {2 * Image.MAX_IMAGE_PIXELS} pixels, cut it into tiles"
+        raise UnreadableError(f"{printable(str(path))}: not a readable image: {limit}") from error
     except Exception as error:  # what Pillow's decoders make of broken files has no common type
         raise UnreadableError(f"{printable(str(path))}: not a readable image: {printable(str(error)) or type(error).__name__}") from error
 
