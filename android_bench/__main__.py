@@ -9,11 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from android_bench import adb, benchmark_model, verify
 from android_bench.session import Options, Session, Store
 from mess_runtime import terminal
-from mess_runtime.bundle import check, check_writable
+from mess_runtime.bundle import Bundle, check, check_writable
 from mess_runtime.files import printable
+from mess_tf import configs
+from mess_tf.data.sources import open_split
 
 FAILURES = (adb.AdbError, benchmark_model.BenchmarkError, OSError, ValueError)
 
@@ -31,6 +35,9 @@ def _parser() -> terminal.ArgumentParser:
     verifying = commands.add_parser("verify", help="compare a deployment's prediction with the phone")
     verifying.add_argument("--output", type=Path, metavar="FILE", help="default: WORKDIR/verification.json")
     verifying.add_argument("--deployment", type=Path, metavar="FILE", help="default: WORKDIR/deployment.json")
+    verifying.add_argument("--images", type=int, metavar="N", help="also compare so many images' masks with those made here and the labels")
+    verifying.add_argument("--data_dir", default="", help="root of the data; default: where training found it")
+    verifying.add_argument("--split", help="that the images are of; default: the validation split")
     verifying.set_defaults(function=_verify, details=False)
 
     for command in (run, verifying):
@@ -39,7 +46,8 @@ def _parser() -> terminal.ArgumentParser:
         command.add_argument("--tool", default=benchmark_model.TFLITE, help="tflite or litert (fetched once), or a benchmark_model file")
         command.add_argument("--app", type=Path, metavar="APK", help="measure with the benchmark app instead")
         command.add_argument("--library", type=Path, action="append", default=[], help="file to put beside the tool; may be repeated")
-        command.add_argument("--backend", choices=benchmark_model.BACKENDS, default=benchmark_model.XNNPACK)
+        choices = ", ".join(benchmark_model.BACKENDS)
+        command.add_argument("--backend", default=benchmark_model.XNNPACK, help=f"of {choices}; several, with commas, one after another")
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--cpus", default="all", help="all, big, or a hexadecimal taskset mask")
         command.add_argument("--runs", type=int, default=20, help="least number of samples per repetition")
@@ -55,13 +63,13 @@ def _parser() -> terminal.ArgumentParser:
     return parser
 
 
-def _options(arguments: argparse.Namespace) -> Options:
+def _options(arguments: argparse.Namespace, backend: str) -> Options:
     for name in ("max_battery_c", "max_cooldown_s"):
         value = getattr(arguments, name)
         check(not arguments.sustained or value is None, f"--{name}", "left out with --sustained, which measures a warm phone", value)
     return Options(
         settings=benchmark_model.Settings(
-            backend=arguments.backend,
+            backend=backend,
             threads=arguments.threads,
             cpus=arguments.cpus,
             num_runs=arguments.runs,
@@ -83,8 +91,9 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _say(line: str) -> None:
-    print(printable(line), flush=True)
+def _say(text: str) -> None:
+    for line in text.split("\n"):
+        print(printable(line), flush=True)
 
 
 def _complain(problem: object) -> None:
@@ -92,8 +101,12 @@ def _complain(problem: object) -> None:
 
 
 def _on_phones(arguments: argparse.Namespace, store: Store, work: Callable[[Session], Any]) -> tuple[list[Any], int]:
-    """Runs `work` on all phones at once, or on those named; returns what it gave, and the number of problems, which are printed."""
-    options = _options(arguments)
+    """Runs `work` on all phones at once, or on those named, backend after backend.
+
+    Returns:
+      What it gave, and the number of problems, which are printed.
+    """
+    options = [_options(arguments, backend) for backend in dict.fromkeys(arguments.backend.split(","))]
     states = adb.list_devices()
     serials = list(dict.fromkeys(arguments.serial or states))  # one given twice is one phone
     if not serials:
@@ -101,16 +114,24 @@ def _on_phones(arguments: argparse.Namespace, store: Store, work: Callable[[Sess
     stopped = threading.Event()
 
     def one(serial: str) -> tuple[list[Any], list[str]]:
-        session = None
+        done, problems = [], []
         try:
             if serial not in states:
                 raise adb.NoDeviceError(serial, "connect", f"no such device, there are: {', '.join(states) or 'none'}")
-            session = Session(adb.open_device(serial, states[serial]), options, store, _say, stopped)
-            done = [work(session)]
+            device = adb.open_device(serial, states[serial])
         except FAILURES as error:
-            text = str(error)
-            return [], [*(session.problems if session else []), text if serial in text else f"{serial}: {text}"]
-        return done, session.problems
+            return [], [str(error)]
+        for each in options:
+            if stopped.is_set():
+                break
+            session = Session(device, each, store, _say, stopped)
+            try:
+                done.append(work(session))
+            except FAILURES as error:
+                text = str(error)
+                session.problems.append(text if serial in text else f"{serial}: {text}")
+            problems += session.problems
+        return done, problems
 
     with ThreadPoolExecutor(len(serials)) as pool:
         futures = [pool.submit(one, serial) for serial in serials]
@@ -184,13 +205,36 @@ def _verify(arguments: argparse.Namespace) -> int:
     deployed = verify.Deployed.load(arguments.workdir, arguments.deployment or arguments.workdir / "deployment.json")
     output = arguments.output or arguments.workdir / "verification.json"
     check_writable("--output", output)
-    verifications, problems = _on_phones(arguments, Store(None), deployed.verify)
+    verify.read(output)  # a broken file is found before the work
+    photos = _photos(arguments, deployed)
+    verifications, problems = _on_phones(arguments, Store(None), lambda session: deployed.verify(session, photos))
     if verifications:
         for each in verifications:
             _say(verify.describe(each))
+        if photos:
+            _say(verify.describe_outputs(verifications))
         verify.write(output, verifications)
         _say(str(output))
     return 1 if problems else 0
+
+
+def _photos(arguments: argparse.Namespace, deployed: verify.Deployed) -> verify.Photos | None:
+    """Images spread evenly over the split, None where none are asked for."""
+    if arguments.images is None:
+        for name in ("data_dir", "split"):
+            value = getattr(arguments, name)
+            check(not value, f"--{name}", "left out without --images", value)
+        return None
+    check(arguments.images >= 1, "--images", "at least 1", arguments.images)
+    check(arguments.app is None, "--images", "left out with --app, which takes no inputs", arguments.images)
+    config = configs.with_data_dir(configs.load_config(arguments.workdir), arguments.data_dir).data
+    examples = open_split(config, arguments.split or config.val_split)
+    check(arguments.images <= len(examples), "--images", f"at most the {len(examples)} of the split", arguments.images)
+    classes = Bundle.load(deployed.bundle).manifest.classes
+    check(examples.info.classes == classes, "--data_dir", f"data with the bundle's classes, {', '.join(classes)}", examples.info.classes)
+    picked = [round(position) for position in np.linspace(0, len(examples) - 1, arguments.images)]
+    images, labels = zip(*(examples.load(index) for index in picked), strict=True)
+    return verify.Photos(images, labels, tuple(examples.names[index] for index in picked))
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from mess_runtime.files import printable, safe_name
 FOLDER = "/data/local/tmp/mess_bench"
 PID_FILE = "pid"
 RESULT_FILE = "result.pb"
+OUTPUT_FILE = "outputs.bin"
 HOST = "adb"  # stands for the serial where no device is meant
 APP = "org.tensorflow.lite.benchmark"
 SHELL_SECONDS = 30.0
@@ -305,7 +306,7 @@ class Device:
             return local.read_bytes() if local.is_file() and not code else None
 
     def execute(self, step: str, program: str, arguments: Sequence[str], seconds: float, cpus: str | None = None) -> tuple[int, str]:
-        """Runs a program that is in `FOLDER`, there, without an old `RESULT_FILE`; `stop` ends it should it still be running.
+        """Runs a program that is in `FOLDER`, there, without old results; `stop` ends it should it still be running.
 
         Args:
           step: what for.
@@ -323,7 +324,7 @@ class Device:
         """
         words = [*(["taskset", cpus] if cpus else []), f"./{program}", *arguments]
         start = f"echo $$ > {PID_FILE}; export LD_LIBRARY_PATH={FOLDER}; exec {shlex.join(words)}"
-        prepare = f"cd {FOLDER} && rm -f {RESULT_FILE} && chmod 755 ./{shlex.quote(program)}"
+        prepare = f"cd {FOLDER} && rm -f {RESULT_FILE} {OUTPUT_FILE} && chmod 755 ./{shlex.quote(program)}"
         script = f"{prepare} && sh -c {shlex.quote(start)}; e=$?; rm -f {PID_FILE}; exit $e"
         code, text = self.shell(step, script, seconds)
         problem = " ".join(text.split())[-300:]

@@ -133,7 +133,22 @@ def read_usage(text: str) -> Tool:
     raise BenchmarkError(f"neither TensorFlow Lite's nor LiteRT's benchmark_model: its --help lists {len(flags)} known flags ({said})")
 
 
-def arguments(tool: Tool, settings: Settings, graph: str, result_file: str | None, details: bool = False) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What a run reads and where its outputs go.
+
+    Attributes:
+      inputs: shape, and path on the phone of the raw values, in the order of the graph's inputs.
+      output_file: path on the phone for the raw values of all outputs, in their order, as the last inference leaves them.
+    """
+
+    inputs: tuple[tuple[tuple[int, ...], str], ...]
+    output_file: str
+
+
+def arguments(
+    tool: Tool, settings: Settings, graph: str, result_file: str | None, details: bool = False, feed: Feed | None = None
+) -> list[str]:
     """Returns the command line.
 
     Args:
@@ -142,6 +157,7 @@ def arguments(tool: Tool, settings: Settings, graph: str, result_file: str | Non
       graph: the submodel's path on the phone.
       result_file: where the tool may write its figures; left out where it cannot.
       details: also ask for the time per operation and the peak memory, which disturbs the latency.
+      feed: what to read, by default noise.
 
     Raises:
       BenchmarkError: this build cannot do what the settings ask for.
@@ -166,6 +182,12 @@ def arguments(tool: Tool, settings: Settings, graph: str, result_file: str | Non
     if details:
         needed["enable_op_profiling" if tool.kind == TFLITE else "use_profiler"] = "true"
         wanted["report_peak_memory_footprint"] = "true"
+    if feed is not None:  # inputs go by their order, so the names are ours: the graph's may hold the colon that separates them
+        names = [f"input{number}" for number in range(len(feed.inputs))]
+        needed["input_layer"] = ",".join(names)
+        needed["input_layer_shape"] = ":".join(",".join(map(str, shape)) for shape, _ in feed.inputs)
+        needed["input_layer_value_files"] = ",".join(f"{name}:{path}" for name, (_, path) in zip(names, feed.inputs, strict=True))
+        needed["output_filepath"] = feed.output_file
     given = {flag.removeprefix("--").partition("=")[0] for flag in settings.extra}
     missing = sorted((needed.keys() | given) - tool.flags)
     if missing:
@@ -278,6 +300,14 @@ def obtained(texts: Sequence[str], requested: str) -> str:
         return CPU if refused else XNNPACK if applied or created else CPU if mine else UNKNOWN
     complete = "partially" not in explicit if explicit else all(part == whole for part, whole in mine)
     return CPU if not applied else requested if complete else f"{requested}+{CPU}"
+
+
+def accelerated(text: str, requested: str) -> float | None:
+    """Returns the share of a graph's operations that a log shows on the backend asked for, None where it does not tell."""
+    swaps = [found.groups() for found in _REPLACING.finditer(text) if re.search(_DELEGATES.get(requested, r"$^"), found[3])]
+    if whole := sum(int(whole) for _, whole, _ in swaps):
+        return sum(int(part) for part, *_ in swaps) / whole
+    return {requested: 1.0, CPU: 0.0}.get(obtained(text.split("\n"), requested))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from android_bench import adb, benchmark_model
-from android_bench.benchmark_model import BenchmarkError, Measurement, OpTime, Settings
+from android_bench.benchmark_model import BenchmarkError, Feed, Measurement, OpTime, Settings
 from mess_runtime import terminal
 from mess_runtime.benchmark import LatencyRow, LatencyTable, created_by
 from mess_runtime.bundle import FORMAT, check, decode_versioned, file_sha256, read_json, write_json
@@ -199,7 +199,7 @@ class Store:
         """Raises ValueError if latency.json has rows of this phone that must not stand beside new ones."""
         ours = _row_conditions(conditions)
         for row in self._table.rows:
-            if (row.device, row.threads) == (device, conditions.settings.threads):
+            if (row.device, row.threads, row.backend_requested) == (device, conditions.settings.threads, conditions.settings.backend):
                 theirs = {name: getattr(row, name) for name in ours}
                 check(theirs == ours, f"{self.path}: rows of {device}", f"measured with {ours}, or in another --output", theirs)
 
@@ -281,11 +281,13 @@ class Binary:
     def uninstall(self) -> None:
         """Nothing is outside of the folder that is removed."""
 
-    def run(self, step: str, graph: str, settings: Settings, details: bool = False) -> tuple[str, int | None, bytes | None]:
+    def run(
+        self, step: str, graph: str, settings: Settings, details: bool = False, feed: Feed | None = None
+    ) -> tuple[str, int | None, bytes | None]:
         """Returns the output, exit code and result file of one run."""
         writes = "result_file_path" in self.tool.flags
         result_file = f"{adb.FOLDER}/{adb.RESULT_FILE}" if writes else None
-        words = benchmark_model.arguments(self.tool, settings, graph, result_file, details)
+        words = benchmark_model.arguments(self.tool, settings, graph, result_file, details, feed)
         try:
             code, text = self.device.execute(step, PROGRAM, words, 2 * settings.max_secs + LOADING_S, self.cpus)
         except adb.TimedOutError as error:
@@ -363,18 +365,30 @@ class Session:
         submodels: dict[str, Path] = {}
         for path in paths:
             submodels.setdefault(file_sha256(path), path)
+        with self.program({f"{sha256}.tflite": path for sha256, path in submodels.items()}) as program:
+            return self._measure(program, submodels)
+
+    @contextlib.contextmanager
+    def program(self, files: Mapping[str, Path]) -> Iterator[Binary | App]:
+        """A tool that is ready on the phone, with files of these plain names beside it; nothing of it stays.
+
+        Raises:
+          AdbError, BenchmarkError, ValueError: see `measure`.
+        """
         self.device.stop()
         self.phone = self.device.read_phone()
         self.store.claim(self.phone.name, self.device.serial)
         program = App(self.device, self.options) if self.options.app else Binary(self.device, self.phone, self.options)
         try:
-            rows = self._measure(program, submodels)
+            copied = self.device.push({**files, **program.files})
+            self.say(f"{self.phone.name}: {self.phone.soc}, {self.phone.os}; {copied} files copied")
+            program.install()
+            yield program
         except BaseException:
             with contextlib.suppress(adb.AdbError):
                 self._clean(program)
             raise
         self._clean(program)
-        return rows
 
     def _clean(self, program: Binary | App) -> None:
         if not self.options.keep:
@@ -382,9 +396,6 @@ class Session:
             program.uninstall()
 
     def _measure(self, program: Binary | App, submodels: Mapping[str, Path]) -> list[LatencyRow]:
-        copied = self.device.push({f"{sha256}.tflite": path for sha256, path in submodels.items()} | program.files)
-        self.say(f"{self.phone.name}: {self.phone.soc}, {self.phone.os}; {copied} files copied")
-        program.install()
         conditions = Conditions(program.name, file_sha256(program.path), self.options.settings, self.options.sustained_s)
         self.store.check_rows(self.phone.name, conditions)
         earlier = [run for run in self.store.runs(self.phone.name, conditions) if run.sha256 in submodels]

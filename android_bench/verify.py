@@ -1,16 +1,23 @@
 """What the search predicted of a deployment against what the phone does.
 
-Measured in one go, in turns: the bundle's segments, the original's, each chosen exit as one network, and that exit's prefix and head. So
-the error of adding up prefix and head is told apart from the drift of the phone since the search.
+Latencies are measured in one go, in turns: the bundle's segments, the original's, each chosen exit as one network, and that exit's prefix
+and head. So the error of adding up prefix and head is told apart from the drift of the phone since the search. With images, what the
+segments make of them there is compared with what they make of them here, and with the labels.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from android_bench import outputs
 from android_bench.session import Session
 from mess_runtime.benchmark import created_by
-from mess_runtime.bundle import FORMAT, Bundle, check, file_sha256, write_json
+from mess_runtime.bundle import FORMAT, Bundle, check, file_sha256, read_json, write_json
+from mess_runtime.files import locked
+from mess_runtime.verify import Report, compare
 from mess_tf.files import Deployment
 
 
@@ -25,24 +32,37 @@ class Sum:
 
 
 @dataclasses.dataclass(frozen=True)
+class Photos:
+    """Images uint8 [h, w, 3], labels uint8 [h, w] and names."""
+
+    images: tuple[np.ndarray, ...]
+    labels: tuple[np.ndarray, ...]
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Verification:
-    """One phone.
+    """One phone and backend.
 
     Attributes:
-      device, soc, os, runtime, runtime_version, backend_obtained, threads, temperature_c: of its rows.
+      precision: of the bundle.
+      device, soc, os, runtime, runtime_version, backend_requested, backend_obtained, threads, temperature_c: of its rows.
       predicted_ms, original_predicted_ms: mean latency of an image, from deployment.json.
       measured_ms: the same from the segments measured, with the predicted shares of images per exit.
       original_ms: measured latency of the original network.
       error: predicted / measured - 1.
       segments_ms: measured latency of each segment.
       sums: per chosen exit.
+      outputs: what it makes of images against the CPU here, None without images.
     """
 
+    precision: str
     device: str
     soc: str
     os: str
     runtime: str
     runtime_version: str
+    backend_requested: str
     backend_obtained: str
     threads: int
     temperature_c: float | None
@@ -53,6 +73,7 @@ class Verification:
     original_ms: float
     segments_ms: tuple[float, ...]
     sums: tuple[Sum, ...]
+    outputs: Report | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +85,16 @@ class Deployed:
       segments: of the bundle, in order.
       original: the original network.
       parts: of each chosen exit `EXIT.HEAD`: the whole network, its prefix and its head.
+      bundle: the folder.
+      precision: of the bundle.
     """
 
     deployment: Deployment
     segments: tuple[Path, ...]
     original: Path
     parts: dict[str, tuple[Path, Path, Path]]
+    bundle: Path
+    precision: str
 
     @classmethod
     def load(cls, workdir: Path, deployment: Path) -> "Deployed":
@@ -96,9 +121,10 @@ class Deployed:
         whole = submodels / "original.tflite"
         (segment,) = original.manifest.segments
         check(file_sha256(whole) == segment.alone_sha256, str(whole), "of the same export as bundle_original", "another file")
-        return cls(chosen, tuple(submodels / f"segment.{name}.tflite" for name in bundle.manifest.exits), whole, parts)
+        segments = tuple(submodels / f"segment.{name}.tflite" for name in bundle.manifest.exits)
+        return cls(chosen, segments, whole, parts, bundle.folder, bundle.manifest.precision)
 
-    def verify(self, session: Session) -> Verification:
+    def verify(self, session: Session, photos: Photos | None = None) -> Verification:
         """Measures everything on one phone.
 
         Raises:
@@ -121,8 +147,9 @@ class Deployed:
             total = ms(prefix) + ms(head)
             sums.append(Sum(name, ms(whole), total, total / ms(whole) - 1))
         row = rows[file_sha256(self.segments[0])]
-        about = ("device", "soc", "os", "runtime", "runtime_version", "backend_obtained", "threads", "temperature_c")
+        about = ("device", "soc", "os", "runtime", "runtime_version", "backend_requested", "backend_obtained", "threads", "temperature_c")
         return Verification(
+            precision=self.precision,
             **{name: getattr(row, name) for name in about},
             predicted_ms=predicted.cost_mean,
             measured_ms=measured,
@@ -131,13 +158,73 @@ class Deployed:
             original_ms=ms(self.original),
             segments_ms=tuple(segments),
             sums=tuple(sums),
+            outputs=photos and self.compare(session, photos),
         )
+
+    def compare(self, session: Session, photos: Photos) -> Report:
+        """Runs the segments on images on one phone and here; what differs beyond the precision becomes a problem of the session.
+
+        Raises:
+          AdbError: the phone cannot be used any more.
+        """
+        exits = [path.stem.partition(".")[2] for path in self.segments]
+        segments, backend = dict(zip(exits, self.segments, strict=True)), session.options.settings.backend
+        report = compare(
+            self.bundle,
+            backend,
+            lambda _, pixels: outputs.run_segments(session, segments, pixels, photos.names),
+            photos.images,
+            photos.labels,
+            outputs.RUNS,
+        )
+        session.problems += [f"{session.device.serial}: verify {backend}: {problem}" for problem in _problems(report)]
+        return report
+
+
+def _problems(report: Report) -> list[str]:
+    found = list(report.faults)
+    for each in report.differences:
+        if not each.ok:
+            when = "at every inference" if each.first > each.limit else f"at first {each.first:.2%}, later {each.last:.2%}"
+            found.append(f"{each.signature}: {each.output} differs from the CPU's by {each.worst:.2%}, at most {each.limit:.2%} ({when})")
+    return found
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The `devices` of a verification.json; none where there is no such file.
+
+    Raises:
+      ValueError: it is another file; the message begins with the path.
+    """
+
+    def from_json(value: Any) -> list[dict[str, Any]]:
+        try:
+            check(value["format"] == FORMAT, "format", str(FORMAT), value["format"])
+            for each in value["devices"]:
+                _key(each), each["soc"], each["outputs"] and (each["outputs"]["ok"], each["outputs"]["backend"])
+            return value["devices"]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"must be what `android_bench verify` writes, got {type(error).__name__} {error}") from error
+
+    return read_json(path, from_json) if path.exists() else []
+
+
+def _key(device: dict[str, Any]) -> tuple[str, ...]:
+    return device["device"], device["backend_requested"], device["precision"]
 
 
 def write(path: Path, verifications: Sequence[Verification]) -> None:
-    """Writes what was found out, atomically."""
-    devices = [dataclasses.asdict(each) for each in verifications]
-    write_json(path, {"format": FORMAT, "created_by": created_by(), "devices": devices})
+    """Writes what was found out, atomically, in place of what the file says of the same phones, backends and precisions.
+
+    What images have shown stays until images show something else.
+    """
+    with locked(path):
+        earlier = {_key(each): each for each in read(path)}
+        for each in verifications:
+            value = dataclasses.asdict(each) | {"outputs": each.outputs and each.outputs.to_json()}
+            value["outputs"] = value["outputs"] or earlier.get(_key(value), value)["outputs"]
+            earlier[_key(value)] = value
+        write_json(path, {"format": FORMAT, "created_by": created_by(), "devices": list(earlier.values())})
 
 
 def describe(verification: Verification) -> str:
@@ -155,3 +242,21 @@ def describe(verification: Verification) -> str:
         f"prefix + head of {part.submodel}: {part.sum_ms:.3f} ms, whole {part.whole_ms:.3f} ms, {part.error:+.1%}" for part in each.sums
     ]
     return "\n".join(lines)
+
+
+def describe_outputs(verifications: Sequence[Verification]) -> str:
+    """Returns a table of what the phones made of the images, a row for each phone and backend, below one of the CPU here."""
+    reports = [each.outputs for each in verifications if each.outputs]
+    names = list(dict.fromkeys(name for report in reports for name in report.mious))
+    head = ["device", "backend", *(f"{name} mIoU %" for name in names), "pixels", "decisions", ""]
+    rows = [head]
+    for report in reports:
+        if report.mious and len(rows) == 1:
+            rows.append(["here", "cpu", *(f"{100 * report.mious[name][0]:.2f}" for name in names), "", "", ""])
+    for report in reports:
+        mious = [f"{100 * report.mious[name][1]:.2f}" if name in report.mious else "-" for name in names]
+        pixels = f"{report.different:.2%}" if report.differences else "-"
+        decisions = "-" if report.decisions is None else f"{report.decisions} of {report.images}"
+        rows.append([report.device, report.backend, *mious, pixels, decisions, "same" if report.ok else "DIFFERS"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

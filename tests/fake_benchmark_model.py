@@ -2,7 +2,8 @@
 """A stand-in for the two tools called benchmark_model: times the graph with ai-edge-litert and prints what the real ones print.
 
 FAKE_MODE in the environment makes it fail: `garbage`, `fail_late`, `no_gpu`, `hang`, `killed`; with `canned` it prints times without
-running the graph, with `heating` larger ones from run to run, with `partial` it says that the delegate took only part of the graph.
+running the graph, with `heating` larger ones from run to run, with `partial` it says that the delegate took only part of the graph. With
+`wrong_gpu` the GPU is right for three inferences, and with `truncated` half of the file of outputs is written.
 """
 
 import json
@@ -18,7 +19,15 @@ DEFAULTS = {
     "report_peak_memory_footprint": "false", "result_file_path": "", "use_gpu": "false", "signature_to_run_for": "",
 }  # fmt: skip
 OWN = {
-    "tflite": {"input_layer_shape": "", "use_xnnpack": "false", "use_nnapi": "false", "enable_op_profiling": "false"},
+    "tflite": {
+        "input_layer": "",
+        "input_layer_shape": "",
+        "input_layer_value_files": "",
+        "output_filepath": "",
+        "use_xnnpack": "false",
+        "use_nnapi": "false",
+        "enable_op_profiling": "false",
+    },
     "litert": {"dispatch_library_path": "", "use_cpu": "true", "use_npu": "false", "use_profiler": "false"},
 }
 
@@ -107,7 +116,7 @@ def main():
         return 1
 
     begin = time.perf_counter()
-    operations, invoke, complete = prepare(values, modes)
+    operations, invoke, complete, outputs = prepare(values, modes)
     started = time.perf_counter() - begin
     if values["use_gpu"] == "true" and "no_gpu" in modes:
         print("WARN: GPU acceleration is unsupported on this platform.")
@@ -155,13 +164,17 @@ def main():
     if "fail_late" in modes:
         print("ERROR: Benchmarking failed.", file=sys.stderr)
         return 1
+    if values.get("output_filepath"):
+        content = outputs()
+        with open(values["output_filepath"], "wb") as file:
+            file.write(content[: len(content) // 2] if "truncated" in modes else content)
     if values["result_file_path"]:
         write_result(values["result_file_path"], *figures, len(samples))
     return 0
 
 
 def prepare(values, modes):
-    """Returns the operations, a function that times one inference in whole microseconds, and whether all of the graph is delegated."""
+    """Returns the operations, a function that times one inference in whole microseconds, whether all is delegated, and one for outputs."""
     graph = values["graph"]
     if "canned" in modes:
         base = 200 + os.path.getsize(graph) // 100
@@ -170,7 +183,7 @@ def prepare(values, modes):
                 file.write(b".")
                 base = base * (10 + file.tell()) // 10
         ticks = iter(range(10**9))
-        return [], lambda: base + next(ticks) % 7, "partial" not in modes
+        return [], lambda: base + next(ticks) % 7, "partial" not in modes, lambda: b""
     import numpy as np
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
@@ -180,19 +193,44 @@ def prepare(values, modes):
     interpreter.allocate_tensors()
     for details in interpreter.get_input_details():
         interpreter.set_tensor(details["index"], np.random.default_rng(0).random(details["shape"]).astype(details["dtype"]))
+    if values.get("input_layer_value_files"):
+        read_inputs(values, interpreter)
     times = 1
     if "FAKE_SLOW" in os.environ:
         with open(os.environ["FAKE_SLOW"]) as file:
             times = json.load(file).get(os.path.basename(graph).partition(".")[0], 1)
-    operations = interpreter._get_ops_details()
+    operations, done = interpreter._get_ops_details(), []
 
     def invoke():
         begin = time.perf_counter_ns()
         for _ in range(times):
             interpreter.invoke()
+        done.append(1)
         return max(1, (time.perf_counter_ns() - begin) // 1000)
 
-    return operations, invoke, all(operation["op_name"] == "DELEGATE" for operation in operations)
+    def outputs():
+        arrays = [interpreter.get_tensor(details["index"]) for details in interpreter.get_output_details()]
+        if "wrong_gpu" in modes and values["use_gpu"] == "true" and len(done) > 3:
+            arrays = [np.roll(array, array.size // 2) if array.size > 1 else array * 0 for array in arrays]
+        return b"".join(array.tobytes() for array in arrays)
+
+    return operations, invoke, all(operation["op_name"] == "DELEGATE" for operation in operations), outputs
+
+
+def read_inputs(values, interpreter):
+    """Inputs by their order; a file of another size ends the real tool."""
+    import numpy as np
+
+    names, shapes = values["input_layer"].split(","), values["input_layer_shape"].split(":")
+    files = dict(item.split(":") for item in values["input_layer_value_files"].split(","))
+    for name, shape, details in zip(names, shapes, interpreter.get_input_details(), strict=True):
+        with open(files[name], "rb") as file:
+            content = file.read()
+        expected = np.dtype(details["dtype"]).itemsize * int(np.prod(details["shape"]))
+        if [int(side) for side in shape.split(",")] != details["shape"].tolist() or len(content) != expected:
+            print(f"FATAL: The size of {files[name]} is {len(content)} bytes. It should be {expected} bytes.", file=sys.stderr)
+            os.abort()
+        interpreter.set_tensor(details["index"], np.frombuffer(content, details["dtype"]).reshape(details["shape"]))
 
 
 if __name__ == "__main__":

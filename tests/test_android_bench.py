@@ -16,6 +16,7 @@ from android_bench import __main__ as command
 from android_bench import adb, session, verify
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, read_json
+from mess_runtime.verify import Report
 
 NAMES = ("prefix.exit1", "prefix.final", "head.exit1.fcn-r1-b0", "head.final.original")
 FAST = ("--runs=5", "--min_seconds=0", "--repetitions=2", "--warmup_runs=1")
@@ -240,9 +241,18 @@ def test_silent_fallback_is_never_the_gpu(bench, canned, workdir, tool):
     phone.environment["FAKE_MODE"] = "canned"
     assert measure(bench, workdir, tool, "--backend=gpu")[0] == 0
     assert {(row.backend_requested, row.backend_obtained) for row in rows_of(workdir)} == {("gpu", "gpu")}
-    code, _, err = measure(bench, workdir, tool)
+    assert measure(bench, workdir, tool)[0] == 0
+    assert {(row.backend_requested, row.backend_obtained) for row in rows_of(workdir)} == {("gpu", "gpu"), ("xnnpack", "xnnpack")}
+    assert len(rows_of(workdir)) == 8
+
+
+def test_backends_in_one_go(bench, canned, workdir, tool):
+    canned()
+    assert measure(bench, workdir, tool, "--backend=xnnpack,gpu", "--repetitions=1")[0] == 0
+    rows = rows_of(workdir)
+    assert len(rows) == 8 and {row.backend_requested for row in rows} == {"xnnpack", "gpu"}
+    code, _, err = measure(bench, workdir, lambda: tool("litert"), "--backend=gpu")
     assert code == 1 and "rows of Pixel_8-PIXEL8: must be measured with" in err and "another --output" in err
-    assert measure(bench, workdir, tool, f"--output={workdir / 'cpu.json'}")[0] == 0 and len(rows_of(workdir, "cpu.json")) == 4
 
 
 def test_an_accelerator_that_takes_only_part(bench, canned, workdir, tool):
@@ -280,7 +290,9 @@ def test_stopped_by_the_user(canned, workdir, tool):
     store = session.Store(workdir / "latency.json")
     device = adb.open_device(phone.serial, "device")
     with pytest.raises(adb.AdbError, match="the same command goes on from here"):
-        session.Session(device, command._options(arguments), store, say, stopped).measure(sorted((workdir / "candidates").iterdir()))
+        session.Session(device, command._options(arguments, "xnnpack"), store, say, stopped).measure(
+            sorted((workdir / "candidates").iterdir())
+        )
     assert len(runs_of(workdir)) == 3 and phone.files() == []
 
 
@@ -425,7 +437,8 @@ def test_nothing_to_talk_to(bench, adb_server, workdir, tool, monkeypatch, tmp_p
         (["--app=a.apk", "--tool=litert"], "tool: must be left out with the app, got 'litert'"),
         (["--app=a.apk", "--library=a.so"], "library: must be left out with the app, which holds its own, got ['a.so']"),
         (["--sustained=1", "--max_cooldown_s=5"], "--max_cooldown_s: must be left out with --sustained"),
-        (["--backend=quantum"], "--backend: must be one of 'xnnpack'"),
+        (["--backend=quantum"], "backend: must be one of xnnpack, cpu, gpu, nnapi, npu, got 'quantum'"),
+        (["--backend=xnnpack,quantum"], "backend: must be one of xnnpack, cpu, gpu, nnapi, npu, got 'quantum'"),
     ],
 )
 def test_arguments(bench, workdir, tool, words, message):
@@ -459,7 +472,7 @@ def trained(tmp_path_factory):
     network.add_heads([HeadSpec.parse("fcn-r1-b0")], 0.9)
     workdir = tmp_path_factory.mktemp("trained")
     export_candidates(Exporter(network, SIZE), workdir / "candidates")
-    calibrate(network, examples, "val", SIZE, workdir / "candidates", (0.1, 0.2)).save(workdir / "stats.npz")
+    calibrate(network, examples, "val", SIZE, workdir / "candidates", (0.2, 0.5)).save(workdir / "stats.npz")
     return network, examples.info.classes, workdir
 
 
@@ -517,6 +530,128 @@ def test_from_phones_to_deployments(bench, plug_in, trained, tool):
     assert code == 1 and "bundle: segments: must be those of" in err
 
 
+@pytest.fixture(scope="module")
+def two_exits(trained, tmp_path_factory):
+    """A work folder with a bundle of two exits, where one of three images leaves early."""
+    from mess_tf import configs
+    from mess_tf.export_tflite import export_deployment
+    from mess_tf.files import Certificate, Deployment, ExitChoice, Objective, Original, Predicted, Stats
+    from mess_tf.graph.exporter import Exporter
+
+    network, classes, elsewhere = trained
+    workdir = tmp_path_factory.mktemp("two_exits")
+    stats = Stats.load(elsewhere / "stats.npz")
+    theta_img = float((stats.confident[0, :, 1, 0] / stats.pixels).max())
+    deployment = Deployment(
+        "input-dependent",
+        False,
+        (ExitChoice("exit1", "fcn-r1-b0", float(stats.theta_pix[1]), theta_img), ExitChoice("final", "original")),
+        None,
+        Objective("latency_ms", 0.0),
+        Predicted(0.1, "latency_ms", 1.0, 1.0, (0.5, 0.5), {}, (0.1, 0.1), (1.0, 1.0), 3),
+        Original(0.1, 1.0),
+        Certificate(1, 1, {}, 0, 1.0, 0.0, 0.1, None),
+        None,
+        "",
+        "exact",
+        {},
+    )
+    deployment.save(workdir / "deployment.json")
+    export_deployment(Exporter(network, SIZE), deployment, classes, workdir)
+    (workdir / "candidates").symlink_to(elsewhere / "candidates")
+    data = configs.DataConfig(input_size=SIZE, synthetic_train=2, synthetic_val=3)
+    (workdir / "config.json").write_text(configs.to_json(configs.Config(data=data)))
+    return workdir
+
+
+QUICK = ("--runs=1", "--min_seconds=0", "--repetitions=1", "--warmup_runs=1")
+
+
+def test_what_a_phone_makes_of_images(bench, plug_in, two_exits, tool):
+    """Backend by backend against the CPU here and the labels; one that is wrong from the fourth inference on is found."""
+    phone = plug_in("Pixel 8")
+    phone.environment["FAKE_MODE"] = "wrong_gpu"
+    words = ("verify", f"--workdir={two_exits}", f"--tool={tool()}", *QUICK, "--images=3", "--backend=xnnpack,gpu")
+    code, out, err = bench(*words)
+    assert code == 1 and phone.files() == []
+    for line in err.splitlines():
+        assert line.startswith(f"android_bench: {phone.serial}: verify gpu: segment.")
+    assert "segment.exit1: mask differs from the CPU's by " in err and "(at first 0.00%, later " in err
+    cpu, gpu = json.loads((two_exits / "verification.json").read_text())["devices"]
+    assert (cpu["backend_requested"], gpu["backend_requested"]) == ("xnnpack", "gpu") and cpu["measured_ms"] > 0
+    cpu, gpu = cpu["outputs"], gpu["outputs"]
+    assert (cpu["ok"], cpu["images"], cpu["runs"], cpu["decisions"], cpu["faults"]) == (True, 3, 5, 0, [])
+    assert all(each["worst"] == 0 for each in cpu["differences"])
+    made = {(each["signature"], each["output"]) for each in cpu["differences"]}
+    assert {("segment.exit1", "mask"), ("segment.exit1", "confident_pixels"), ("segment.final", "mask")} < made
+    assert set(cpu["mious"]) == {"exit1", "final", "policy"} and all(here == there for here, there in cpu["mious"].values())
+    assert gpu["ok"] is False and gpu["decisions"] == 1 and gpu["mious"]["exit1"][0] == cpu["mious"]["exit1"][0] != gpu["mious"]["exit1"][1]
+    assert all(each["first"] == 0 < each["last"] for each in gpu["differences"] if each["output"] == "mask")
+    table = [line.split() for line in out.splitlines()]
+    at = next(row for row, cells in enumerate(table) if cells[:2] == ["device", "backend"])
+    here, there, wrong = table[at + 1 : at + 4]
+    assert here[:2] == ["here", "cpu"] and here[2:5] == there[2:5] and there[-1] == "same" and wrong[-1] == "DIFFERS"
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend", "message"),
+    [
+        ("truncated", "xnnpack", "segment.exit1: val/00000_easy: the file of outputs must hold "),
+        ("no_gpu", "gpu", "segment.exit1: val/00000_easy: asked for gpu, ran on cpu"),
+    ],
+)
+def test_a_phone_that_gives_no_outputs(bench, plug_in, two_exits, tool, mode, backend, message):
+    phone = plug_in("Pixel 8")
+    phone.environment["FAKE_MODE"] = mode
+    words = ("verify", f"--workdir={two_exits}", f"--tool={tool()}", *QUICK, "--images=2", f"--backend={backend}")
+    code, out, err = bench(*words)
+    assert code == 1 and f"{phone.serial}: verify {backend}: {message}" in err
+    found = {each["backend_requested"]: each for each in json.loads((two_exits / "verification.json").read_text())["devices"]}
+    outputs = found[backend]["outputs"]
+    assert outputs["ok"] is False and outputs["mious"] == {} and len(outputs["faults"]) == 1
+    assert out.splitlines()[-2].endswith("DIFFERS")
+
+
+def test_what_images_have_shown_stays(tmp_path):
+    """Until images show something else; other phones, backends and precisions stand beside it."""
+
+    def verification(backend, precision="fp32", **outputs):
+        report = Report("bundle", "", precision, backend, "", "", 1.0, 1, 5, (), None, {}, **outputs) if outputs else None
+        about = dict.fromkeys(("device", "soc", "os", "runtime", "runtime_version"), "x")
+        return verify.Verification(precision, **about, **ROW, backend_requested=backend, backend_obtained=backend, outputs=report)
+
+    path = tmp_path / "verification.json"
+    verify.write(path, [verification("gpu", faults=("wrong",)), verification("xnnpack", faults=())])
+    verify.write(path, [verification("gpu", "int8", faults=())])
+    verify.write(path, [verification("gpu")])
+    found = {(each["backend_requested"], each["precision"]): each["outputs"]["ok"] for each in verify.read(path)}
+    assert found == {("gpu", "fp32"): False, ("xnnpack", "fp32"): True, ("gpu", "int8"): True}
+    verify.write(path, [verification("gpu", faults=())])
+    assert all(each["outputs"]["ok"] for each in verify.read(path))
+    path.write_text('{"format": 1, "devices": [{}]}')
+    with pytest.raises(ValueError, match=r"verification\.json: must be what `android_bench verify` writes, got KeyError 'device'"):
+        verify.read(path)
+
+
+ROW = {"threads": 1, "temperature_c": None, "segments_ms": (), "sums": ()}
+ROW |= dict.fromkeys(("predicted_ms", "measured_ms", "error", "original_predicted_ms", "original_ms"), 1.0)
+
+
+def test_images_are_asked_for_in_vain(bench, plug_in, two_exits, tool):
+    plug_in("Pixel 8")
+    words = ("verify", f"--workdir={two_exits}", *QUICK)
+    for more, message in (
+        (["--split=val"], "--split: must be left out without --images, got 'val'"),
+        (["--images=4"], "--images: must be at most the 3 of the split, got 4"),
+        (["--images=0"], "--images: must be at least 1, got 0"),
+        (["--images=1", "--app=a.apk"], "--images: must be left out with --app"),
+    ):
+        code, _, err = bench(*words, *more)
+        assert code == 1 and message in err and err.count("\n") == 1
+    code, _, err = bench(*words, "--images=1", f"--tool={tool('litert')}")
+    assert code == 1 and "does not know --input_layer, --input_layer_shape, --input_layer_value_files, --output_filepath" in err
+
+
 def test_measured_latency_is_that_of_the_segments(tmp_path):
     """Input-dependent: the mean over the exits, weighted with the predicted shares of images."""
     from mess_tf.files import Certificate, Deployment, ExitChoice, Objective, Original, Predicted
@@ -538,9 +673,11 @@ def test_measured_latency_is_that_of_the_segments(tmp_path):
         "exact",
         {},
     )
-    deployed = verify.Deployed(deployment, (paths[0], paths[1]), paths[2], {"exit1.h": tuple(paths[3:])})
+    deployed = verify.Deployed(deployment, (paths[0], paths[1]), paths[2], {"exit1.h": tuple(paths[3:])}, tmp_path, "fp32")
     rows = {path: 2.0**number for number, path in enumerate(paths)}
-    about = dict.fromkeys(("device", "soc", "os", "runtime", "runtime_version", "backend_obtained"), "x") | {"threads": 1}
+    about = dict.fromkeys(("device", "soc", "os", "runtime", "runtime_version", "backend_requested", "backend_obtained"), "x") | {
+        "threads": 1
+    }
     made = [types.SimpleNamespace(sha256=file_sha256(path), p50_ms=ms, temperature_c=None, **about) for path, ms in rows.items()]
     phone = types.SimpleNamespace(measure=lambda files: made, device=types.SimpleNamespace(serial="ABC"), problems=[])
     verification = deployed.verify(phone)

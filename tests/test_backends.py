@@ -192,7 +192,7 @@ def test_verify_prints_a_table_and_a_json_line(bundle, images, backend, tmp_path
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
     assert (report["ok"], report["images"], report["backend"]) == (not wrong, 1, "gpu")
-    assert set(report["mious"]) == {"exit1", "exit2", "final"} and any("DIFFERS" in line for line in lines) == wrong
+    assert set(report["mious"]) == {"exit1", "exit2", "final", "policy"} and any("DIFFERS" in line for line in lines) == wrong
 
 
 def test_verify_records_a_proof(bundle, backend, tmp_path, monkeypatch, capsys):

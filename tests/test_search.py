@@ -526,12 +526,13 @@ def test_guaranteed_search_keeps_choosing_and_checking_images_apart():
 # === latency ===
 
 
-def latency_rows(stats: Stats, device="board", threads=1, factor=1.0) -> list[dict]:
+def latency_rows(stats: Stats, device="board", threads=1, factor=1.0, backend="xnnpack") -> list[dict]:
     names = [f"prefix.{name}" for name in stats.exits] + [f"head.{name}" for name in stats.candidates]
     names += [f"{mode}.{size}" for mode in ("mask", "plain", "edge") for size in ("45x60", "23x30")]
     hashes = (*stats.prefix_sha256, *stats.head_sha256, *stats.mask_sha256[:2], *stats.plain_sha256[:2], *stats.edge_sha256[:2])
+    about = {"device": device, "threads": threads, "backend_requested": backend, "size_bytes": 9}
     return [
-        {"submodel": name, "sha256": sha256, "device": device, "threads": threads, "p50_ms": factor * (index + 1), "size_bytes": 9}
+        {"submodel": name, "sha256": sha256, "p50_ms": factor * (index + 1)} | about
         for index, (name, sha256) in enumerate(zip(names, hashes, strict=True))
     ]
 
@@ -559,6 +560,12 @@ def test_latency_device_and_threads():
         latency_costs(stats, rows, "board")
     with pytest.raises(ValueError, match="device: must be one of"):
         latency_costs(stats, rows, "tablet")
+    rows += latency_rows(stats, device="phone", factor=0.25, backend="gpu")
+    assert latency_costs(stats, rows, "phone", backend="gpu").prefix.tolist() == [0.25, 0.5, 0.75]
+    with pytest.raises(
+        ValueError, match=r"backend: must be given where latency.json has several, got none; there are \['gpu', 'xnnpack'\]"
+    ):
+        latency_costs(stats, rows, "phone")
 
 
 def test_latency_missing_stale_and_not_exported():

@@ -104,25 +104,29 @@ def macs_costs(stats: Stats) -> Costs:
     return Costs(tuple(Resource(name, kind, prefix.astype(float), head.astype(float), free) for name, kind, prefix, head in parts))
 
 
-def latency_costs(stats: Stats, rows: Sequence[Mapping[str, Any]], device: str | None = None, threads: int | None = None) -> Costs:
+def latency_costs(
+    stats: Stats, rows: Sequence[Mapping[str, Any]], device: str | None = None, threads: int | None = None, backend: str | None = None
+) -> Costs:
     """Costs of a device, the first in ms (the median), joined to the candidates by the hash of their submodels, and those of `macs_costs`.
 
     Args:
       stats: with the hashes of the exported submodels.
-      rows: of latency.json, no two of the same sha256, device and threads; `submodel`, `p50_ms` and `size_bytes` are read as well.
+      rows: of latency.json, no two of the same sha256, device, threads and backend_requested; `submodel`, `p50_ms` and `size_bytes` are
+        read as well.
       device: whose rows count; needed where the file has several.
-      threads: likewise.
+      threads, backend: likewise.
 
     Raises:
-      ValueError: the rows leave the device or the number of threads open, lack a submodel, or hold something that is no latency.
+      ValueError: the rows leave the device, the number of threads or the backend open, lack a submodel, or hold something that is no
+        latency.
     """
-    for name, wanted in (("device", device), ("threads", threads)):
-        known = sorted({row[name] for row in rows})
+    for name, key, wanted in (("device", "device", device), ("threads", "threads", threads), ("backend", "backend_requested", backend)):
+        known = sorted({row[key] for row in rows})
         if wanted is None and len(known) > 1:
             raise ValueError(f"{name}: must be given where latency.json has several, got none; there are {known}")
         if wanted is not None and wanted not in known:
             raise ValueError(f"{name}: must be one of {known} as in latency.json, got {wanted!r}")
-        rows = [row for row in rows if wanted is None or row[name] == wanted]
+        rows = [row for row in rows if wanted is None or row[key] == wanted]
 
     by_sha256 = {row["sha256"]: row for row in rows}
     measured = {row["submodel"] for row in rows}

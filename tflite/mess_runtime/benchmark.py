@@ -71,9 +71,9 @@ class LatencyRow:
         check(self.sustained_s >= 0, "sustained_s", "at least 0", self.sustained_s)
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        """What makes a row the successor of another: sha256, device and threads."""
-        return self.sha256, self.device, self.threads
+    def key(self) -> tuple[str, str, int, str]:
+        """What makes a row the successor of another: sha256, device, threads and the backend asked for."""
+        return self.sha256, self.device, self.threads, self.backend_requested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class LatencyTable:
 
     Attributes:
       created_by: versions of what last wrote it.
-      rows: no two with the same sha256, device and threads.
+      rows: no two with the same sha256, device, threads and backend asked for.
     """
 
     created_by: dict[str, str]
@@ -90,7 +90,7 @@ class LatencyTable:
 
     def __post_init__(self):
         keys = [row.key for row in self.rows]
-        check(len(set(keys)) == len(keys), "rows", "different in sha256, device or threads", keys)
+        check(len(set(keys)) == len(keys), "rows", "different in sha256, device, threads or backend_requested", keys)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the table as JSON values."""

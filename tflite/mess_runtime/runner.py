@@ -40,6 +40,7 @@ class LatencyRow(Protocol):
     sha256: str
     device: str
     threads: int
+    backend_requested: str
     p50_ms: float
 
 
@@ -318,7 +319,8 @@ def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_m
 
     Args:
       manifest: of the bundle.
-      rows: of latency.json, with the `alone.EXIT` submodels measured at this number of threads, on one device or on this one.
+      rows: of latency.json, with the `alone.EXIT` submodels measured at this number of threads, on one device or on this one, by one
+        backend or by XNNPACK.
       latency_budget_ms: for one image.
       threads: of the runtime.
 
@@ -332,6 +334,8 @@ def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_m
     rows = [row for row in rows if row.threads == threads]
     if len({row.device for row in rows}) > 1:
         rows = [row for row in rows if row.device == platform.node()]
+    if len({row.backend_requested for row in rows}) > 1:
+        rows = [row for row in rows if row.backend_requested == "xnnpack"]
     measured = {row.sha256: row.p50_ms for row in rows}
     missing = [segment.exit for segment in manifest.segments if segment.alone_sha256 not in measured]
     check(

@@ -12,16 +12,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from mess_runtime import engines
 from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, Bundle, InputSpec, Verification, check, file_sha256, write_manifest
-from mess_runtime.images import fit
+from mess_runtime.images import fit, mask_at
 from mess_runtime.runner import needed_pixels
 
 # By the file's precision: root mean square error of a tensor over that of its values, share of the pixels of a mask. GPUs compute in half
@@ -33,7 +33,24 @@ EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", re.MULTILINE)
 ADAPTER = re.compile(r"Selected adapter: ([^,\n]+)")
 ON_CPU = re.compile(r"(\d+) operations? will run on the GPU, and the remaining (\d+) operations? will run on the CPU")
 
+POLICY = "policy"
+
 Outputs = dict[str, dict[str, np.ndarray]]  # by signature and name
+
+
+class Ran(NamedTuple):
+    """What a backend made of images.
+
+    Attributes:
+      outputs: at every turn: the first image's, several times, then those of each other image.
+      runtime, device, accelerated, faults: see `Report`; without outputs there are faults.
+    """
+
+    outputs: Sequence[Outputs]
+    runtime: str
+    device: str
+    accelerated: float | None
+    faults: tuple[str, ...]
 
 
 class AbsentError(ValueError):
@@ -75,11 +92,12 @@ class Report:
       path, sha256: of the .tflite.
       precision: of the file.
       backend, runtime, device: that ran it.
-      accelerated: share of the operations that did not stay on the CPU.
+      accelerated: share of the operations that did not stay on the CPU, None where it is not told.
       images, runs: how many, and how often the first of them ran.
       differences: of every output.
       decisions: images that leave at another exit, None without a decision.
-      mious: by exit, of the CPU and of the backend, where there were labels.
+      mious: by exit, and where there is a decision of the `POLICY`, which takes each image where it leaves; of the CPU and of the
+        backend, where there were labels.
       faults: what the backend's libraries wrote of errors.
     """
 
@@ -89,7 +107,7 @@ class Report:
     backend: str
     runtime: str
     device: str
-    accelerated: float
+    accelerated: float | None
     images: int
     runs: int
     differences: tuple[Difference, ...]
@@ -103,10 +121,14 @@ class Report:
         return not self.faults and all(difference.ok for difference in self.differences)
 
     @property
+    def different(self) -> float:
+        """Largest share of the pixels of a mask that have another class than on the CPU."""
+        return max((difference.worst for difference in self.differences if difference.output.endswith(MASK)), default=0.0)
+
+    @property
     def verification(self) -> Verification:
         """What the manifest says of it."""
-        masks = [difference.worst for difference in self.differences if difference.output.endswith(MASK)]
-        return Verification(self.backend, self.runtime, self.device, self.accelerated, self.images, self.runs, max(masks, default=0.0))
+        return Verification(self.backend, self.runtime, self.device, self.accelerated, self.images, self.runs, self.different)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON values."""
@@ -121,7 +143,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             f"{self.path}: {self.backend} ({self.device}), {self.runtime}, {self.precision}, {self.images} images,"
-            f" {100 * self.accelerated:.0f} % of the operations accelerated"
+            + ("" if self.accelerated is None else f" {100 * self.accelerated:.0f} % of the operations accelerated")
         ]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.decisions is not None:
@@ -154,6 +176,29 @@ def verify(
     """
     check(backend in engines.BACKENDS, "backend", f"one of {', '.join(engines.BACKENDS)}", backend)
     check(runs >= 1, "runs", "at least 1", runs)
+
+    def run(file: Path, pixels: Sequence[np.ndarray]) -> Ran:
+        with tempfile.TemporaryDirectory(prefix="mess_runtime.") as folder:
+            np.savez(Path(folder) / "images.npz", *pixels)
+            accelerated, text, faults = _on_backend(file, backend, runs, Path(folder))
+            got = [_read(Path(folder) / f"{turn}.npz") for turn in range(runs + len(pixels) - 1)] if not faults else []
+        faults += tuple(dict.fromkeys(re.sub(r"^E\d{4} \S+ +\d+ ", "", line) for line in FAULTS.findall(text)))
+        device = found.group(1) if (found := ADAPTER.search(text)) else backend
+        return Ran(got, f"{engines.RUNTIME} {_version()}", device, accelerated, faults)
+
+    return compare(path, backend, run, images, labels, runs, precision)
+
+
+def compare(
+    path: str | os.PathLike,
+    backend: str,
+    run: Callable[[Path, Sequence[np.ndarray]], Ran],
+    images: Sequence[np.ndarray] = (),
+    labels: Sequence[np.ndarray | None] = (),
+    runs: int = 5,
+    precision: str | None = None,
+) -> Report:
+    """Compares what `run` makes of a file's .tflite and its inputs with what the CPU does; see `verify`."""
     bundle = Bundle.load(path) if Path(path).is_dir() else None
     file = bundle.path if bundle else Path(path)
     precision = bundle.manifest.precision if bundle else precision or "fp32"
@@ -163,26 +208,24 @@ def verify(
     spec = bundle.manifest.input if bundle else _spec(reference)
     images = list(images) or [_noise(spec, seed) for seed in (0, 1)]
     pixels = [fit(image, (spec.height, spec.width), spec.resize)[None].astype(spec.dtype) for image in images]
-    expected = [outputs for _, outputs in _outputs(reference, pixels, 1)]
-    with tempfile.TemporaryDirectory(prefix="mess_runtime.") as folder:
-        np.savez(Path(folder) / "images.npz", *pixels)
-        accelerated, text, faults = _on_backend(file, backend, runs, Path(folder))
-        got = [_read(Path(folder) / f"{turn}.npz") for turn in range(runs + len(images) - 1)] if not faults else []
-    faults += tuple(dict.fromkeys(re.sub(r"^E\d{4} \S+ +\d+ ", "", line) for line in FAULTS.findall(text)))
+    ran = run(file, pixels)
+    got = ran.outputs
+    expected = [outputs for _, outputs in _outputs(reference, pixels, 1)] if got else []
+    turns = len(got) - len(images) + 1  # of the first image
     return Report(
         path=os.fspath(path),
         sha256=file_sha256(file),
         precision=precision,
         backend=backend,
-        runtime=f"{engines.RUNTIME} {_version()}",
-        device=found.group(1) if (found := ADAPTER.search(text)) else backend,
-        accelerated=accelerated,
+        runtime=ran.runtime,
+        device=ran.device,
+        accelerated=ran.accelerated,
         images=len(images),
         runs=runs,
-        differences=tuple(_differences(expected, got, runs, LIMITS[precision])),
-        decisions=_decisions(bundle, expected, got[runs - 1 :]) if got else None,
-        mious=_mious(bundle, expected, got[runs - 1 :], labels) if got else {},
-        faults=faults,
+        differences=tuple(_differences(expected, got, turns, LIMITS[precision])) if expected else (),
+        decisions=_decisions(bundle, expected, got[turns - 1 :]) if expected else None,
+        mious=_mious(bundle, expected, got[turns - 1 :], labels) if expected else {},
+        faults=ran.faults,
     )
 
 
@@ -278,7 +321,8 @@ def _read(path: Path) -> Outputs:
 
 
 def _differences(expected: Sequence[Outputs], got: Sequence[Outputs], runs: int, limits: tuple[float, float]) -> Iterator[Difference]:
-    for signature, names in expected[0].items() if got else ():
+    for signature in got[0]:
+        names = expected[0][signature]
         size = next((value.size for name, value in names.items() if name.endswith(MASK)), 1)
         for name in names:
             pairs = [(expected[max(0, turn - runs + 1)][signature][name], outputs[signature][name]) for turn, outputs in enumerate(got)]
@@ -308,7 +352,8 @@ def _error(name: str, cpu: np.ndarray, here: np.ndarray, pixels: int) -> float:
     return float(np.sqrt(np.square(cpu - here).mean() / max(np.square(scale).mean(), 1e-12)))
 
 
-def _decisions(bundle: Bundle | None, expected: Sequence[Outputs], got: Sequence[Outputs]) -> int | None:
+def _exits(bundle: Bundle | None, outputs: Sequence[Outputs]) -> list[str] | None:
+    """Where each image leaves, None without a decision."""
     needed = needed_pixels(bundle.manifest) if bundle else []
     if all(count is None for count in needed):
         return None
@@ -319,27 +364,33 @@ def _decisions(bundle: Bundle | None, expected: Sequence[Outputs], got: Sequence
                 return segment.exit
         return bundle.manifest.exits[-1]
 
-    return sum(exit_of(cpu) != exit_of(here) for cpu, here in zip(expected, got, strict=True))
+    return [exit_of(each) for each in outputs]
+
+
+def _decisions(bundle: Bundle | None, expected: Sequence[Outputs], got: Sequence[Outputs]) -> int | None:
+    cpu, here = _exits(bundle, expected), _exits(bundle, got)
+    return None if cpu is None else sum(there != other for there, other in zip(cpu, here, strict=True))
 
 
 def _mious(
     bundle: Bundle | None, expected: Sequence[Outputs], got: Sequence[Outputs], labels: Sequence[np.ndarray | None]
 ) -> dict[str, tuple[float, float]]:
-    """By exit; the labels are taken at the network's size, to the nearest pixel. Classes that the bundle does not have are ignored."""
+    """By exit, at the labels' size. Classes that the bundle does not have are ignored."""
     if bundle is None or not any(label is not None for label in labels):
         return {}
     classes, result = len(bundle.manifest.classes), {}
-    for exit in bundle.manifest.exits:
+    left = [_exits(bundle, outputs) for outputs in (expected, got)]
+    for name in (*bundle.manifest.exits, *([POLICY] if left[0] else [])):
         counts = np.zeros((2, classes, classes), np.int64)
         for side, outputs in enumerate((expected, got)):
-            for label, each in zip(labels, outputs, strict=True):
-                mask = each[f"segment.{exit}"][MASK][0]
+            exits = left[side] if name == POLICY else [name] * len(outputs)
+            for label, exit, each in zip(labels, exits, outputs, strict=True):
                 if label is not None:
-                    truth = np.asarray(Image.fromarray(label).resize(mask.shape[::-1], Image.Resampling.NEAREST))
-                    known = truth < classes
-                    pairs = truth[known].astype(np.int64) * classes + mask[known]
+                    mask = mask_at(each[f"segment.{exit}"][MASK][0], label.shape, bundle.manifest.input.resize)
+                    known = label < classes
+                    pairs = label[known].astype(np.int64) * classes + mask[known]
                     counts[side] += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-        result[exit] = tuple(_miou(matrix) for matrix in counts)
+        result[name] = tuple(_miou(matrix) for matrix in counts)
     return result
 
 
