@@ -106,7 +106,10 @@ class Pipeline:
         """By name and in order: whether a step's result is up to date, and what makes it and returns where it is."""
         workdir, data_dir, deployment = self.workdir, self.data_dir, self.workdir / DEPLOYMENT
         steps = (
-            (lambda: train.is_trained(workdir, self.config), lambda: train.run(workdir, data_dir=data_dir)),
+            (
+                lambda: train.is_trained(workdir, self.config) and train.has_its_data(workdir, self.config),
+                lambda: train.run(workdir, data_dir=data_dir),
+            ),
             (lambda: export_tflite.are_exported(workdir), lambda: export_tflite.run_candidates(workdir, data_dir)),
             (lambda: calibrate.is_calibrated(workdir, self.config.data.val_split), lambda: calibrate.run(workdir, data_dir)),
             (self.is_measured, self.measure),

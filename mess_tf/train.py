@@ -20,7 +20,7 @@ from mess_runtime.files import locked, temporary_beside, write_atomically
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.examples import DataError, Examples, first_few
-from mess_tf.data.sources import open_training
+from mess_tf.data.sources import open_split, open_training
 from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
@@ -71,7 +71,7 @@ def check_stage2(config: Config, network: MultiExitNetwork, train_examples: Exam
     check_start("stage2", config.stage2, trial, train_examples, workdir)
 
 
-def check_data(workdir: str, splits: Mapping[str, Examples]) -> None:
+def check_data(workdir: str | os.PathLike, splits: Mapping[str, Examples]) -> None:
     """Writes what the data are into WORKDIR/data.json at the first start, and compares them with it later.
 
     Raises:
@@ -94,6 +94,19 @@ def check_data(workdir: str, splits: Mapping[str, Examples]) -> None:
         if problems:
             advice = "give them back, choose another --workdir, or delete the file to go on with the data as they are"
             raise DataError(f"{path}: data must be those of the first start of this training ({advice}), got\n{first_few(problems)}")
+
+
+def has_its_data(workdir: str | os.PathLike, config: Config) -> bool:
+    """Whether a trained work folder's data are those of its first start; a folder of data that is gone counts as unchanged.
+
+    Raises:
+      DataError: they are others, see `check_data`, or not in order.
+    """
+    there = config.data.source not in ("folder", "voc") or os.path.isdir(config.data.data_dir)
+    if there and Path(workdir, DATA_RECORD).exists():
+        splits = {"train": config.data.train_split, "val": config.data.val_split}
+        check_data(workdir, {name: open_split(config.data, split) for name, split in splits.items()})
+    return True
 
 
 def keep_original(config: Config, workdir: str) -> None:

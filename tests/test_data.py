@@ -10,13 +10,13 @@ from PIL import Image
 from pngs import png
 
 from mess_runtime.images import GREY, mask_at, placed
-from mess_tf.configs import IGNORE, DataConfig
+from mess_tf.configs import IGNORE, RECIPES, DataConfig
 from mess_tf.data import examples as examples_module
 from mess_tf.data.examples import DataError, palette
 from mess_tf.data.pipelines import augment, evaluation_batches, network_input, training_batches
 from mess_tf.data.sources import open_split, open_training
 from mess_tf.learning.losses import class_weights
-from mess_tf.train import check_data
+from mess_tf.train import check_data, has_its_data
 
 SMALL = DataConfig(input_size=(32, 64), synthetic_train=10, synthetic_val=7, brightness=0.3, contrast=0.2, saturation=0.2)
 
@@ -759,8 +759,13 @@ def test_changed_data_are_refused_at_a_later_start(tmp_path):
     write_image(tmp_path / "data/val/images/1.jpg", np.zeros((40, 60, 3), np.uint8))
     for kind, suffix in (("images", "jpg"), ("labels", "png")):
         (tmp_path / f"data/val/{kind}/2.{suffix}").rename(tmp_path / f"data/val/{kind}/3.{suffix}")
-    for _ in range(2):
+    of_work = dataclasses.replace(RECIPES["smoke"], data=config)
+    for again in (start, lambda: has_its_data(tmp_path / "work", of_work)):
         with pytest.raises(DataError, match=r"work/data\.json: data must be .*\n1: changed\n2: gone\n3: new"):
-            start()
+            again()
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert has_its_data(tmp_path / "work", of_work)
+    (tmp_path / "elsewhere").rename(tmp_path / "data")
     (tmp_path / "work/data.json").unlink()
     start()
+    assert has_its_data(tmp_path / "work", of_work)

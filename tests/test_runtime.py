@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from mess_runtime.bundle import (
     write_json,
     write_manifest,
 )
+from mess_runtime.frames import Writer
 from mess_runtime.runner import Runner, exit_within
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import convert
@@ -757,6 +759,37 @@ def test_run_never_loses_a_file(command, folder, images, tmp_path):
     _, errors = command("run", folder, tmp_path, f"--output={tmp_path / 'masks'}", code=1)
     assert len(errors) == 1 and "another image's mask is called" in errors[0]
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("names", "overlay", "message"),
+    [
+        (("a.png", "b/a.jpg"), False, "a.png already"),
+        (("a.png", "b/A.png"), False, "A.png already"),  # one file where names are compared without their case
+        (("a.png", "a.overlay.png"), True, "a.overlay.png already"),
+        (("a.png", "a.overlay.png"), False, None),
+        (("clip.000001.png", "clip.mp4"), False, "clip.000001.png already"),
+        (("clip.000001.overlay.png", "clip.mp4"), True, "clip.000001.overlay.png already"),
+        (("clip.1.png", "clip.mp4"), True, None),
+        (("clip.avi", "clip.mp4"), False, "clip.NUMBER.png already"),
+        (("camera0.000007.png", "camera:0"), False, "camera0.000007.png already"),
+        (("out/clip.000003.png", "clip.mp4"), False, "already"),
+    ],
+)
+def test_no_mask_takes_the_place_of_another(tmp_path, names, overlay, message):
+    sources = [Path(name) if name.startswith("camera:") else tmp_path / name for name in names]
+    if message is None:
+        Writer(tmp_path / "out", PALETTE, overlay, sources)
+    else:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Writer(tmp_path / "out", PALETTE, overlay, sources)
+
+
+def test_links_that_lead_to_themselves_are_named(command, folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "loop.png").symlink_to("loop.png")
+    _, errors = command("run", folder, tmp_path / "images", f"--output={tmp_path / 'masks'}", code=1)
+    assert len(errors) == 1 and "loop.png: not a readable image" in errors[0]
 
 
 def test_benchmark_measures_folders_and_merges(command, submodels, tmp_path):
