@@ -7,7 +7,7 @@ report is, and the command that runs the bundle.
 What is there and made from what is there now is left as it is, so that the same command goes on where it was stopped, and with another
 constraint does only what depends on it. What that means is said by hashes in the files, never by times:
 
-* train: WORKDIR/training.json: of the configuration and of the files that it names; all stages have ended
+* train: WORKDIR/training.json: of the configuration and of the files that it names; all stages have ended; data.json: of the data
 * candidates: candidates/weights.sha256: of the trained weights
 * calibrate: stats.npz: of the candidates' files
 * measure: latency.json: a row for the hash of every candidate's file, of this machine or of the phones

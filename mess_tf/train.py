@@ -6,6 +6,7 @@ last checkpoint if there is one. WORKDIR/config.json keeps the resolved configur
 
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
 from mess_tf.network.originals import define_flags
 
-RECORD, DATA_RECORD = "training.json", "data.json"
+CONFIG, RECORD, DATA_RECORD = "config.json", "training.json", "data.json"
 
 
 def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "both") -> MultiExitNetwork:
@@ -128,7 +129,7 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
     if data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=data))
     config = configs.apply_overrides(config, overrides)
-    path = os.path.join(workdir, "config.json")
+    path = os.path.join(workdir, CONFIG)
     if os.path.exists(path):
         kept = configs.load_config(workdir)
         old, new = dataclasses.asdict(kept), dataclasses.asdict(config)
@@ -172,31 +173,42 @@ class Record:
         write_json(Path(workdir) / RECORD, {"format": FORMAT, **dataclasses.asdict(self)})
 
 
-def made_from(config: Config) -> dict[str, str]:
-    """What a training of this configuration is made from, see `Record`; files that are not there have no hash."""
-    text = configs.to_json(dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="")))
+def made_from(workdir: str | os.PathLike, config: Config) -> dict[str, str]:
+    """What the training of a work folder and its configuration is made from, see `Record`; files that are not there have no hash."""
+    document = json.loads(Path(workdir, CONFIG).read_bytes())  # as it was written: `config` also has what later versions have added
+    document["data"].pop("data_dir")
+    text = json.dumps(document, sort_keys=True)
     files = {"backbone.weights": config.backbone.weights}
     for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
         files |= {f"{name}.initial": stage.initial, f"{name}.teacher": stage.teacher}
-    return {"config.json": hashlib.sha256(text.encode()).hexdigest()} | {
+    return {CONFIG: hashlib.sha256(text.encode()).hexdigest()} | {
         field: file_sha256(path) for field, path in files.items() if os.path.isfile(path)
     }
+
+
+def check_made_from(workdir: str | os.PathLike, config: Config) -> None:
+    """Compares what a training was made from, if there is one, with what is there now. (Files that are gone count as unchanged.)
+
+    Raises:
+      ValueError: it was made from other files, or from another configuration.
+    """
+    if (record := Record.load(workdir)) is None:
+        return
+    now = made_from(workdir, config)
+    other = [name for name in now if record.made_from.get(name, now[name]) != now[name]]
+    check(not other, "workdir", f"another folder, since what was trained here was made from another {' and '.join(other)}", str(workdir))
 
 
 def is_trained(workdir: str | os.PathLike, config: Config) -> bool:
     """Whether all stages have ended.
 
     Raises:
-      ValueError: it was made from other files or another configuration than there are now. (Files that are gone count as unchanged.)
+      ValueError: it was made from something else than there is now, see `check_made_from`.
     """
+    check_made_from(workdir, config)
     record = Record.load(workdir)
-    if record is None:
-        return False
-    now = made_from(config)
-    other = [name for name in now if record.made_from.get(name, now[name]) != now[name]]
-    check(not other, "workdir", f"another folder, since what was trained here was made from another {' and '.join(other)}", str(workdir))
-    weights = [best_weights(str(workdir), name) for name in ("stage1", "stage2") if getattr(config, name).epochs]
-    return {*record.ended} == {"stage1", "stage2"} and all(map(os.path.exists, weights))
+    weights = [best_weights(workdir, name) for name in ("stage1", "stage2") if getattr(config, name).epochs]
+    return record is not None and {*record.ended} == {"stage1", "stage2"} and all(map(os.path.exists, weights))
 
 
 def run(
@@ -211,14 +223,14 @@ def run(
     config = resolve_config(workdir, recipe, data, data_dir, overrides)
     try:
         with locked(Path(workdir, "checkpoints"), wait=False):
-            is_trained(workdir, config)  # nothing is mixed with what was made from something else
-            record = Record.load(workdir) or Record(made_from(config), ())
+            check_made_from(workdir, config)  # nothing is mixed with what was made from something else
+            record = Record.load(workdir) or Record(made_from(workdir, config), ())
             record.save(workdir)
             train(config, workdir, stages)
             ended = ("stage1", "stage2") if stages == "both" else ("stage1", *record.ended)
             dataclasses.replace(record, ended=tuple(sorted({*ended}))).save(workdir)
     except BlockingIOError:
-        raise ValueError(f"workdir: must be no other training's, which is still running, got {workdir!r}") from None
+        raise ValueError(f"workdir: must be no other training's, which is still running, got {str(workdir)!r}") from None
     return Path(workdir, "checkpoints")
 
 

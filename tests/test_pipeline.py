@@ -19,7 +19,7 @@ from android_bench import __main__ as android
 from mess_runtime import benchmark
 from mess_runtime.bundle import Bundle, file_sha256
 from mess_runtime.files import locked
-from mess_tf import pipeline, train
+from mess_tf import configs, pipeline, train
 from mess_tf.data.synthetic import SYNTHETIC_CLASSES
 from mess_tf.files import Asked, Deployment, Stats
 from mess_tf.network.model import best_weights
@@ -115,7 +115,7 @@ def test_all_steps_make_what_they_should(made):
     assert deployment.asked == dataclasses.replace(ASKED, device=benchmark.device_name(), threads=1)
     assert deployment.predicted.cost_mean <= 0.9 * deployment.original.cost and deployment.predicted.cost_name == "latency_ms"
     assert Bundle.load(made / "bundle").manifest.exits == tuple(choice.exit for choice in deployment.exits)
-    assert {path.name for path in made.rglob(".*")} == {".latency.json.lock", ".pipeline.lock"}
+    assert {path.suffix for path in made.rglob(".*")} == {".lock"}
     lines = pipeline.summary(made, deployment).splitlines()
     assert [line.split()[0] for line in lines if line.startswith(("original", "predicted", "difference"))] == [
         "original",
@@ -202,6 +202,21 @@ def test_a_training_made_from_something_else_is_an_error(again, made, model, tmp
     with pytest.raises(StepError, match=r"^train: workdir: must be another folder, since what was trained here was made from another"):
         Pipeline(again.workdir, config, "", ASKED).run()
     assert hashes(again.workdir) == hashes(made)
+    path = again.workdir / "data.json"
+    path.write_text(path.read_text().replace("train/00000_easy", "train/00000_other"))
+    with pytest.raises(StepError, match=r"^train: .*data.json: data must be those of the first start of this training"):
+        again()
+
+
+def test_what_later_versions_add_to_the_configuration_is_no_other_training(again):
+    path = again.workdir / "config.json"
+    document = json.loads(path.read_text())
+    del document["data"]["resize"]  # as before there was such a field
+    path.write_text(json.dumps(document))
+    config = configs.load_config(again.workdir)
+    train.Record(train.made_from(again.workdir, config), ("stage1", "stage2")).save(again.workdir)
+    path.write_text(json.dumps(document, indent=1))
+    assert config.data.resize == "stretch" and again() == []
 
 
 def test_two_at_once_are_refused(again, model):
