@@ -170,7 +170,8 @@ def test_links_lead_somewhere(page):
             text = file.read_text(encoding="utf-8")
             for name in re.findall(r"^```{include} (\S+)", text, re.MULTILINE):
                 text += (file.parent / name).read_text(encoding="utf-8")
-            headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+            without_directives = re.sub(r"^```{.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+            headings = re.findall(r"^#+ (.*)$", FENCE.sub("", without_directives), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
