@@ -3,11 +3,15 @@
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fake_adbd
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # Before anything imports TensorFlow. Its threads would only wait for those of the other test worker.
 SINGLE_THREAD = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
@@ -93,3 +97,24 @@ def tool(tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture
+def fuzz(request) -> Callable[[st.SearchStrategy, Callable[[Any], None]], None]:
+    """Calls a function with as many drawn values as `--fuzz` says; the same ones each time."""
+
+    def run(strategy: st.SearchStrategy, function: Callable[[Any], None]) -> None:
+        @settings(
+            max_examples=request.config.getoption("--fuzz"),
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(strategy)
+        def example(value):
+            function(value)
+
+        example()
+
+    return run

@@ -251,5 +251,5 @@ def test_lite0_files_that_are_missing_or_do_not_fit_are_errors(lite0, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut off"])
 def test_a_file_that_is_no_npz_is_an_error(content, tmp_path):
     (tmp_path / "w.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"w\.npz: must be an \.npz file, got "):
+    with pytest.raises(ValueError, match=r"w\.npz: must be a complete \.npz file, got "):
         read_arrays(str(tmp_path / "w.npz"))

@@ -328,21 +328,21 @@ def test_thresholds_hold_for_one_fidelity_only(made, deployed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_head_too_heavy_for_its_place_is_warned_of(made, tmp_path, monkeypatch, caplog):
+def test_a_head_too_heavy_for_its_place_is_warned_of(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Exporter, "prefix", lambda self, folder, name: name)
     monkeypatch.setattr(Exporter, "head", lambda self, folder, candidate: candidate)
     monkeypatch.setattr(Exporter, "policies", lambda self, folder: None)
     cost = {"exit1": 10, "exit2": 20, "final": 30, FINAL: 0} | {f"exit1.{HEADS[0]}": 15, f"exit2.{HEADS[0]}": 5}
     monkeypatch.setattr(flatbuffer, "macs", lambda name: cost.get(name, 1))
     export_candidates(Exporter(made[0], SIZE), tmp_path / "candidates")
-    warned = [record.getMessage() for record in caplog.records if "too heavy" in record.getMessage()]
+    warned = [line for line in capsys.readouterr().out.splitlines() if "too heavy" in line]
     assert warned == [f"exit1.{HEADS[0]}: costs no less than at exit2: too heavy a head for its place"]
 
 
-def test_an_exit_of_a_bundle_that_costs_no_less_than_a_deeper_one_is_warned_of(made, exporter, monkeypatch, caplog):
+def test_an_exit_of_a_bundle_that_costs_no_less_than_a_deeper_one_is_warned_of(made, exporter, monkeypatch, capsys):
     monkeypatch.setattr(flatbuffer, "macs", lambda graph: 100)
     bundle_of(made, exporter, "equal", False)
-    warned = [record.getMessage() for record in caplog.records if "too heavy" in record.getMessage()]
+    warned = [line for line in capsys.readouterr().out.splitlines() if "too heavy" in line]
     pairs = ("exit1: costs no less than exit2", "exit2: costs no less than final")
     assert warned == [f"{pair}: its head is too heavy for its place" for pair in pairs]
 

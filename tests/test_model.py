@@ -253,7 +253,7 @@ def test_files_of_no_network_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.npz"):
         small.load_weights(str(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_text("text")
-    with pytest.raises(ValueError, match=r"text\.npz: must be an \.npz file, got "):
+    with pytest.raises(ValueError, match=r"text\.npz: must be a complete \.npz file, got "):
         small.load_weights(str(tmp_path / "text.npz"))
 
 

@@ -205,7 +205,10 @@ def test_an_answer_is_one_line_and_verbose_shows_where_it_comes_from(noisy):
     ("body", "line"),
     [
         ("open('/nowhere/file')", "noisy: /nowhere/file: No such file or directory\n"),
-        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", "noisy: stopped\n"),
+        (
+            "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+            "noisy: stopped\n",
+        ),
     ],
 )
 def test_what_the_system_says_is_one_line(noisy, body, line):
