@@ -6,6 +6,7 @@ Reading is strict, writing is atomic. This module imports no TensorFlow.
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -39,6 +40,8 @@ MAX_PIXELS = 2**22
 MAX_ARRAYS_BYTES = 8 * 2**30
 
 STATS, DEPLOYMENT = "stats.npz", "deployment.json"  # names in a work folder
+# Names of all costs, see `optimise.space.Costs`.
+COSTS = ("latency_ms", "latency_p90_ms", "size_bytes", "macs", "macs_p90", "parameters", "memory_bytes")
 RISKS = ("final", "labels")
 
 
@@ -437,7 +440,21 @@ class Asked:
     def __post_init__(self):
         names = ("min_miou", "max_drop_pp", "max_cost", "cost_share", "max_risk")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        check(len(given) == 1, "constraint", f"one of --{', --'.join(names[:-1])} and --{names[-1]}", given)
+        check(len(given) == 1, "constraint", f"one of --{', --'.join(names[:-1])} and --{names[-1]}", given or "none")
+        for name, ok, required in (
+            ("min_miou", lambda value: 0 <= value <= 1, "in [0, 1], not in percent"),
+            ("max_drop_pp", lambda value: -100 <= value <= 100, "percentage points, in [-100, 100]"),
+            ("max_cost", lambda value: 0 < value < math.inf, "above 0 and finite"),
+            ("cost_share", lambda value: 0 < value < math.inf, "above 0 and finite"),
+            ("max_risk", lambda value: 0 < value < 1, "between 0 and 1"),
+            ("confidence", lambda value: 0 < value < 1, "between 0 and 1"),
+            ("check_share", lambda value: 0 < value < 1, "between 0 and 1"),
+            ("time_limit", lambda value: value > 0, "above 0"),
+        ):
+            value = getattr(self, name)
+            check(value is None or ok(value), name, required, value)
+        for name in (*self.limits, *([self.minimise] if self.minimise else [])):
+            check(name in COSTS, "minimise" if name == self.minimise else "limit", f"of costs {', '.join(COSTS)}", name)
 
     @property
     def constraint(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.paper_space import drawn_stats
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
-from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
+from mess_tf.files import COSTS, Asked, Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
 from mess_tf.optimise import guarantee, optimum, pairs
 from mess_tf.optimise.search import InfeasibleError, exit_orders, front, resolve_objective, search, search_guaranteed, search_table
 from mess_tf.optimise.space import (
@@ -398,6 +398,30 @@ def test_resolve_objective():
     for name in ("min_miou", "max_drop_pp", "max_cost", "cost_share"):
         with pytest.raises(ValueError, match=f"{name}: must be finite, got nan"):
             resolve("budgeted", **{name: math.nan})
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"min_miou": 65.0}, r"min_miou: must be in \[0, 1\], not in percent, got 65\.0"),
+        ({"max_drop_pp": -500.0}, r"max_drop_pp: must be percentage points"),
+        ({"max_cost": math.nan}, "max_cost: must be above 0 and finite, got nan"),
+        ({"cost_share": -1.0}, "cost_share: must be above 0 and finite"),
+        ({"max_risk": 7.0}, "max_risk: must be between 0 and 1"),
+        ({"min_miou": 0.5, "time_limit": -5.0}, "time_limit: must be above 0"),
+        ({"min_miou": 0.5, "limits": {"foo": 3.0}}, "limit: must be of costs latency_ms, .*, got 'foo'"),
+        ({"min_miou": 0.5, "minimise": "foo"}, "minimise: must be of costs latency_ms, .*, got 'foo'"),
+        ({}, "constraint: must be one of --min_miou, .* and --max_risk, got 'none'"),
+    ],
+)
+def test_a_question_that_has_no_answer_is_refused_before_any_work(asked, message):
+    with pytest.raises(ValueError, match=message):
+        Asked(**asked)
+
+
+def test_names_of_costs_are_those_of_the_statistics():
+    stats = make_stats(0)
+    assert set(latency_costs(stats, latency_rows(stats)).names) == set(COSTS)
 
 
 def test_infeasible_names_the_nearest_on_each_axis():
