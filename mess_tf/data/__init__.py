@@ -1,6 +1,4 @@
 """Images and labels: sources, checks on opening, `tf.data` pipelines."""
 
-from mess_tf.data.examples import DataError
-from mess_tf.data.sources import open_split
-
-__all__ = ["DataError", "open_split"]
+from mess_tf.data.examples import DataError as DataError
+from mess_tf.data.sources import open_split as open_split
