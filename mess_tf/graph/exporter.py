@@ -277,7 +277,7 @@ class Exporter:
           input_spec: how images go in; by default float32, stretched to the network's size.
           examples: images to measure the mIoU of each exit on, for the manifest.
           extra_signatures: of `bundles.EXTRA_SIGNATURES`, written beside the segments.
-          backends: of `mess_runtime.engines.BACKENDS`, on which the file must do what it does on the CPU; recorded in the manifest.
+          backends: some of `mess_runtime.engines`, on which the file must do what it does on the CPU; recorded in the manifest.
 
         Returns:
           The graphs of `deployed`.
