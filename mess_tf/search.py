@@ -13,13 +13,12 @@ from typing import Any
 
 from absl import flags
 
-from mess_runtime.bundle import BUDGETED, FORMAT, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, read_json, write_json
+from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, read_json
 from mess_runtime.files import safe_name
 from mess_tf import terminal
 from mess_tf.files import DEPLOYMENT, RISKS, STATS, Asked, Deployment, Stats
-from mess_tf.metrics import miou
 from mess_tf.optimise import guarantee
-from mess_tf.optimise.search import front, resolve_objective, search, search_guaranteed, search_table
+from mess_tf.optimise.search import resolve_objective, search, search_guaranteed, search_table
 from mess_tf.optimise.space import Costs, latency_costs, macs_costs, original, predict
 
 CONSTRAINTS = ("min_miou", "max_drop_pp", "max_cost", "cost_share")
@@ -85,34 +84,6 @@ def overview(rows: Sequence[tuple[str, Mapping[str, Any], Deployment | None]]) -
             f"{device:<24}{asked:<28}{100 * predicted.miou:>8.2f}{scale * predicted.cost_mean:>12.4g} {unit:<5} {share:>8.3f}x  {exits}"
         )
     return "\n".join(lines)
-
-
-def plot_front(stats: Stats, costs: Costs, points: Sequence[Deployment], chosen: Deployment, path: str | os.PathLike) -> None:
-    """Draws the Pareto front with the chosen configuration, the original network and every candidate alone."""
-    from matplotlib.figure import Figure
-
-    unit, scale = _unit(costs.name)
-    figure = Figure((8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"mean {unit} per image", ylabel=f"mIoU % on {stats.split}")
-    alone = 100 * miou(stats.tp.sum(1), stats.fp.sum(1), stats.fn.sum(1))
-    for e, name in enumerate(stats.exits[:-1]):
-        here = stats.exit_of_candidate == e
-        axes.scatter(scale * (costs.prefix[e] + costs.head[here]), alone[here], s=14, alpha=0.6, label=f"{name} alone")
-    axes.step(
-        [scale * point.predicted.cost_mean for point in points],
-        [100 * point.predicted.miou for point in points],
-        where="post",
-        color="black",
-        marker=".",
-        label="front",
-    )
-    for name, cost, accuracy, marker in (
-        ("original", chosen.original.cost, chosen.original.miou, "s"),
-        ("chosen", chosen.predicted.cost_mean, chosen.predicted.miou, "*"),
-    ):
-        axes.scatter(scale * cost, 100 * accuracy, s=120, marker=marker, edgecolors="black", label=name, zorder=3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 def costs_of(stats: Stats, latency: str | os.PathLike | None, device: str | None = None, threads: int | None = None) -> Costs:
@@ -247,7 +218,7 @@ def main() -> None:
     questions = [*itertools.chain(*devices.values())]
     if len(questions) > 1:
         check(values.max_risk is None, "max_risk", "given for one device, without another constraint", [*devices])
-        terminal.check_left_out(True, "check_share front", "where several constraints or devices make a table")
+        terminal.check_left_out(True, "check_share", "where several constraints or devices make a table")
         folder = values.output or os.path.join(values.workdir, "deployments")
         check_writable("--output", folder, folder=True)
         print(overview(run_table(values.workdir, devices, values.latency, folder)))
@@ -258,16 +229,6 @@ def main() -> None:
     check_writable("--output", output)
     deployment = run(values.workdir, asked, values.latency, output)
     print(table(deployment))
-    if values.front:
-        stats = Stats.load(Path(values.workdir, STATS))
-        costs = costs_of(stats, values.latency, asked.device, asked.threads)
-        points = front(stats, costs, values.front, setting=values.setting, **asked.space)
-        rows = [
-            {"miou": point.predicted.miou, **point.predicted.costs, "exits": list(map(dataclasses.asdict, point.exits))} for point in points
-        ]
-        write_json(output.with_name("front.json"), {"format": FORMAT, "setting": values.setting, "points": rows})
-        plot_front(stats, costs, points, deployment, output.with_name("front.png"))
-        print(output.with_name("front.png"))
     print(output)
 
 
@@ -304,7 +265,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("latency", None, "latency.json: the costs are its medians in ms; without it, they are MACs.")
     define_question_flags()
     flags.DEFINE_bool("all_devices", False, "A deployment for each device and number of threads of the file.")
-    flags.DEFINE_integer("front", None, "Draws the Pareto front with so many points: front.png and front.json.", lower_bound=2)
     flags.DEFINE_string(
         "output", None, "The file to write, or the folder for several; default: deployment.json or deployments in the workdir."
     )

@@ -317,7 +317,7 @@ def command(monkeypatch, capsys):
         (["--workdir=W", "--max_drop_pp=5", "foo"], "arguments: must be flags, as --help names them, got 'foo'"),
         (["--workdir=W", "--setting=fast"], "--setting: must be one of input-dependent, budgeted, anytime, got 'fast'"),
         (["--workdir=W", "--threads=two"], "--threads: must be an integer, got 'two'"),
-        (["--workdir=W", "--front=1"], "--front: must be an integer >= 2, got '1'"),
+        (["--workdir=W", "--quantiles=1"], "--quantiles: must be an integer >= 2, got '1'"),
         (["--workdir=W", "--all_devices=perhaps"], "--all_devices: must be true or false, got 'perhaps'"),
         (["--workdir=W", "--v=1"], "--v: must be a flag of this command"),  # of a library
     ],
@@ -342,7 +342,11 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("search", ["--max_cost=1", "--risk=final"], f"--risk: {LEFT_OUT} without --max_risk, got 'final'"),
         ("search", ["--max_risk=0.1", "--setting=budgeted"], f"--setting: {LEFT_OUT} with --max_risk, got 'budgeted'"),
         ("search", ["--max_cost=1", "--setting=budgeted", "--quantiles=9"], f"--quantiles: {LEFT_OUT} with --setting=budgeted, got 9"),
-        ("search", ["--max_cost=1,2", "--front=9"], f"--front: {LEFT_OUT} where several constraints or devices make a table, got 9"),
+        (
+            "search",
+            ["--max_cost=1,2", "--check_share=0.5"],
+            f"--check_share: {LEFT_OUT} where several constraints or devices make a table, got 0.5",
+        ),
         ("search", ["--max_drop_pp=nan"], "--max_drop_pp: must be finite, got 'nan'"),
         (
             "search",
