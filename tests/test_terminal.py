@@ -11,12 +11,15 @@ import sys
 import warnings
 from pathlib import Path
 
+import commands
 import pytest
 from absl import flags
+from small_network import small_network
 
 from mess_runtime import terminal
 from mess_runtime.files import locked
 from mess_tf import configs
+from mess_tf.data.synthetic import SYNTHETIC_CLASSES
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
@@ -82,8 +85,11 @@ SLOW = rf"(evaluate|calibrate|teacher|export|check {PATH}|search): .*, eta \d+ s
 def outputs(tmp_path_factory):
     """All that every command prints, from training to masks, by a name for each; and the work folder."""
     work = tmp_path_factory.mktemp("every") / "work"
-    small = ["data.synthetic_train=8", "data.synthetic_val=2", 'exits.heads=["fcn-r2-b0"]', "exits.count=2"]
-    small += ["exits.plain_head=fcn-r2-b0", "exits.final_head=fcn-r2-b0", "stage1.epochs=1"]
+    model = work.with_name("small.keras")
+    small_network(len(SYNTHETIC_CLASSES)).save(model)
+    small = ["backbone.name=keras_file", f"backbone.weights={model}", "backbone.width=1", "data.input_size=[32, 64]"]
+    small += ["data.synthetic_train=8", "data.synthetic_val=2", 'exits.heads=["fcn-r8-b0"]', "exits.count=2"]
+    small += ["exits.plain_head=fcn-r8-b0", "stage1.epochs=1"]
     chain = {
         "train": ("mess_tf.train", f"--workdir={work}", "--recipe=smoke", *(f"--set={word}" for word in small)),
         "export": ("mess_tf.export_tflite", f"--workdir={work}", "--candidates"),
@@ -99,7 +105,9 @@ def outputs(tmp_path_factory):
         "inspect": ("mess_runtime", "inspect", work / "bundle"),
         "pipeline": ("mess_tf.pipeline", f"--workdir={work}", f"--latency={work / 'latency.json'}", "--max_drop_pp=99"),
     }
-    return {name: run(*words) for name, words in chain.items()} | {"work": work}
+    # The first one begins as users' do; others have Keras imported, which says what it says there.
+    done = {name: run(*words) if name == "train" else commands.run(*words) for name, words in chain.items()}
+    return done | {"work": work}
 
 
 QUICKLY = ("--runs=1", "--min_seconds=0", "--rounds=1")
