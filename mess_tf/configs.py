@@ -32,9 +32,12 @@ IGNORE = 255
 # Fields of the data section that older files lack, with what was done then.
 _ADDED_TO_DATA = {"resize": "stretch", "label_values": ""}
 
-_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+# Sources of the user's own files, whose labels `data.label_values` may explain, and all that read files below `data.data_dir`.
+OWN_LABELS = ("folder", "voc")
+FILE_SOURCES = (*OWN_LABELS, "coco21", "ade20k", "cityscapes", "oxford_iiit_pet")
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 LABEL_VALUES = {
-    "cityscapes": {str(value): _CITYSCAPES_IDS.index(value) if value in _CITYSCAPES_IDS else IGNORE for value in (*range(34), 255)},
+    "cityscapes": {str(value): CITYSCAPES_IDS.index(value) if value in CITYSCAPES_IDS else IGNORE for value in (*range(34), 255)},
     "ade20k": {"0": IGNORE} | {str(value): value - 1 for value in range(1, 151)},
 }
 
@@ -75,9 +78,9 @@ class DataConfig:
     """Where images come from and how training augments them.
 
     Attributes:
-      source: `synthetic`, `folder`, `voc` or `tfds:NAME`.
+      source: `synthetic`, one of `FILE_SOURCES`, or `tfds:NAME`.
       data_dir: root folder of the source; unused by `synthetic`.
-      train_split, val_split: names of the splits (folder names, ImageSets lists or tfds splits).
+      train_split, val_split: names of the splits: folders, lists, or what the source calls them.
       input_size: (height, width) in pixels of the exported network; scale 1 of training images.
       crop_size: (height, width) of training crops; (0, 0) for the input size.
       ignore_value: label value of pixels without a class as stored in the files; 255 inside the project.
@@ -120,8 +123,8 @@ class DataConfig:
         _check(crop_ok, "data.crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
         _check(self.resize in RESIZES, "data.resize", f"one of {RESIZES}", self.resize)
         parse_label_values(self.label_values)
-        has_files = self.source in ("folder", "voc") or not self.label_values
-        _check(has_files, "data.label_values", "left out unless data.source is folder or voc", self.label_values)
+        explained = self.source in OWN_LABELS or not self.label_values
+        _check(explained, "data.label_values", f"left out unless data.source is {' or '.join(OWN_LABELS)}", self.label_values)
         low, high = self.scale_range
         _check(0 < low <= high, "data.scale_range", "two positive factors, the smaller first", self.scale_range)
         for name in ("brightness", "contrast", "saturation"):

@@ -103,7 +103,7 @@ def has_its_data(workdir: str | os.PathLike, config: Config) -> bool:
     Raises:
       DataError: they are others, see `check_data`, or not in order.
     """
-    there = config.data.source not in ("folder", "voc") or os.path.isdir(config.data.data_dir)
+    there = config.data.source not in configs.FILE_SOURCES or os.path.isdir(config.data.data_dir)
     if there and Path(workdir, DATA_RECORD).exists():
         splits = {"train": config.data.train_split, "val": config.data.val_split}
         check_data(workdir, {name: open_split(config.data, split) for name, split in splits.items()})
@@ -252,7 +252,7 @@ def define_training_flags() -> None:
     """Defines the flags that say what to train on what."""
     flags.DEFINE_string("workdir", None, "folder for everything that this run makes", required=True)
     flags.DEFINE_string("recipe", "", f"one of {sorted(configs.RECIPES)}")
-    flags.DEFINE_string("data", "", "data source, in place of the recipe's: synthetic, folder, voc or tfds:NAME")
+    flags.DEFINE_string("data", "", f"data source, in place of the recipe's: synthetic, {', '.join(configs.FILE_SOURCES)} or tfds:NAME")
     flags.DEFINE_string("data_dir", "", "root folder of the data")
     flags.DEFINE_multi_string("set", [], "section.field=value, e.g. stage1.epochs=30; may be given several times")
 

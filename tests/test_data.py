@@ -659,10 +659,11 @@ def test_other_texts_are_refused_by_name(tmp_path, content, message):
 
 
 def voc_list(root: pathlib.Path, content: bytes) -> DataConfig:
-    """A VOC year of three images, its labels 0, 1 and 2, those of SegmentationClassAug 10, 11 and 12, and a list train_aug."""
-    for value, name in enumerate(("a", "b", "two words")):
+    """A VOC year: labels 0, 1 and 2 of three images, 10 to 13 in SegmentationClassAug, of one more too, and a list train_aug."""
+    for value, name in enumerate(("a", "b", "two words", "only_sbd")):
         write_image(root / "JPEGImages" / f"{name}.jpg", np.zeros((4, 5, 3), np.uint8))
-        write_image(root / "SegmentationClass" / f"{name}.png", np.full((4, 5), value, np.uint8))
+        if name != "only_sbd":
+            write_image(root / "SegmentationClass" / f"{name}.png", np.full((4, 5), value, np.uint8))
         write_image(root / "SegmentationClassAug" / f"{name}.png", np.full((4, 5), 10 + value, np.uint8))
     (root / "ImageSets/Segmentation").mkdir(parents=True)
     (root / "ImageSets/Segmentation/train_aug.txt").write_bytes(content)
@@ -677,6 +678,8 @@ def voc_list(root: pathlib.Path, content: bytes) -> DataConfig:
         (b"two words\na", ("two words", "a"), 2),
         (b"/JPEGImages/b.jpg /SegmentationClassAug/b.png\nJPEGImages/a.jpg SegmentationClassAug/a.png\n", ("b", "a"), 11),
         (b"JPEGImages/b.jpg\na.jpg\n", ("b", "a"), 1),
+        (b"only_sbd\na\n", ("only_sbd", "a"), 13),
+        (b"JPEGImages/only_sbd.jpg\na\n", ("only_sbd", "a"), 13),
     ],
 )
 def test_voc_lists_of_every_kind(tmp_path, content, names, first):
@@ -689,7 +692,7 @@ def test_voc_lists_of_every_kind(tmp_path, content, names, first):
     ("content", "message"),
     [
         (b"a  1\nb -1\n", "each line must be a name, .* got 'a  1'"),
-        (b"a\nb\na\n", "must list each image once, got 'a' and 'a'"),
+        (b"a\nb\na\n", r"must hold each name once, got .*/a\.jpg and .*/a\.jpg"),
         (b"a\nstra\xdfe\n", "must be text in UTF-8, got byte 0xdf at 6"),
         (b"\n", "the split has no images"),
     ],

@@ -1,76 +1,74 @@
-"""Sources of image files: a folder per split, and VOCdevkit. All labels are checked on opening."""
+"""Image files and their labels, all checked on opening, and the source that is a folder per split."""
 
 import codecs
 import concurrent.futures
+import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from mess_runtime.files import printable
 from mess_runtime.images import SUFFIXES, UnreadableError, files_in, photo_size, read_photo
 from mess_runtime.terminal import Bar, complain
-from mess_tf.configs import IGNORE, DataConfig
+from mess_tf.configs import IGNORE, OWN_LABELS, DataConfig
 from mess_tf.data.examples import DataError, DatasetInfo, Examples, first_few
 from mess_tf.data.labels import LabelReader
 
-_COLUMNS = "a name, the path of an image, or its path and that of its label"
 
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+class Label(Protocol):
+    """The label of one image, where and however it is kept. As text it is its name in messages."""
+
+    def read(self) -> np.ndarray:
+        """Returns it, uint8 [H, W] of classes and IGNORE.
+
+        Raises:
+          DataError, UnreadableError: it is missing, broken, or holds what is no class.
+        """
+
+    def content(self) -> bytes:
+        """What it is made from, to tell changed data from others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelFile:
+    """A label that is a PNG file; `image` is whose."""
+
+    path: pathlib.Path
+    image: pathlib.Path
+    reader: LabelReader
+
+    def read(self) -> np.ndarray:
+        if not self.path.is_file():
+            others = [path.name for path in sorted(self.path.parent.glob("*.*")) if path.stem == self.path.stem]
+            hint = f"; there is {others[0]}, labels must be PNG" if others else ""
+            raise DataError(f"{self}: the label of {printable(str(self.image))} is missing{printable(hint)}")
+        return self.reader.read(self.path)
+
+    def content(self) -> bytes:
+        return self.path.read_bytes()
+
+    def __str__(self) -> str:
+        return printable(str(self.path))
 
 
 def open_folder(config: DataConfig, split: str) -> Examples:
     root = pathlib.Path(config.data_dir)
     classes = _read_classes(root / "classes.txt")
-    images = _by_stem(root / split / "images", SUFFIXES)
+    images = by_stem(root / split / "images", SUFFIXES)
     folder = root / split / "labels"
-    labels = _by_stem(folder, {".png"})
+    labels = by_stem(folder, {".png"})
     if surplus := sorted(labels.keys() - images.keys()):
         more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
         complain(f"{printable(str(labels[surplus[0]]))}{more}: left out, there is no image of this name")
-    pairs = [(path, labels.get(stem, folder / f"{stem}.png")) for stem, path in images.items()]
-    return _open_files(config, classes, pairs, root / split)
+    reader = LabelReader(config.label_values, config.ignore_value, len(classes))
+    pairs = [(path, LabelFile(labels.get(stem, folder / f"{stem}.png"), path, reader)) for stem, path in images.items()]
+    return open_pairs(config, classes, pairs, root / split)
 
 
-def open_voc(config: DataConfig, split: str) -> Examples:
-    data_dir = pathlib.Path(config.data_dir)
-    roots = [path.parent for start in ("", "VOC*/", "VOCdevkit/VOC*/") for path in data_dir.glob(f"{start}JPEGImages")]
-    if len(roots) != 1:
-        found = ", ".join(str(root) for root in roots) or "none"
-        raise DataError(f"{data_dir}: must be or contain exactly one VOC year with a JPEGImages folder, found {found}")
-    split_file = roots[0] / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not split_file.is_file():
-        raise DataError(f"{split_file}: the list of images of split {split!r} is missing")
-    pairs, lines = [], {}
-    for line in _read_lines(split_file):
-        pairs.append(_listed(line, roots[0], split_file))
-        other = lines.setdefault(pairs[-1][0].stem, line)
-        if len(lines) < len(pairs):
-            raise DataError(f"{printable(str(split_file))}: must list each image once, got {other!r} and {line!r}")
-    if not pairs:
-        raise DataError(f"{split_file}: the split has no images")
-    return _open_files(config, VOC_CLASSES, pairs, split_file)
-
-
-def _listed(line: str, root: pathlib.Path, split_file: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Image and label of a line of an ImageSets list: a name, or paths inside the VOC year, as lists of SBD's `train_aug` hold them."""
-    words = line.split()
-    if len(words) == 1 or (root / "JPEGImages" / f"{line}.jpg").is_file():
-        words = [line]
-    is_path = ["/" in word or pathlib.Path(word).suffix.lower() in SUFFIXES for word in words]
-    if len(words) > 2 or (len(words) == 2 and not all(is_path)):
-        raise DataError(f"{printable(str(split_file))}: each line must be {_COLUMNS}, got {line!r}")
-    if not is_path[0]:
-        return root / "JPEGImages" / f"{line}.jpg", root / "SegmentationClass" / f"{line}.png"
-    paths = [root / word.lstrip("/") if "/" in word else root / "JPEGImages" / word for word in words]
-    return paths[0], paths[1] if len(paths) == 2 else root / "SegmentationClass" / f"{paths[0].stem}.png"
-
-
-def _read_lines(path: pathlib.Path) -> list[str]:
+def read_lines(path: pathlib.Path) -> list[str]:
     """The lines of a text file that are not blank. UTF-8, or UTF-16 with a byte order mark, as Windows' editors write them."""
     content = path.read_bytes()
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
@@ -89,13 +87,13 @@ def _read_lines(path: pathlib.Path) -> list[str]:
 def _read_classes(path: pathlib.Path) -> tuple[str, ...]:
     if not path.is_file():
         raise DataError(f"{path}: missing; it must list the class names, one a line, in the order of the label values")
-    classes = tuple(_read_lines(path))
+    classes = tuple(read_lines(path))
     if not 2 <= len(set(classes)) == len(classes) <= IGNORE:
         raise DataError(f"{path}: must list 2 to {IGNORE} different class names, got {len(classes)}, {len(set(classes))} of them different")
     return classes
 
 
-def _by_stem(folder: pathlib.Path, suffixes: set[str]) -> dict[str, pathlib.Path]:
+def by_stem(folder: pathlib.Path, suffixes: set[str]) -> dict[str, pathlib.Path]:
     """The files of a folder by their names without suffix, which must be different."""
     if not folder.is_dir():
         raise DataError(f"{printable(str(folder))}: folder is missing")
@@ -110,16 +108,21 @@ def _by_stem(folder: pathlib.Path, suffixes: set[str]) -> dict[str, pathlib.Path
     return found
 
 
-def _open_files(
-    config: DataConfig, classes: Sequence[str], pairs: list[tuple[pathlib.Path, pathlib.Path]], split: pathlib.Path
-) -> Examples:
-    """Checks every (image, label) pair of files, counting class pixels on the way."""
+def open_pairs(config: DataConfig, classes: Sequence[str], pairs: Sequence[tuple[pathlib.Path, Label]], where: pathlib.Path) -> Examples:
+    """Checks every pair of an image file and its label, counting class pixels on the way; `where` is what names them."""
+    if not pairs:
+        raise DataError(f"{printable(str(where))}: the split has no images")
+    paths: dict[str, pathlib.Path] = {}
+    for path, _ in pairs:
+        if path.stem in paths:
+            twice = f"{printable(str(paths[path.stem]))} and {printable(str(path))}"
+            raise DataError(f"{printable(str(where))}: must hold each name once, got {twice}")
+        paths[path.stem] = path
     info = DatasetInfo(config.source, tuple(classes))
-    reader = LabelReader(config, info.num_classes)
     counts = np.zeros(info.num_classes, np.int64)
     problems = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, Bar(f"checking {split.stem}", len(pairs), "label") as bar:
-        for result in pool.map(lambda pair: _check_pair(*pair, reader, info.num_classes), pairs):
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, Bar(f"checking {where.stem}", len(pairs), "label") as bar:
+        for result in pool.map(lambda pair: _check_pair(*pair, info.num_classes), pairs):
             if isinstance(result, Exception):
                 problems.append(str(result))
             else:
@@ -128,42 +131,38 @@ def _open_files(
     if problems:
         raise DataError(first_few(problems))
     if not counts.any():
-        ignored = f"; data.ignore_value is {config.ignore_value}, data.label_values tells what label files mean"
-        raise DataError(f"{printable(str(split))}: must hold labelled pixels, got none in {len(pairs)} labels{ignored}")
+        told = f"; data.ignore_value is {config.ignore_value}, data.label_values tells what label files mean"
+        hint = told if config.source in OWN_LABELS else "; those of a test split may be kept back"
+        raise DataError(f"{printable(str(where))}: must hold labelled pixels, got none in {len(pairs)} labels{hint}")
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray]:
-        image_path, label_path = pairs[index]
+        path, label = pairs[index]
         try:
-            image, label = read_photo(image_path), reader.read(label_path)
+            image, pixels = read_photo(path), label.read()
         except UnreadableError as error:
             raise DataError(str(error)) from error
-        _check_sizes(image.shape[:2], label, label_path)
-        return image, label
+        _check_sizes(image.shape[:2], pixels, label)
+        return image, pixels
 
     def content(index: int) -> list[bytes]:
-        return [path.read_bytes() for path in pairs[index]]
+        path, label = pairs[index]
+        return [path.read_bytes(), label.content()]
 
     # Names that are not UTF-8, or hold line breaks, are shown with escapes: they go into logs, tables and files of text.
-    names = [path.stem if path.stem.isprintable() else path.stem.encode("unicode_escape").decode() for path, _ in pairs]
+    names = [stem if stem.isprintable() else stem.encode("unicode_escape").decode() for stem in paths]
     return Examples(info, names, read, class_pixels=counts, content=content)
 
 
-def _check_pair(image_path: pathlib.Path, label_path: pathlib.Path, reader: LabelReader, num_classes: int) -> np.ndarray | ValueError:
+def _check_pair(path: pathlib.Path, label: Label, num_classes: int) -> np.ndarray | ValueError:
     """Returns the pixels per class, int64 [C], or what is wrong with the pair. Decodes the label, of the image only the header."""
     try:
-        if not label_path.is_file():
-            others = [path.name for path in sorted(label_path.parent.glob("*.*")) if path.stem == label_path.stem]
-            hint = f"; there is {others[0]}, labels must be PNG" if others else ""
-            raise DataError(f"{printable(str(label_path))}: the label of {printable(str(image_path))} is missing{printable(hint)}")
-        size = photo_size(image_path)
-        label = reader.read(label_path)
-        _check_sizes(size, label, label_path)
-        return np.bincount(label.ravel(), minlength=256)[:num_classes]
+        pixels = label.read()
+        _check_sizes(photo_size(path), pixels, label)
+        return np.bincount(pixels.ravel(), minlength=256)[:num_classes]
     except (DataError, UnreadableError) as error:
         return error
 
 
-def _check_sizes(size: tuple[int, int], label: np.ndarray, path: pathlib.Path) -> None:
-    (height, width), received = size, f"{label.shape[0]}x{label.shape[1]}"
-    if label.shape != (height, width):
-        raise DataError(f"{printable(str(path))}: must be as large as its image, {height}x{width}, got {received}")
+def _check_sizes(size: tuple[int, int], pixels: np.ndarray, label: Label) -> None:
+    if pixels.shape != tuple(size):
+        raise DataError(f"{label}: must be as large as its image, {size[0]}x{size[1]}, got {pixels.shape[0]}x{pixels.shape[1]}")

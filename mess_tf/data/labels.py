@@ -1,13 +1,13 @@
 """What label files hold: values or colours to classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from mess_runtime.files import printable
 from mess_runtime.images import opened, upright
-from mess_tf.configs import IGNORE, DataConfig, parse_label_values
+from mess_tf.configs import IGNORE, parse_label_values
 from mess_tf.data.examples import DataError
 
 INVALID = -1  # in a label table: a stored value that must not occur
@@ -16,24 +16,24 @@ _SHOWN_VALUES = 10
 
 
 class LabelReader:
-    """Reads label files as `data.label_values` and `data.ignore_value` say.
+    """Reads label files as `data.label_values`, or those of a published data set, and `data.ignore_value` say.
 
     Raises:
       DataError: these two do not fit the classes.
     """
 
-    def __init__(self, config: DataConfig, num_classes: int):
-        values = parse_label_values(config.label_values) or {value: value for value in range(num_classes)}
+    def __init__(self, label_values: str | Mapping[str, int], ignore_value: int, num_classes: int):
+        values = parse_label_values(label_values) or {value: value for value in range(num_classes)}
         classes = sorted({value for value in values.values() if value != IGNORE})
         if classes and classes[-1] >= num_classes:
             raise DataError(f"data.label_values: must lead to the {num_classes} classes of the data or {IGNORE}, got {classes[-1]}")
-        if not config.label_values and not num_classes <= config.ignore_value <= 255:
-            raise DataError(f"data.ignore_value: must be above the {num_classes} classes and at most 255, got {config.ignore_value}")
+        if not label_values and not num_classes <= ignore_value <= 255:
+            raise DataError(f"data.ignore_value: must be above the {num_classes} classes and at most 255, got {ignore_value}")
         self._in_colours = isinstance(next(iter(values)), tuple)
         if self._in_colours:
             values = {int.from_bytes(bytes(colour)): value for colour, value in values.items()}
         else:
-            values = {config.ignore_value: IGNORE} | values
+            values = {ignore_value: IGNORE} | values
         self._table = np.full(2**24 if self._in_colours else 2**16, INVALID, np.int16)
         self._table[list(values)] = list(values.values())
 

@@ -3,11 +3,15 @@
 import difflib
 
 from mess_runtime.terminal import complain
-from mess_tf.configs import DataConfig
+from mess_tf.configs import FILE_SOURCES, DataConfig
+from mess_tf.data.coco import open_coco21
 from mess_tf.data.examples import DataError, Examples
-from mess_tf.data.files import open_folder, open_voc
+from mess_tf.data.files import open_folder
+from mess_tf.data.layouts import LAYOUTS, open_layout
 from mess_tf.data.synthetic import open_synthetic
 from mess_tf.data.tfds import TFDS, open_tfds
+
+_OPEN = {"synthetic": open_synthetic, "folder": open_folder, "coco21": open_coco21} | dict.fromkeys(LAYOUTS, open_layout)
 
 
 def open_split(config: DataConfig, split: str) -> Examples:
@@ -22,17 +26,13 @@ def open_split(config: DataConfig, split: str) -> Examples:
         class nor ignored, or an empty split. Lists the first few problems, each with its file.
     """
     source, _, name = config.source.partition(":")
-    if config.source in ("folder", "voc") and not config.data_dir:
+    if config.source in FILE_SOURCES and not config.data_dir:
         raise DataError(f"data.data_dir: must be the root folder of the {config.source!r} source, got ''")
-    if config.source == "synthetic":
-        return open_synthetic(config, split)
-    if config.source == "folder":
-        return open_folder(config, split)
-    if config.source == "voc":
-        return open_voc(config, split)
+    if config.source in _OPEN:
+        return _OPEN[config.source](config, split)
     if source == "tfds":
         return open_tfds(config, name, split)
-    known = ["synthetic", "folder", "voc", *(f"tfds:{name}" for name in TFDS)]
+    known = [*_OPEN, *(f"tfds:{name}" for name in TFDS)]
     nearest = difflib.get_close_matches(config.source, known, cutoff=0.3) or known
     raise DataError(f"data.source: must be a known source (nearest: {', '.join(nearest)}), got {config.source!r}")
 

@@ -4,15 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from mess_tf.configs import IGNORE, DataConfig
+from mess_tf.configs import CITYSCAPES_IDS, IGNORE, DataConfig
 from mess_tf.data.examples import DataError, DatasetInfo, Examples
 from mess_tf.data.labels import INVALID, apply_table
-
-_CITYSCAPES = {
-    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign",
-    21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
-    32: "motorcycle", 33: "bicycle",
-}  # fmt: skip
+from mess_tf.data.layouts import CITYSCAPES_CLASSES, PET_CLASSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +22,10 @@ class _TfdsSource:
 
 
 TFDS = {
-    "oxford_iiit_pet": _TfdsSource("image", "segmentation_mask", {1: "foreground", 2: "background", 3: "border"}),
-    "cityscapes/semantic_segmentation": _TfdsSource("image_left", "segmentation_label", _CITYSCAPES, others=IGNORE),
+    "oxford_iiit_pet": _TfdsSource("image", "segmentation_mask", dict(enumerate(PET_CLASSES, 1))),
+    "cityscapes/semantic_segmentation": _TfdsSource(
+        "image_left", "segmentation_label", dict(zip(CITYSCAPES_IDS, CITYSCAPES_CLASSES, strict=True)), others=IGNORE
+    ),
     # The red channel of the instance annotation, which is what this data set holds: numbered object categories, 0 elsewhere.
     "scene_parse150": _TfdsSource("image", "annotation", {i: f"category {i}" for i in range(1, 151)}, ignored=(0,)),
 }

@@ -11,12 +11,14 @@ import json
 import numpy as np
 import pytest
 from mutations import mutated_bytes, mutated_json
+from test_datasets import coco_document
 
 from android_bench import adb, benchmark_model, session
 from benchmarks.paper_space import drawn_stats
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import Manifest, read_json
 from mess_tf import configs
+from mess_tf.data import coco
 from mess_tf.files import Deployment, Objective, Stats, read_arrays
 from mess_tf.optimise.search import search
 from mess_tf.optimise.space import macs_costs
@@ -47,10 +49,14 @@ def documents(request):
         "deployment.json": (encoded(deployment), Deployment.load),
         "config.json": (configs.to_json(configs.RECIPES["smoke"]).encode(), lambda path: configs.load_config(str(path.parent))),
         "latency.runs.json": (encoded(session.RunLog({}, (), ())), lambda path: read_json(path, session.RunLog.from_json)),
+        "instances.json": (
+            json.dumps(coco_document()).encode(),
+            lambda path: [objects.read() for _, objects in coco.read_objects(path, training=False)],
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "latency.json", "deployment.json", "config.json", "latency.runs.json"])
+@pytest.mark.parametrize("name", ["manifest.json", "latency.json", "deployment.json", "config.json", "latency.runs.json", "instances.json"])
 def test_json(fuzz, documents, tmp_path, name):
     content, read = documents[name]
     path = tmp_path / name
