@@ -15,6 +15,9 @@ are there.
 * WORKDIR/examples/: some validation images to try them on
 
 Both take --precision=fp32|fp16|int8. Every file is checked before it is kept.
+
+`--target=web --output=FOLDER` writes what another runtime takes, beside the bundle of `--deployment`, or of one that is there,
+`--bundle=FOLDER`: see `mess_tf.targets`. LiteRT.js comes from npm, or from `--litertjs=FOLDER`, what `npm pack` wrote.
 """
 
 import dataclasses
@@ -40,8 +43,11 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, load_network, trained_weights, weights_sha256
 from mess_tf.network.originals import define_flags
+from mess_tf.targets import web
 
 CANDIDATES, WEIGHTS = "candidates", "weights.sha256"
+TARGETS = ("web",)
+OF_NETWORK = "workdir data_dir precision float_operations fidelity input resize extra_signatures verify measure"
 EXAMPLES = 8
 CALIBRATION_IMAGES = 64
 
@@ -197,25 +203,43 @@ def is_bundled(workdir: str | os.PathLike, deployment: str | os.PathLike) -> boo
 
 
 def main() -> None:
-    terminal.check_left_out(FLAGS.candidates, "input resize measure extra_signatures verify", "with --candidates")
+    given = [name for name in ("--candidates", "--deployment", "--bundle") if flags.FLAGS[name[2:]].value]
+    bundles.check(len(given) == 1, "arguments", "one of --candidates, --deployment=FILE and --bundle=FOLDER", " ".join(given))
+    bundles.check(bool(FLAGS.bundle or FLAGS.workdir), "--workdir", f"given with {given[0]}", FLAGS.workdir)
+    terminal.check_left_out(bool(FLAGS.bundle), OF_NETWORK, "with --bundle")
+    terminal.check_left_out(FLAGS.candidates, "input resize measure extra_signatures verify target", "with --candidates")
     terminal.check_left_out(FLAGS.precision != INT8, "float_operations", f"without --precision={INT8}")
-    given = [name for name in ("--candidates", "--deployment") if flags.FLAGS[name[2:]].value]
-    bundles.check(len(given) == 1, "arguments", "either --candidates or --deployment=FILE", " ".join(given))
+    terminal.check_left_out(not FLAGS.target, "output litertjs", "without --target")
+    bundles.check(bool(FLAGS.target or not FLAGS.bundle), "--target", f"one of {', '.join(TARGETS)} with --bundle", FLAGS.target)
+    bundles.check(bool(FLAGS.output or not FLAGS.target), "--output", "given with --target", FLAGS.output)
     options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)
     if FLAGS.candidates:
         print(run_candidates(FLAGS.workdir, FLAGS.data_dir, options))
-    else:
+        return
+    output, litertjs = Path(FLAGS.output), Path(FLAGS.litertjs) if FLAGS.litertjs else None
+    if FLAGS.target:
+        web.check(output, litertjs)
+    bundle = FLAGS.bundle
+    if FLAGS.deployment:
         how = (FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures, FLAGS.verify)
-        print(run_deployment(FLAGS.workdir, FLAGS.deployment, FLAGS.data_dir, options, *how))
+        bundle = run_deployment(FLAGS.workdir, FLAGS.deployment, FLAGS.data_dir, options, *how)
+        print(bundle)
+    if FLAGS.target:
+        web.write(bundles.Bundle.load(bundle), output, litertjs)
+        print(output)
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     define_flags()
-    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_string("workdir", None, "folder of a training, unless there is a bundle")
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_bool("candidates", False, "export everything that can be chosen, to measure it")
     flags.DEFINE_string("deployment", "", "deployment.json of the search, to export its bundle")
+    flags.DEFINE_string("bundle", "", "folder of a bundle, to write what --target names")
+    flags.DEFINE_enum("target", None, TARGETS, "another runtime that the bundle is made ready for: web, a folder for any web server")
+    flags.DEFINE_string("output", "", "folder of the target")
+    flags.DEFINE_string("litertjs", "", "with --target=web: folder with the packages of LiteRT.js; by default npm fetches them")
     flags.DEFINE_enum("precision", FP32, PRECISIONS, "of weights and, with int8, of activations")
     flags.DEFINE_list(
         "float_operations", [], "with int8: patterns of the tensors whose operations stay in float32, see benchmarks/precision.py"

@@ -105,7 +105,7 @@ def check_command(words: list[str]) -> None:
     if rest[0] == "-m":
         path, rest = source_of(rest[1]), rest[2:]
         if not path:
-            assert words[2] in ("pytest", "venv"), words  # others' commands
+            assert words[2] in ("http.server", "pytest", "venv"), words  # others' commands
             return
     else:
         path, rest = REPOSITORY / rest[0], rest[1:]

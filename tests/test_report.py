@@ -5,15 +5,13 @@ import dataclasses
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 
+import browsers
 import keras
 import numpy as np
 import pytest
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -270,32 +268,15 @@ def test_latencies_of_a_search_in_macs_are_an_error(workdir):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium without a window."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("needs a browser: Debian packages chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options, Service(driver))
+    started = browsers.start()
     yield started
     started.quit()
-
-
-def show(browser, page: Path, width: int, dark: bool) -> None:
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    browser.get(page.as_uri())
 
 
 @pytest.fixture
 def opened(browser, page):
     """The page, freshly opened; whatever its script does, the browser has nothing to complain of."""
-    show(browser, page, width=1200, dark=False)
+    browsers.show(browser, page.as_uri(), width=1200, dark=False)
     yield browser
     assert browser.get_log("browser") == []
 
@@ -390,7 +371,7 @@ def test_viewer_steps_through_images_and_exits(opened, drawn):
 def test_dark_and_light_at_any_width(opened, page, width):
     backgrounds = set()
     for dark in (False, True):
-        show(opened, page, width, dark)
+        browsers.show(opened, page.as_uri(), width, dark)
         assert opened.execute_script("const page = document.documentElement; return page.scrollWidth <= page.clientWidth")
         backgrounds.add(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
         assert opened.find_elements(By.CSS_SELECTOR, "#front-chart circle.head")

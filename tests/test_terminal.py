@@ -337,6 +337,7 @@ def test_wrong_arguments_are_one_line(command, tmp_path, monkeypatch, words, lin
 
 
 LEFT_OUT = "must be left out"
+NOT_OURS = "must be a folder that is new, empty or of an earlier export, with litertjs in it"
 NO_FOLDER = "must be a file in a folder that exists and can be written to, got 'no/where.npz'"
 
 
@@ -371,7 +372,11 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("search", ["--max_cost=1", "--output=no/where.npz"], f"--output: {NO_FOLDER}"),
         ("export_tflite", ["--candidates", "--nomeasure"], f"--measure: {LEFT_OUT} with --candidates, got False"),
         ("export_tflite", ["--candidates", "--float_operations=a"], f"--float_operations: {LEFT_OUT} without --precision=int8, got ['a']"),
-        ("export_tflite", [], "arguments: must be either --candidates or --deployment=FILE, got ''"),
+        ("export_tflite", [], "arguments: must be one of --candidates, --deployment=FILE and --bundle=FOLDER, got ''"),
+        ("export_tflite", ["--bundle=B"], f"--workdir: {LEFT_OUT} with --bundle, got 'W'"),
+        ("export_tflite", ["--deployment=D", "--output=O"], f"--output: {LEFT_OUT} without --target, got 'O'"),
+        ("export_tflite", ["--deployment=D", "--target=web"], "--output: must be given with --target, got ''"),
+        ("export_tflite", ["--deployment=D", "--target=web", "--output=W"], f"--output: {NOT_OURS}, got 'W'"),
         ("calibrate", ["--theta_pix=0.9,0.5"], "theta_pix: must be increasing numbers in [0, 1], got [0.9, 0.5]"),
         ("calibrate", ["--theta_pix=high"], "--theta_pix: must be numbers with commas between, got 'high'"),
         ("evaluate", ["--data_dir=D"], f"--data_dir: {LEFT_OUT} with synthetic data, got 'D'"),

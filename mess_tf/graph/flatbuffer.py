@@ -216,6 +216,33 @@ def with_cuts(graph: Graph) -> Graph:
     return Graph(graph.inputs, graph.outputs, operations)
 
 
+def with_float_ends(graph: Graph) -> Graph:
+    """A graph that takes and hands out float32 where it was int8, with the same values, for runtimes whose buffers know no int8."""
+
+    def as_float(tensor: Tensor) -> Tensor:
+        description = copy.copy(tensor.description)
+        description.type, description.quantization = FLOAT32, None
+        return Tensor(description, None)
+
+    def conversion(builtin: int, version: int, source: Tensor, result: Tensor) -> Operation:
+        code = schema.OperatorCodeT()
+        code.builtinCode = code.deprecatedBuiltinCode = builtin
+        code.version = version
+        return Operation(schema.OperatorT(), code, [source], [result])
+
+    inputs, outputs = dict(graph.inputs), dict(graph.outputs)
+    before, behind = [], []
+    for name, tensor in graph.inputs.items():
+        if tensor.description.type == INT8:
+            inputs[name] = as_float(tensor)
+            before.append(conversion(OPERATORS.QUANTIZE, 1, inputs[name], tensor))
+    for name, tensor in graph.outputs.items():
+        if tensor.description.type == INT8:
+            outputs[name] = as_float(tensor)
+            behind.append(conversion(OPERATORS.DEQUANTIZE, 2, tensor, outputs[name]))
+    return Graph(inputs, outputs, [*before, *graph.operations, *behind])
+
+
 def _reshape(source: Tensor, result: Tensor) -> Operation:
     shape, description, code, options = schema.TensorT(), schema.OperatorT(), schema.OperatorCodeT(), schema.ReshapeOptionsT()
     shape.name, shape.type, shape.shape = b"shape", schema.TensorType.INT32, [len(result.shape)]

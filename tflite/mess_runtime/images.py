@@ -162,7 +162,7 @@ def fit(image: np.ndarray, input_size: tuple[int, int], resize: str) -> np.ndarr
 
     Reductions are antialiased: a new pixel is the mean of the old ones around its centre, their weights falling linearly to 0 at a distance
     of max(1, reduction), across the width first, then across the height, each rounded to whole values (Pillow's BILINEAR; weights in units
-    of 2**-22). `tflite/examples` has the same in other languages.
+    of 2**-22). `tflite/examples` has the same in other languages, `mess_tf/pages/mess.js` in JavaScript.
     """
     if image.shape[:2] == tuple(input_size):
         return image

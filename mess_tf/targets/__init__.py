@@ -1,0 +1,1 @@
+"""Targets: what other runtimes than `mess_runtime` take, made of a bundle."""
