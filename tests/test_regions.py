@@ -7,6 +7,9 @@ import tensorflow as tf
 from small_network import small_network
 
 from mess_tf.configs import BackboneConfig, HeadSpec
+from mess_tf.graph import flatbuffer
+from mess_tf.graph.conversion import FP32, PRECISIONS, ExportError
+from mess_tf.graph.regions import budgets, check_segment, segment_graph
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.layers import BatchNormalization
 from mess_tf.network.model import FINAL, MultiExitNetwork, convert
@@ -176,3 +179,24 @@ def test_what_cannot_be_done_is_named():
     network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
     with pytest.raises(ValueError, match=r"must have a block that adds its own input, after what it reads \(stem\), got \['plain'\]"):
         segment_of(network, 1, STALE)
+
+
+def filters(graph: flatbuffer.Graph) -> set[bytes]:
+    """The weights of convolutions, which have four axes in the file too."""
+    constants = [tensor for operation in graph.operations for tensor in operation.inputs if tensor and tensor.content is not None]
+    return {bytes(tensor.content) for tensor in constants if len(tensor.shape) == 4}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_export_shares_the_weights_of_the_dense_segment(networks, precision):
+    network = networks("bottleneck")
+    tensors = {name: value.numpy() for name, value in features(network)[0].items()}
+    segment = segment_of(network, 2, NEAREST)
+    assert budgets(segment) == [2, 3, 6, 12]
+    graphs = {budget: segment_graph(segment, budget, precision, [tensors]) for budget in (3, 12)}
+    for budget, graph in graphs.items():
+        content = flatbuffer.write({"serve": graph}, precision != FP32)
+        check_segment(segment, budget, content, tensors, precision)
+    assert filters(graphs[3]) == filters(graphs[12])
+    with pytest.raises(ExportError, match="differs from Keras"):
+        check_segment(segment, 2, flatbuffer.write({"serve": graphs[3]}), tensors)

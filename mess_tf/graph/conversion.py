@@ -19,6 +19,7 @@ FP32, FP16, INT8 = PRECISIONS = bundles.PRECISIONS
 # Of float tensors, relative to the largest value; pixels whose two best classes are nearer than this may differ. int8 is judged by mIoU.
 TOLERANCE = {FP32: 1e-4, FP16: 3e-2}
 
+Inputs = Mapping[str, tuple[int, ...] | tf.TensorSpec]  # a shape is of float32
 Function = Callable[..., Mapping[str, tf.Tensor]]
 Tensors = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -30,7 +31,7 @@ class ExportError(RuntimeError):
 
 def convert(
     function: Function,
-    inputs: Mapping[str, tuple[int, ...]],
+    inputs: Inputs,
     precision: str = FP32,
     samples: Callable[[], Iterator[Tensors]] | None = None,
     float_operations: Sequence[str] = (),
@@ -38,8 +39,8 @@ def convert(
     """Converts a function to a graph with static shapes and builtin ops only.
 
     Args:
-      function: takes float32 tensors by name, returns a dict of tensors.
-      inputs: name to shape.
+      function: takes tensors by name, returns a dict of tensors.
+      inputs: name to shape, of float32, or to type and shape.
       precision: `fp32`; `fp16`: weights of half the size; `int8`: weights and activations, float32 in and out.
       samples: for int8: gives the inputs that the ranges of activations are taken from.
       float_operations: for int8: patterns (`*block4c_expand*`) of the tensors whose operations stay in float32 too, see `_in_float`.
@@ -89,10 +90,13 @@ def _in_float(graph: flatbuffer.Graph, patterns: Sequence[str]) -> list[str]:
 
 
 def converter_of(
-    function: Function, inputs: Mapping[str, tuple[int, ...]], precision: str, samples: Callable[[], Iterator[Tensors]] | None
+    function: Function, inputs: Inputs, precision: str, samples: Callable[[], Iterator[Tensors]] | None
 ) -> tuple[tf.lite.TFLiteConverter, list[str]]:
     """A converter, and the names of the outputs in its order."""
-    specs = {name: tf.TensorSpec(shape, tf.float32, name=name) for name, shape in inputs.items()}
+    specs = {
+        name: tf.TensorSpec(*((each.shape, each.dtype) if isinstance(each, tf.TensorSpec) else (each, tf.float32)), name=name)
+        for name, each in inputs.items()
+    }
     concrete = tf.function(lambda **tensors: function(**tensors), autograph=False).get_concrete_function(**specs)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]

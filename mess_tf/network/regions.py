@@ -249,10 +249,16 @@ class ActiveSegment:
             if node.name in sums and where == _KEPT:
                 made = tf.where(active, made, values[sums[node.name]])
             values[node.name] = made
-        return {
-            ("logits" if name == self._logits else name): fill(values[name]) if self._where[name] == _LISTED else values[name]
-            for name in (self._logits, *self.outputs)
-        }
+        results = (self._logits, *self.outputs)
+        return self._results({name: fill(values[name]) if self._where[name] == _LISTED else values[name] for name in results})
+
+    def dense(self, tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Computes the same with every cell active: the network itself."""
+        values = {name: tensors[name] for name in self.inputs}
+        for node in self._nodes:
+            if node.name not in values:
+                values[node.name] = _call(node, values, False)
+        return self._results(values)
 
     def gathered(self, tensors: Mapping[str, tf.Tensor], cells: tf.Tensor) -> dict[str, tf.Tensor]:
         """Computes the same for one image at active positions only, of builtin TFLite operations.
@@ -281,7 +287,10 @@ class ActiveSegment:
                     kept = source.kept if source.kept is not None else source.whole
                 made = _Value(places, rows=rows, kept=kept)
             values[name] = made
-        return {("logits" if name == self._logits else name): values[name].whole for name in (self._logits, *self.outputs)}
+        return self._results({name: values[name].whole for name in (self._logits, *self.outputs)})
+
+    def _results(self, values: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {"logits": values[self._logits]} | {name: values[name] for name in self.outputs}
 
     def _positions(self, active: tf.Tensor) -> tf.Tensor:
         """[B, rows, columns] of cells to [B, h, w, 1] of positions."""
