@@ -5,15 +5,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import commands
 import keras
 import numpy as np
 import pytest
-from small_network import small_network
+from small_network import FEW_BLOCKS, small_network
 
 from android_bench import __main__ as android
 from mess_runtime import benchmark
@@ -25,7 +24,6 @@ from mess_tf.files import Asked, Deployment, Stats
 from mess_tf.network.model import best_weights
 from mess_tf.pipeline import STEPS, Pipeline, StepError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 ASKED = Asked(cost_share=0.9)
 OVERRIDES = (
     "backbone.name=keras_file",
@@ -53,7 +51,7 @@ def steady_latencies():
 def model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "small.keras"
     keras.utils.set_random_seed(0)
-    small_network(len(SYNTHETIC_CLASSES)).save(path)
+    small_network(len(SYNTHETIC_CLASSES), FEW_BLOCKS).save(path)
     return path
 
 
@@ -196,7 +194,7 @@ def test_other_weights_are_exported_again(again):
 
 def test_a_training_made_from_something_else_is_an_error(again, made, model, tmp_path):
     other = tmp_path / "other.keras"
-    small_network(len(SYNTHETIC_CLASSES)).save(other)
+    small_network(len(SYNTHETIC_CLASSES), FEW_BLOCKS).save(other)
     config = train.resolve_config(again.workdir, "", "", "", [])
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights=str(other)))
     with pytest.raises(StepError, match=r"^train: workdir: must be another folder, since what was trained here was made from another"):
@@ -281,15 +279,15 @@ def test_killed_it_ends_with_the_same_files(made, model, tmp_path, capsys):
     workdir = tmp_path / "work"
     shutil.copytree(made, workdir, symlinks=True)
     shutil.rmtree(workdir / "candidates")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
-    words = [sys.executable, "-m", "mess_tf.pipeline", f"--workdir={workdir}", "--cost_share=0.9", "--recipe=smoke"]
+    words = [f"--workdir={workdir}", "--cost_share=0.9", "--recipe=smoke"]
     words += [f"--set={override}" for override in (*OVERRIDES, f"backbone.weights={model}")]
-    with open(tmp_path / "output.txt", "w") as output:
-        process = subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    while process.poll() is None and not [*workdir.glob("candidates/head.*")]:
+    output = tmp_path / "output.txt"
+    process = commands.start("mess_tf.pipeline", *words, stdout=output, stderr=output)
+    while process.is_alive() and not [*workdir.glob("candidates/head.*")]:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, output.read_text()
     assert not (workdir / "candidates" / "weights.sha256").exists()
     (workdir / "candidates" / f".head.final.original.tflite.{process.pid}.tmp").write_bytes(b"half")
     capsys.readouterr()

@@ -14,7 +14,7 @@ from pathlib import Path
 import commands
 import pytest
 from absl import flags
-from small_network import small_network
+from small_network import FEW_BLOCKS, small_network
 
 from mess_runtime import terminal
 from mess_runtime.files import locked
@@ -86,7 +86,7 @@ def outputs(tmp_path_factory):
     """All that every command prints, from training to masks, by a name for each; and the work folder."""
     work = tmp_path_factory.mktemp("every") / "work"
     model = work.with_name("small.keras")
-    small_network(len(SYNTHETIC_CLASSES)).save(model)
+    small_network(len(SYNTHETIC_CLASSES), FEW_BLOCKS).save(model)
     small = ["backbone.name=keras_file", f"backbone.weights={model}", "backbone.width=1", "data.input_size=[32, 64]"]
     small += ["data.synthetic_train=8", "data.synthetic_val=2", 'exits.heads=["fcn-r8-b0"]', "exits.count=2"]
     small += ["exits.plain_head=fcn-r8-b0", "stage1.epochs=1"]

@@ -2,20 +2,18 @@
 
 import dataclasses
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import commands
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import SINGLE_THREAD
 
 from mess_tf import configs, train
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec, StageConfig
@@ -31,7 +29,6 @@ from mess_tf.network.layers import BatchNormalization
 from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
 from mess_tf.rescale import rescale
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE, CLASSES = (32, 64), 8
 VAL_IMAGE_SIZE = (48, 96)  # images are brought to the input size
 HEADS = ("decoder-r4-b0", "fcn-r2-b0")
@@ -82,17 +79,13 @@ def last_checkpoint(workdir: Path, stage: str) -> int:
     return int(tf.train.latest_checkpoint(str(workdir / "checkpoints" / stage)).rsplit("-", 1)[1])
 
 
-def start(workdir: Path) -> subprocess.Popen:
-    """In a process of its own, as users do: the bits depend on what a process has built before."""
+def start(workdir: Path) -> BaseProcess:
+    """In a process of its own, as users do: the bits depend on what a process has built before, and threads could change them."""
     model = workdir.parent / "model.keras"
     if not model.exists():
         make_model().save(model)
-    overrides = (*OVERRIDES, f"backbone.weights={model}")
-    command = [sys.executable, "-m", "mess_tf.train", f"--workdir={workdir}", *(f"--set={override}" for override in overrides)]
-    environment = {name: value for name, value in os.environ.items() if name not in SINGLE_THREAD}  # threads are what could change the bits
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])
-    with open(workdir / "output.txt", "a") as output:
-        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    overrides = [f"--set={override}" for override in (*OVERRIDES, f"backbone.weights={model}")]
+    return commands.start("mess_tf.train", f"--workdir={workdir}", *overrides, stdout=workdir / "output.txt", stderr=workdir / "output.txt")
 
 
 @pytest.fixture
@@ -104,13 +97,15 @@ def unbroken_and_killed(tmp_path) -> tuple[Path, Path]:
     undisturbed = start(unbroken)
     for stage in STEPS:
         process = start(killed)
-        while process.poll() is None and 10 not in logged_steps(killed, stage):
+        while process.is_alive() and 10 not in logged_steps(killed, stage):
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, (killed / "output.txt").read_text()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (killed / "output.txt").read_text()
         assert 8 <= last_checkpoint(killed, stage) < STEPS[stage][-1]
     for workdir, process in ((killed, start(killed)), (unbroken, undisturbed)):
-        assert process.wait() == 0, (workdir / "output.txt").read_text()
+        process.join()
+        assert process.exitcode == 0, (workdir / "output.txt").read_text()
     return unbroken, killed
 
 
