@@ -88,7 +88,7 @@ class Exporter:
       fidelity: of the policy, see `policy.decide`.
       precision: of the network, see `convert`. In int8 the policy stays in floating point. What does so in files other than fp32 may be
         computed in float16, see `flatbuffer.write`.
-      samples: images float32 [1, H, W, 3] that int8 takes its ranges from.
+      images: the samples float32 [1, H, W, 3] that int8 takes its ranges from; without samples, one of noise.
       float_operations: see `convert`.
       shapes: see `tensor_shapes`.
     """
@@ -103,17 +103,17 @@ class Exporter:
         float_operations: Sequence[str] = (),
     ):
         self.network, self.size, self.fidelity, self.precision = network, size, fidelity, precision
-        self.images, self.float_operations = samples, float_operations
+        self.float_operations = float_operations
         self.shapes = tensor_shapes(network, size)
+        self.images = samples or [np.random.default_rng(0).uniform(0, 255, self.shapes[bundles.IMAGE]).astype(np.float32)]
 
     @functools.cached_property
     def samples(self) -> list[dict[str, np.ndarray]]:
-        """An image and all tensors that heads read, for each sample image; without sample images, of noise."""
+        """Each image and all tensors that heads read."""
         features_of = tf.function(self.network.features(self.network.candidates), autograph=False)
-        noise = np.random.default_rng(0).uniform(0, 255, self.shapes[bundles.IMAGE]).astype(np.float32)
         return [
             {bundles.IMAGE: image} | {name: tensor.numpy() for name, tensor in features_of(image, training=False).items()}
-            for image in self.images or [noise]
+            for image in self.images
         ]
 
     def converted(self, function: Function, names: Sequence[str], precision: str | None = None) -> flatbuffer.Graph:
@@ -121,14 +121,9 @@ class Exporter:
         shapes = {name: self.shapes[name] for name in names}
         return convert(function, shapes, precision or self.precision, lambda: iter(self.samples), self.float_operations)
 
-    @functools.cache  # noqa: B019
     def policy(self, height: int, width: int, thresholds: tuple[tuple[float, bool], ...]) -> flatbuffer.Graph:
         """The exit policy on logits of a size: `logits` to `mask` and, with thresholds, `confident_pixels`."""
-
-        def function(logits):
-            return policy.decide(logits, self.size, thresholds, self.fidelity)
-
-        return convert(function, {"logits": (1, height, width, self.network.num_classes)})
+        return _policy((1, height, width, self.network.num_classes), self.size, thresholds, self.fidelity)
 
     def content(self, signatures: Mapping[str, flatbuffer.Graph]) -> bytes:
         """The file of some graphs."""
@@ -149,7 +144,7 @@ class Exporter:
         with _named(f"prefix.{exit_name}"):
             content = self.save(folder / f"prefix.{exit_name}.tflite", graph)
             if self.precision in TOLERANCE:
-                inputs = {bundles.IMAGE: self.samples[0][bundles.IMAGE]}
+                inputs = {bundles.IMAGE: self.images[0]}
                 expected = {name: self.samples[0][name] for name in graph.outputs}
                 check_parity(content, inputs, expected, {}, TOLERANCE[self.precision])
         return graph
@@ -345,7 +340,7 @@ class Exporter:
     def _check_bundle(
         self, content: bytes, configuration: Configuration, everything: Mapping[str, flatbuffer.Graph], input_type: str
     ) -> None:
-        image = self.samples[0][bundles.IMAGE].round().astype(input_type)
+        image = self.images[0].round().astype(input_type)
         at_a_stretch = self.content({bundles.FULL: everything[bundles.FULL]})
         full = run_signature(at_a_stretch, {bundles.IMAGE: image})
         interpreter, tensors = Interpreter(model_content=content, num_threads=os.cpu_count()), {bundles.IMAGE: image}
@@ -360,10 +355,10 @@ class Exporter:
                 if not same or (name == bundles.MASK and not np.array_equal(mask, value)):
                     raise ExportError(f"{choice.exit}: {name} of the segments, of the exit alone and of everything at a stretch differ")
         if self.precision in TOLERANCE:
-            exits = {}
-            for choice in configuration.exits:
-                name = f"{choice.exit}.{choice.head}"
-                logits = self.network.submodel([name])(tf.constant(image, tf.float32), training=False)[name]
+            exits, names = {}, [f"{choice.exit}.{choice.head}" for choice in configuration.exits]
+            logits_of = self.network.submodel(names)(tf.constant(image, tf.float32), training=False)
+            for choice, name in zip(configuration.exits, names, strict=True):
+                logits = logits_of[name]
                 to_logits = self.content({bundles.SIGNATURE: everything[f"logits.{choice.exit}"]})
                 check_parity(to_logits, {bundles.IMAGE: image}, {"logits": logits.numpy()}, {}, TOLERANCE[self.precision])
                 thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
@@ -378,6 +373,14 @@ def _named(file: str) -> Iterator[None]:
         yield
     except ExportError as error:
         raise ExportError(f"{file}: {error}") from error
+
+
+@functools.cache
+def _policy(
+    logits: tuple[int, int, int, int], size: tuple[int, int], thresholds: tuple[tuple[float, bool], ...], fidelity: str
+) -> flatbuffer.Graph:
+    """`Exporter.policy` by the shape of the logits."""
+    return convert(lambda logits: policy.decide(logits, size, thresholds, fidelity), {"logits": logits})
 
 
 def _cast(pixels: tf.TensorSpec) -> flatbuffer.Graph:
