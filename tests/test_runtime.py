@@ -626,6 +626,35 @@ def test_a_file_with_several_signatures_is_refused(folder):
         benchmark.benchmark_file(folder / MODEL, runs=1, min_seconds=0.0)
 
 
+@pytest.mark.parametrize(
+    ("recorded", "there", "backend", "warning"),
+    [
+        ("xnnpack", True, "cpu", ""),
+        ("gpu", True, "gpu", ""),
+        ("gpu", False, "cpu", "on the CPU, as the backend gpu that the search chose is not there: no adapter"),
+        ("npu", True, "cpu", "on the CPU, as the backend npu that the search chose is not there: it is none of xnnpack, cpu, gpu"),
+    ],
+)
+def test_the_backend_that_the_search_chose_is_the_default(copy, images, monkeypatch, capsys, recorded, there, backend, warning):
+    real, asked = engines.CompiledEngine, []
+
+    def engine(path, threads, backend):
+        asked.append(backend)
+        if backend == "gpu" and not there:
+            raise ValueError("no adapter")
+        return real(path, threads)
+
+    monkeypatch.setattr(engines, "CompiledEngine", engine)
+    edit(copy, lambda value: value["predicted"].update(backend=recorded))
+    runner = Runner(Bundle.load(copy))
+    assert (runner.backend, asked[-1]) == (backend, backend) and runner.run(images[0]).exit in EXITS
+    assert warning in (err := capsys.readouterr().err) and bool(err) == bool(warning)
+    assert Runner(Bundle.load(copy), backend="cpu").backend == "cpu" and not capsys.readouterr().err
+    if not there:
+        with pytest.raises(ValueError, match="no adapter"):
+            Runner(Bundle.load(copy), backend="gpu")
+
+
 def test_the_exit_within_a_latency_budget(folder, row):
     manifest = Bundle.load(folder).manifest
     rows = [
@@ -640,6 +669,8 @@ def test_the_exit_within_a_latency_budget(folder, row):
         exit_within(manifest, rows, 1.9, 1)
     with pytest.raises(ValueError, match=r"at 2 threads on this device, got \"none of \['exit1', 'exit2', 'final'\]\""):
         exit_within(manifest, rows, 9.0, 2)
+    on_gpu = [dataclasses.replace(each, backend_requested="gpu", p50_ms=1.0) for each in rows]
+    assert [exit_within(manifest, [*rows, *on_gpu], 3.9, 1, backend) for backend in ("cpu", "gpu")] == ["exit1", "exit2"]
     others = [dataclasses.replace(each, device="another", p50_ms=1.0) for each in rows]
     assert exit_within(manifest, [*others, *rows], 3.9, 1) == "exit1"  # of two devices, this one
 

@@ -29,7 +29,7 @@ def _parser() -> terminal.ArgumentParser:
     )
     run.add_argument("--threads", type=int, default=1)
     run.add_argument("--engine", choices=("compiled", "interpreter"), help="default: the faster of those installed")
-    run.add_argument("--backend", choices=("cpu", "gpu"), default="cpu")
+    run.add_argument("--backend", choices=("cpu", "gpu"), help="default: the one that the search chose, if it is there")
     run.set_defaults(function=_run)
 
     verify = commands.add_parser(
@@ -73,10 +73,10 @@ def _run(arguments: argparse.Namespace) -> int:
     check(arguments.frames is None or arguments.frames > 0, "--frames", "at least 1", arguments.frames)
     writer = Writer(arguments.output, bundle.manifest.palette, arguments.overlay, [path for path, _ in sources])
     rows = read_json(arguments.latency, LatencyTable.from_json).rows if arguments.latency else ()
-    if arguments.backend != "cpu" and arguments.backend not in {each.backend for each in bundle.manifest.verified}:
-        command = f"python -m mess_runtime verify {arguments.bundle} --backend={arguments.backend}"
-        terminal.complain(f"mess_runtime: the manifest records no proof of the masks on {arguments.backend}: {command}")
     runner = Runner(bundle, arguments.threads, arguments.engine, rows, arguments.hold_latency, arguments.backend)
+    if runner.backend != "cpu" and runner.backend not in {each.backend for each in bundle.manifest.verified}:
+        command = f"python -m mess_runtime verify {arguments.bundle} --backend={runner.backend}"
+        terminal.complain(f"mess_runtime: the manifest records no proof of the masks on {runner.backend}: {command}")
     failures = 0
     for source, frames in sources:
         try:
@@ -152,7 +152,8 @@ def _describe(manifest: Manifest) -> str:
         f"setting    {manifest.setting}",
     ]
     if predicted is not None:
-        lines.append(f"predicted  mIoU {100 * predicted.miou:.2f} %, mean {predicted.cost.name} {predicted.cost.mean:.6g}")
+        on = f" on {predicted.backend}" if predicted.backend else ""
+        lines.append(f"predicted  mIoU {100 * predicted.miou:.2f} %, mean {predicted.cost.name} {predicted.cost.mean:.6g}{on}")
     table = [("exit", "head", "MMACs", "alone", "mIoU", "leave here", "theta_pix", "theta_img", "edge_aware")]
     rates = ["-"] * len(manifest.segments) if predicted is None else [f"{100 * rate:.1f}%" for rate in predicted.exit_rates]
     for segment, rate in zip(manifest.segments, rates, strict=True):

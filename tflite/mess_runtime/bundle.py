@@ -44,7 +44,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 INPUT_TYPES = ("float32", "uint8")
 Fidelity = Literal["exact", "low_confidence", "low"]
 RESIZES = ("stretch", "letterbox")
-OPTIONAL = ("verified",)  # keys that earlier manifests do not have
+OPTIONAL = ("backend", "verified")  # keys that earlier manifests do not have
 
 T = TypeVar("T")
 
@@ -118,11 +118,13 @@ class Predicted:
       miou: 0..1.
       cost: of an image.
       exit_rates: share of the images that leave at each segment.
+      backend: that the cost was measured on, as in latency.json; None where it was not measured.
     """
 
     miou: float
     cost: Cost
     exit_rates: tuple[float, ...]
+    backend: str | None = None
 
     def __post_init__(self):
         check(0 <= self.miou <= 1, "miou", "in [0, 1]", self.miou)

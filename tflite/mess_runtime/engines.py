@@ -35,6 +35,7 @@ except ModuleNotFoundError:
 MAX_THREADS = 256  # runtimes crash where the system has no more
 COMPILED, INTERPRETER = ENGINES = ("compiled", "interpreter")
 CPU, GPU = BACKENDS = ("cpu", "gpu")
+MEASURED = {"xnnpack": CPU, "cpu": CPU, "gpu": GPU}  # by the names of latency.json, those that are backends here
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from mess_runtime import terminal
 from mess_runtime.bundle import (
     ANYTIME,
     BUDGETED,
@@ -25,7 +26,7 @@ from mess_runtime.bundle import (
     check,
     segment_signature,
 )
-from mess_runtime.engines import CPU, MAX_THREADS, Tensor, open_engine
+from mess_runtime.engines import CPU, MAX_THREADS, MEASURED, CompiledEngine, InterpreterEngine, Tensor, open_engine
 from mess_runtime.images import fit, mask_at
 
 # The first run touches the memory, the second has a typical latency.
@@ -74,8 +75,29 @@ class Result(NamedTuple):
     latency_ms: float
 
 
+def _open(bundle: Bundle, threads: int, engine: str | None, backend: str | None) -> tuple[str, CompiledEngine | InterpreterEngine]:
+    """An engine and its backend: as asked for, or that of the manifest if this machine has it."""
+    predicted = bundle.manifest.predicted
+    recorded = predicted.backend if backend is None and predicted else None
+    wanted = backend or MEASURED.get(recorded or CPU)
+    try:
+        if wanted is not None:
+            return wanted, open_engine(bundle.path, threads, engine, wanted)
+        problem = f"it is none of {', '.join(MEASURED)}"
+    except ValueError as error:
+        if backend is not None or wanted == CPU:
+            raise
+        problem = str(error)
+    terminal.complain(f"mess_runtime: on the CPU, as the backend {recorded} that the search chose is not there: {problem}")
+    return CPU, open_engine(bundle.path, threads, engine)
+
+
 class Runner:
-    """Executes a bundle, image after image. Threads may share it: one image is worked on at a time."""
+    """Executes a bundle, image after image. Threads may share it: one image is worked on at a time.
+
+    Attributes:
+      backend: that it runs on.
+    """
 
     def __init__(
         self,
@@ -84,7 +106,7 @@ class Runner:
         engine: str | None = None,
         latency: Sequence[LatencyRow] = (),
         hold_latency: bool = False,
-        backend: str = CPU,
+        backend: str | None = None,
     ):
         """Loads and warms up every segment.
 
@@ -96,7 +118,8 @@ class Runner:
           hold_latency: in the input-dependent setting, lets no more images go on than the search expected. Thresholds alone keep the
             accuracy when images get harder, as in the dark, and the latency rises; with this it is the other way round. Of any first T
             images, at most T times the expected share go on beyond an exit; of any T in a row, 100 times that share more.
-          backend: see `engines.open_engine`. On a GPU the features stay in its memory; the host reads a count per segment and a mask.
+          backend: see `engines.open_engine`; None for the one that the search chose, or with a warning the CPU where it is not there.
+            On a GPU the features stay in its memory; the host reads a count per segment and a mask.
 
         Raises:
           ValueError: the file cannot be loaded, its signatures do not fit the manifest, or nothing was expected whose latency can be held.
@@ -106,7 +129,7 @@ class Runner:
         self.manifest, self.threads, self.latency = manifest, threads, tuple(latency)
         self._path, self._input = bundle.path, manifest.input
         with self._loading():
-            self._engine = open_engine(bundle.path, threads, engine, backend)
+            self.backend, self._engine = _open(bundle, threads, engine, backend)
         self._pixels = self._input.height * self._input.width
         self._shape = (1, self._input.height, self._input.width, 3)
         self._lock = threading.Lock()
@@ -181,7 +204,7 @@ class Runner:
             if latency_budget_ms is not None:
                 measured = len(self._exits) == 1 or alone_signature(self._exits[-1]) in self._engine.inputs
                 check(measured, "latency_budget_ms", "left out for a file without alone.EXIT, whose latencies these are", latency_budget_ms)
-                exit = exit_within(self.manifest, self.latency, latency_budget_ms, self.threads)
+                exit = exit_within(self.manifest, self.latency, latency_budget_ms, self.threads, self.backend)
             with self._lock:
                 return self._budgeted(image, self._exits[-1] if exit is None else exit)
         if setting == ANYTIME:
@@ -314,15 +337,15 @@ class Runner:
         return Result(mask, signature.partition(".")[2], tuple(trace), sum(step.latency_ms for step in trace))
 
 
-def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_ms: float, threads: int) -> str:
+def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_ms: float, threads: int, backend: str = CPU) -> str:
     """Chooses the best exit that keeps a latency budget.
 
     Args:
       manifest: of the bundle.
       rows: of latency.json, with the `alone.EXIT` submodels measured at this number of threads, on one device or on this one, by one
-        backend or by XNNPACK.
+        backend or by that of the runtime, on the CPU XNNPACK.
       latency_budget_ms: for one image.
-      threads: of the runtime.
+      threads, backend: of the runtime.
 
     Returns:
       The name of the exit with the highest measured mIoU (the deepest one where mIoU was not measured) among those whose median latency
@@ -335,7 +358,7 @@ def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_m
     if len({row.device for row in rows}) > 1:
         rows = [row for row in rows if row.device == platform.node()]
     if len({row.backend_requested for row in rows}) > 1:
-        rows = [row for row in rows if row.backend_requested == "xnnpack"]
+        rows = [row for row in rows if row.backend_requested == ("xnnpack" if backend == CPU else backend)]
     measured = {row.sha256: row.p50_ms for row in rows}
     missing = [segment.exit for segment in manifest.segments if segment.alone_sha256 not in measured]
     check(
