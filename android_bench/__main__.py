@@ -18,6 +18,7 @@ from mess_runtime.bundle import Bundle, check, check_writable
 from mess_runtime.files import printable
 from mess_tf import configs
 from mess_tf.data.sources import open_split
+from mess_tf.files import VERIFICATION, candidate_files
 
 FAILURES = (adb.AdbError, benchmark_model.BenchmarkError, OSError, ValueError)
 
@@ -182,7 +183,7 @@ def measure(arguments: argparse.Namespace) -> int:
     Raises:
       AdbError, ValueError: nothing can be measured.
     """
-    paths = sorted((arguments.workdir / "candidates").glob("*.tflite"))
+    paths = candidate_files(arguments.workdir)
     if not paths:
         raise ValueError(
             f"{arguments.workdir / 'candidates'}: must hold .tflite files; run mess_tf.export_tflite --candidates first, got none"
@@ -203,7 +204,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     deployed = verify.Deployed.load(arguments.workdir, arguments.deployment or arguments.workdir / "deployment.json")
-    output = arguments.output or arguments.workdir / "verification.json"
+    output = arguments.output or arguments.workdir / VERIFICATION
     check_writable("--output", output)
     verify.read(output)  # a broken file is found before the work
     photos = _photos(arguments, deployed)

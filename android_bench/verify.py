@@ -15,10 +15,10 @@ import numpy as np
 from android_bench import outputs
 from android_bench.session import Session
 from mess_runtime.benchmark import created_by
-from mess_runtime.bundle import FORMAT, Bundle, check, file_sha256, read_json, write_json
+from mess_runtime.bundle import FORMAT, Bundle, check, decode, file_sha256, read_json, write_json
 from mess_runtime.files import locked
 from mess_runtime.verify import Report, compare
-from mess_tf.files import Deployment
+from mess_tf.files import CANDIDATES, Deployment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Deployed:
         wanted = [(each.exit, each.head, each.theta_pix, each.theta_img) for each in chosen.exits]
         got = [(each.exit, each.head, each.theta_pix, each.theta_img) for each in bundle.manifest.segments]
         check(wanted == got, f"{workdir / 'bundle'}: segments", f"those of {deployment}: {wanted}", got)
-        submodels, candidates = workdir / "submodels", workdir / "candidates"
+        submodels, candidates = workdir / "submodels", workdir / chosen.named(CANDIDATES)
         parts = {}
         for each in bundle.manifest.segments:
             name = f"{each.exit}.{each.head}"
@@ -207,6 +207,28 @@ def read(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"must be what `android_bench verify` writes, got {type(error).__name__} {error}") from error
 
     return read_json(path, from_json) if path.exists() else []
+
+
+def refused(path: Path, device: str, soc: str) -> dict[tuple[str, str], str]:
+    """By backend and precision: what was found wrong with it on this kind of device.
+
+    What a device has shown itself counts, and otherwise what others with the same processor have shown, any of which can refuse.
+
+    Raises:
+      ValueError: see `read`.
+    """
+    own, others = {}, {}
+    for each in read(path):
+        if each["outputs"] and (each["device"] == device or (soc and each["soc"] == soc)):
+            of = own if each["device"] == device else others
+            key = each["backend_requested"], each["precision"]
+            if each["outputs"]["ok"]:
+                of.setdefault(key, "")
+            else:
+                value = {name: value for name, value in each["outputs"].items() if name != "ok"}
+                problem = _problems(decode(Report, value, f"{path}: outputs"))[0]
+                of[key] = f"refused by verify on {each['device']}: {problem}"
+    return {key: reason for key, reason in (others | own).items() if reason}
 
 
 def _key(device: dict[str, Any]) -> tuple[str, ...]:

@@ -36,8 +36,7 @@ from mess_runtime.runner import Result, Runner
 from mess_tf import configs, metrics
 from mess_tf.data.examples import Examples
 from mess_tf.data.sources import open_split
-from mess_tf.export_tflite import CANDIDATES
-from mess_tf.files import Configuration, Deployment, Stats
+from mess_tf.files import CANDIDATES, Configuration, Deployment, Stats
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, load_network
 from mess_tf.optimise.search import resolve_objective, search

@@ -34,8 +34,8 @@ from mess_runtime.benchmark import LatencyTable
 from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Predicted, read_json
 from mess_tf import configs
 from mess_tf.data.sources import open_split
-from mess_tf.export_tflite import CANDIDATES, calibration_images
-from mess_tf.files import Configuration, Deployment, ExitChoice, Stats
+from mess_tf.export_tflite import calibration_images
+from mess_tf.files import CANDIDATES, Configuration, Deployment, ExitChoice, Stats
 from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, load_network

@@ -2,7 +2,7 @@
 
 `python -m mess_tf.calibrate --workdir=W [--data_dir=D]`, after `export_tflite --candidates`: the submodels are what runs, so the statistics
 are those of their precision and name the files whose latencies belong to them. The exit policy runs as the .tflite that devices run,
-so a threshold means the same there.
+so a threshold means the same there. With --precisions, as given to `export_tflite`, stats.fp16.npz and so on, one for each.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from mess_tf import configs, metrics, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.data.sources import open_split
-from mess_tf.export_tflite import CANDIDATES, WEIGHTS, candidate_files
-from mess_tf.files import STATS, Stats, check_theta_pix, made_by
+from mess_tf.export_tflite import WEIGHTS
+from mess_tf.files import CANDIDATES, STATS, Stats, check_theta_pix, made_by, of_precision
 from mess_tf.graph import flatbuffer, policy
-from mess_tf.graph.conversion import convert
+from mess_tf.graph.conversion import FP32, PRECISIONS, convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.network.costs import Cost, model_cost
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
@@ -108,9 +108,9 @@ def calibrate(
     exits = [point.name for point in network.exit_points] + ["final"]
     prefixes = {name: Path(folder) / f"prefix.{name}.tflite" for name in exits}
     heads = {name: Path(folder) / f"{head_name(name, fidelity)}.tflite" for name in candidates}
-    weights, of_network = Path(folder) / WEIGHTS, network.weights_sha256()
+    weights, of_network, precision = Path(folder) / WEIGHTS, network.weights_sha256(), FP32
     if exported := weights.exists():
-        of_files, _, _ = weights.read_text().partition(" ")
+        of_files, precision, *_ = (*weights.read_text().split(" "), "")
         check(of_files == of_network, str(weights), f"{of_network}, as of this network; {EXPORT_AGAIN}", of_files)
         there = all(path.exists() for path in heads.values())
         check(there, "fidelity", f"one that the candidates were exported with; {EXPORT_AGAIN}", fidelity)
@@ -179,39 +179,54 @@ def calibrate(
         plain_sha256=policy_sha256("plain"),
         edge_sha256=policy_sha256("edge"),
         made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
+        precision=precision,
     )
 
 
-def run(workdir: str, data_dir: str = "", split: str = "", theta_pix: Sequence[float] = THETA_PIX, fidelity: str = policy.EXACT) -> Path:
-    """The command: see `calibrate`; the split is the validation split if none is named. Returns the path of the statistics."""
+def run(
+    workdir: str,
+    data_dir: str = "",
+    split: str = "",
+    theta_pix: Sequence[float] = THETA_PIX,
+    fidelity: str = policy.EXACT,
+    precisions: Sequence[str] = (),
+) -> list[Path]:
+    """The command: see `calibrate`; the split is the validation split if none is named. Returns the paths of the statistics."""
     config = configs.with_data_dir(configs.load_config(workdir), data_dir)
     check_theta_pix(theta_pix)
     check_writable("workdir", workdir, folder=True)
+    check(set(precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(precisions))
+    for folder in (Path(workdir, of_precision(CANDIDATES, each)) for each in precisions):
+        command = f"`python -m mess_tf.export_tflite --candidates --precisions={','.join(precisions)}`"
+        check((folder / WEIGHTS).exists(), "precisions", f"those of exported candidates; {command} makes them", str(folder))
     split = split or config.data.val_split
     examples = open_split(config.data, split)
     network = load_network(workdir, config, examples.info.num_classes)
-    path = Path(workdir, STATS)
-    folder = Path(workdir, CANDIDATES)
-    calibrate(network, examples, split, config.data.input_size, folder, theta_pix, fidelity, config.data.resize).save(path)
-    return path
+    paths = []
+    for precision in precisions or (None,):
+        folder, path = Path(workdir, of_precision(CANDIDATES, precision)), Path(workdir, of_precision(STATS, precision))
+        calibrate(network, examples, split, config.data.input_size, folder, theta_pix, fidelity, config.data.resize).save(path)
+        paths.append(path)
+    return paths
 
 
-def is_calibrated(workdir: str | os.PathLike, split: str) -> bool:
-    """Whether WORKDIR/stats.npz is of this split and of the candidates that are there now."""
-    folder = Path(workdir, CANDIDATES)
+def is_calibrated(workdir: str | os.PathLike, split: str, precision: str | None = None) -> bool:
+    """Whether the statistics, of the only or of this precision, are of this split and of the candidates that are there now."""
+    folder = Path(workdir, of_precision(CANDIDATES, precision))
     try:
-        stats = Stats.load(Path(workdir, STATS))
+        stats = Stats.load(Path(workdir, of_precision(STATS, precision)))
     except (FileNotFoundError, ValueError):
         return False
     wanted = {f"prefix.{name}": sha256 for name, sha256 in zip(stats.exits, stats.prefix_sha256, strict=True)}
     wanted |= {head_name(name, stats.fidelity): sha256 for name, sha256 in zip(stats.candidates, stats.head_sha256, strict=True)}
-    found = {path.stem: file_sha256(path) for path in candidate_files(folder)}
+    found = {path.stem: file_sha256(path) for path in folder.glob("*.tflite")}
     policies = {*stats.mask_sha256, *stats.plain_sha256, *stats.edge_sha256}
     return stats.split == split and all(found.get(name) == sha256 for name, sha256 in wanted.items()) and policies <= {*found.values()}
 
 
 def main() -> None:
-    print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity))
+    for path in run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity, FLAGS.precisions):
+        print(path)
 
 
 if __name__ == "__main__":
@@ -221,5 +236,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("split", "", "split to calibrate on; default: the validation split")
     flags.DEFINE_enum("fidelity", policy.EXACT, policy.FIDELITIES, "what the exit policy computes at full size, as in export_tflite")
+    flags.DEFINE_list("precisions", [], "calibrate candidates.PRECISION of each of these instead, as exported with the same flag")
     flags.DEFINE_list("theta_pix", [str(theta) for theta in THETA_PIX], "grid of pixel thresholds")
     terminal.run(main)

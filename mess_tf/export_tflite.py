@@ -14,7 +14,8 @@ are there.
   `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax); `original`
 * WORKDIR/examples/: some validation images to try them on
 
-Both take --precision=fp32|fp16|int8. Every file is checked before it is kept.
+Candidates take --precision=fp32|fp16|int8, or --precisions=fp16,int8 for WORKDIR/candidates.fp16/ and so on, of which the search then
+takes the best; a deployment is of the precision that it was searched in. Every file is checked before it is kept.
 
 `--target=web --output=FOLDER` writes what another runtime takes, beside the bundle of `--deployment`, or of one that is there,
 `--bundle=FOLDER`: see `mess_tf.targets`. LiteRT.js comes from npm, or from `--litertjs=FOLDER`, what `npm pack` wrote.
@@ -37,15 +38,15 @@ from mess_tf import configs, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
-from mess_tf.files import DEPLOYMENT, Configuration, Deployment, ExitChoice, read_arrays
+from mess_tf.files import CANDIDATES, DEPLOYMENT, Configuration, Deployment, ExitChoice, of_precision, read_arrays
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
-from mess_tf.network.model import FINAL, load_network, trained_weights, weights_sha256
+from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
 from mess_tf.network.originals import define_flags
 from mess_tf.targets import web
 
-CANDIDATES, WEIGHTS = "candidates", "weights.sha256"
+WEIGHTS = "weights.sha256"
 TARGETS = ("web",)
 OF_NETWORK = "workdir data_dir precision float_operations fidelity input resize extra_signatures verify measure"
 EXAMPLES = 8
@@ -84,11 +85,6 @@ def _made_from(weights_sha256: str, precision: str, float_operations: Sequence[s
     return " ".join([weights_sha256, precision, *float_operations])
 
 
-def candidate_files(folder: Path) -> list[Path]:
-    """The files of a folder of candidates."""
-    return sorted(folder.glob("*.tflite"))
-
-
 def export_deployment(
     exporter: Exporter,
     deployment: Deployment,
@@ -102,19 +98,21 @@ def export_deployment(
     """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`.
 
     Raises:
-      ValueError: the deployment is of another network, or its thresholds were chosen for a policy of another fidelity.
+      ValueError: the deployment is of another network, or its thresholds were chosen for another precision or a policy of another fidelity.
     """
     for choice in deployment.exits:
         known = exporter.network.candidates
         bundles.check(f"{choice.exit}.{choice.head}" in known, "deployment", f"of candidates of this network, {known}", choice)
     required = f"{deployment.fidelity}, the fidelity of the statistics that the thresholds were chosen on"
     bundles.check(exporter.fidelity == deployment.fidelity, "fidelity", required, exporter.fidelity)
+    required = f"{deployment.precision}, the precision of the statistics that the thresholds were chosen on"
+    bundles.check(deployment.precision in ("", exporter.precision), "precision", required, exporter.precision)
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
-    predicted = bundles.Predicted(deployment.original.miou, cost, (1.0,))
+    predicted = bundles.Predicted(deployment.original.miou, cost, (1.0,), deployment.backend)
     shared = (classes, input_spec, examples, extra_signatures, backends)
     original = exporter.bundle(workdir / "bundle_original", alone, predicted, *shared)
-    signatures = exporter.bundle(workdir / "bundle", deployment, deployment.predicted.in_manifest(), *shared)
+    signatures = exporter.bundle(workdir / "bundle", deployment, deployment.predicted.in_manifest(deployment.backend), *shared)
 
     def write(submodels: Path) -> None:
         for name, graph in signatures.items():
@@ -130,37 +128,49 @@ class Options:
     """How a network is exported.
 
     Attributes:
-      precision, float_operations: see `Exporter`.
+      precision: see `Exporter`; None for that of the deployment's statistics, for candidates fp32.
+      float_operations: see `Exporter`.
       fidelity: see `Exporter`; None for that of the deployment's statistics, for candidates exact.
     """
 
-    precision: str = FP32
+    precision: str | None = None
     float_operations: tuple[str, ...] = ()
     fidelity: str | None = None
 
 
-def _open(workdir: str | os.PathLike, data_dir: str, options: Options, fidelity: str) -> tuple[Exporter, Examples]:
-    """An exporter of the trained network, and the validation split."""
+def _open(workdir: str | os.PathLike, data_dir: str) -> tuple[configs.Config, Examples, MultiExitNetwork]:
+    """The configuration, the validation split and the trained network."""
     bundles.check_writable("workdir", workdir, folder=True)
     config = configs.with_data_dir(configs.load_config(workdir), data_dir)
     examples = open_split(config.data, config.data.val_split)
-    network = load_network(workdir, config, examples.info.num_classes)
+    return config, examples, load_network(workdir, config, examples.info.num_classes)
+
+
+def _exporter(network: MultiExitNetwork, config: configs.Config, options: Options) -> Exporter:
     samples = calibration_images(config) if options.precision == INT8 else ()
-    fidelity = options.fidelity or fidelity
-    return Exporter(network, config.data.input_size, fidelity, options.precision, samples, options.float_operations), examples
+    floats = options.float_operations if options.precision == INT8 else ()
+    return Exporter(network, config.data.input_size, options.fidelity, options.precision, samples, floats)
 
 
-def run_candidates(workdir: str | os.PathLike, data_dir: str = "", options: Options = Options()) -> Path:
-    """The command with --candidates: see `export_candidates`; returns the folder."""
-    exporter, _ = _open(workdir, data_dir, options, policy.EXACT)
-    export_candidates(exporter, Path(workdir, CANDIDATES))
-    return Path(workdir, CANDIDATES)
+def run_candidates(
+    workdir: str | os.PathLike, data_dir: str = "", options: Options = Options(), precisions: Sequence[str] = ()
+) -> list[Path]:
+    """The command with --candidates: see `export_candidates`; of several precisions, or of that of the options. Returns the folders."""
+    bundles.check(set(precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(precisions))
+    config, _, network = _open(workdir, data_dir)
+    folders = []
+    for precision in precisions or (None,):
+        chosen = dataclasses.replace(options, precision=precision or options.precision or FP32, fidelity=options.fidelity or policy.EXACT)
+        folder = Path(workdir, of_precision(CANDIDATES, precision))
+        export_candidates(_exporter(network, config, chosen), folder)
+        folders.append(folder)
+    return folders
 
 
-def are_exported(workdir: str | os.PathLike, options: Options = Options()) -> bool:
-    """Whether the candidates are those of the trained weights, exported with these options."""
-    path, weights = Path(workdir, CANDIDATES, WEIGHTS), trained_weights(workdir)
-    made_from = _made_from(weights_sha256(read_arrays(weights)), options.precision, options.float_operations)
+def are_exported(workdir: str | os.PathLike, precision: str | None = None) -> bool:
+    """Whether the candidates, the only ones in fp32 or those of this precision, are of the trained weights."""
+    path, weights = Path(workdir, of_precision(CANDIDATES, precision), WEIGHTS), trained_weights(workdir)
+    made_from = _made_from(weights_sha256(read_arrays(weights)), precision or FP32, ())
     return path.exists() and path.read_text() == made_from
 
 
@@ -181,7 +191,13 @@ def run_deployment(
     required = f"{of_training}, the data.resize of this training, by which its statistics were taken; --set data.resize at its start"
     bundles.check(resize in (None, of_training), "--resize", required, resize)
     workdir, chosen = Path(workdir), Deployment.load(deployment)
-    exporter, examples = _open(workdir, data_dir, options, chosen.fidelity)
+    precision, fidelity = options.precision or chosen.precision or FP32, options.fidelity or chosen.fidelity
+    bundles.check(
+        precision == INT8 or not options.float_operations, "--float_operations", f"left out with {precision}", options.float_operations
+    )
+    bundles.check(chosen.precision in ("", precision), "--precision", f"{chosen.precision}, which was searched, or left out", precision)
+    config, examples, network = _open(workdir, data_dir)
+    exporter = _exporter(network, config, dataclasses.replace(options, precision=precision, fidelity=fidelity))
     input_spec = bundles.InputSpec(*exporter.size, input_type, of_training)
     measured = examples if measure else None
     export_deployment(exporter, chosen, examples.info.classes, workdir, input_spec, measured, extra_signatures, backends)
@@ -208,13 +224,17 @@ def main() -> None:
     bundles.check(bool(FLAGS.bundle or FLAGS.workdir), "--workdir", f"given with {given[0]}", FLAGS.workdir)
     terminal.check_left_out(bool(FLAGS.bundle), OF_NETWORK, "with --bundle")
     terminal.check_left_out(FLAGS.candidates, "input resize measure extra_signatures verify target", "with --candidates")
-    terminal.check_left_out(FLAGS.precision != INT8, "float_operations", f"without --precision={INT8}")
+    terminal.check_left_out(not FLAGS.candidates, "precisions", "without --candidates")
+    terminal.check_left_out(bool(FLAGS.precisions), "precision", "with --precisions")
+    without = FLAGS.candidates and INT8 not in (FLAGS.precision, *FLAGS.precisions)
+    terminal.check_left_out(without, "float_operations", f"without --precision={INT8}")
     terminal.check_left_out(not FLAGS.target, "output litertjs", "without --target")
     bundles.check(bool(FLAGS.target or not FLAGS.bundle), "--target", f"one of {', '.join(TARGETS)} with --bundle", FLAGS.target)
     bundles.check(bool(FLAGS.output or not FLAGS.target), "--output", "given with --target", FLAGS.output)
     options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)
     if FLAGS.candidates:
-        print(run_candidates(FLAGS.workdir, FLAGS.data_dir, options))
+        for folder in run_candidates(FLAGS.workdir, FLAGS.data_dir, options, FLAGS.precisions):
+            print(folder)
         return
     output, litertjs = Path(FLAGS.output), Path(FLAGS.litertjs) if FLAGS.litertjs else None
     if FLAGS.target:
@@ -240,7 +260,13 @@ if __name__ == "__main__":
     flags.DEFINE_enum("target", None, TARGETS, "another runtime that the bundle is made ready for: web, a folder for any web server")
     flags.DEFINE_string("output", "", "folder of the target")
     flags.DEFINE_string("litertjs", "", "with --target=web: folder with the packages of LiteRT.js; by default npm fetches them")
-    flags.DEFINE_enum("precision", FP32, PRECISIONS, "of weights and, with int8, of activations")
+    flags.DEFINE_enum(
+        "precision",
+        None,
+        PRECISIONS,
+        "of weights and, with int8, of activations; default: that of the deployment's statistics, for candidates fp32",
+    )
+    flags.DEFINE_list("precisions", [], "candidates of each of these, in candidates.PRECISION, for a search that takes the best")
     flags.DEFINE_list(
         "float_operations", [], "with int8: patterns of the tensors whose operations stay in float32, see benchmarks/precision.py"
     )

@@ -23,6 +23,7 @@ from mess_runtime.bundle import (
     BUDGETED,
     FORMAT,
     INPUT_DEPENDENT,
+    PRECISIONS,
     SETTINGS,
     Fidelity,
     check,
@@ -39,7 +40,8 @@ MAX_PIXELS = 2**22
 # Of an .npz file, unpacked: more is no file of ours, but one that is made to fill the memory.
 MAX_ARRAYS_BYTES = 8 * 2**30
 
-STATS, DEPLOYMENT = "stats.npz", "deployment.json"  # names in a work folder
+# Names in a work folder.
+CANDIDATES, STATS, DEPLOYMENT, VERIFICATION = "candidates", "stats.npz", "deployment.json", "verification.json"
 # Names of all costs, see `optimise.space.Costs`.
 COSTS = ("latency_ms", "latency_p90_ms", "size_bytes", "macs", "macs_p90", "parameters", "memory_bytes")
 RISKS = ("final", "labels")
@@ -55,12 +57,25 @@ def made_by() -> dict[str, str]:
     return {"mess_tf": __version__, "python": platform.python_version(), "numpy": np.__version__, "git_commit": commit}
 
 
-def read_arrays(path: str | os.PathLike, required: Collection[str] | None = None) -> dict[str, np.ndarray]:
+def of_precision(name: str, precision: str | None) -> str:
+    """Name of the candidates or statistics that stand beside those of other precisions: `stats.fp16.npz`; None for the only ones."""
+    path = Path(name)
+    return name if precision is None else f"{path.stem}.{precision}{path.suffix}"
+
+
+def candidate_files(workdir: str | os.PathLike, precisions: Sequence[str | None] = (None, *PRECISIONS)) -> list[Path]:
+    """The files of the candidates of some precisions (see `of_precision`), by default of all that there are."""
+    names = [of_precision(CANDIDATES, precision) for precision in precisions]
+    return [path for name in names for path in sorted(Path(workdir, name).glob("*.tflite"))]
+
+
+def read_arrays(path: str | os.PathLike, required: Collection[str] | None = None, optional: Collection[str] = ()) -> dict[str, np.ndarray]:
     """Reads an .npz file without objects in it.
 
     Args:
       path: of the file.
       required: names of the arrays that it must hold, and no others; None for any. Names and sizes are looked at before anything is read.
+      optional: those of them that may be missing.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -72,7 +87,8 @@ def read_arrays(path: str | os.PathLike, required: Collection[str] | None = None
             names = [member.filename.removesuffix(".npy") for member in members]
             check(len(set(names)) == len(names), "arrays", "of different names", names)
             if required is not None:
-                for problem, keys in (("missing", set(required) - set(names)), ("unknown", set(names) - set(required))):
+                missing = set(required) - set(optional) - set(names)
+                for problem, keys in (("missing", missing), ("unknown", set(names) - set(required))):
                     check(not keys, "arrays", ", ".join(sorted(required)), f"{problem} {', '.join(sorted(keys))}")
             size = sum(member.file_size for member in members)
             check(size <= MAX_ARRAYS_BYTES, "arrays", f"of at most {MAX_ARRAYS_BYTES} bytes", size)
@@ -126,6 +142,7 @@ class Stats:
       mask_sha256, plain_sha256, edge_sha256: K hashes each, likewise, of the submodels from a candidate's logits to its mask, and to
         its mask and plain or edge-aware confidence; candidates with logits of one size share them.
       made_by: JSON object, the versions and the git commit that made it.
+      precision: of the candidates, empty in files of earlier versions, which did not say.
 
     Raises:
       ValueError: naming the key that does not fit.
@@ -155,8 +172,10 @@ class Stats:
     plain_sha256: tuple[str, ...]
     edge_sha256: tuple[str, ...]
     made_by: str
+    precision: str = ""
 
     def __post_init__(self):
+        check(self.precision in ("", *PRECISIONS), "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         check(self.fidelity in get_args(Fidelity), "fidelity", f"one of {', '.join(get_args(Fidelity))}", self.fidelity)
         for key in ("candidates", "images", "classes"):
             names = getattr(self, key)
@@ -227,11 +246,13 @@ class Stats:
         """
         _must_exist(path, "mess_tf.calibrate")
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        arrays = read_arrays(path, ("format", *fields))
+        arrays = read_arrays(path, ("format", *fields), ("precision",))
         try:
             check(arrays["format"].tolist() == FORMAT, "format", str(FORMAT), arrays["format"].tolist())
             values = {}
             for key, kind in fields.items():
+                if key not in arrays:
+                    continue
                 array = arrays[key]
                 if kind is not np.ndarray:
                     ndim = 0 if kind is str else 1
@@ -343,9 +364,9 @@ class Predicted:
     cost_interval: tuple[float, float]
     images: int
 
-    def in_manifest(self) -> bundle.Predicted:
-        """What of it goes with a bundle."""
-        return bundle.Predicted(self.miou, bundle.Cost(self.cost_name, self.cost_mean), self.exit_rates)
+    def in_manifest(self, backend: str | None = None) -> bundle.Predicted:
+        """What of it goes with a bundle, with the backend that the cost is of."""
+        return bundle.Predicted(self.miou, bundle.Cost(self.cost_name, self.cost_mean), self.exit_rates, backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,6 +439,8 @@ class Asked:
       setting, max_early_exits, quantiles, time_limit: see `optimise.search.search`.
       check_share: share of the images that have no part in choosing; None for none, or with `max_risk` half of them.
       device, threads: whose latencies count; None where the file leaves no choice.
+      backends: of which one is chosen, as in latency.json; none for all that the device was measured on.
+      precisions: of which one is chosen, each with statistics of its own (`of_precision`); none for `stats.npz`, whatever its precision.
     """
 
     min_miou: float | None = None
@@ -436,8 +459,14 @@ class Asked:
     check_share: float | None = None
     device: str | None = None
     threads: int | None = None
+    backends: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for name in ("backends", "precisions"):
+            values = getattr(self, name)
+            check(len(set(values)) == len(values) and all(values), name, "different names", ",".join(values))
+        check(set(self.precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(self.precisions))
         names = ("min_miou", "max_drop_pp", "max_cost", "cost_share", "max_risk")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         check(len(given) == 1, "constraint", f"one of --{', --'.join(names[:-1])} and --{names[-1]}", given or "none")
@@ -469,18 +498,42 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True)
+class Combination:
+    """A backend and a precision that the search had to choose from.
+
+    Attributes:
+      backend: as in latency.json, None without latencies.
+      precision: of the statistics.
+      miou, cost_mean: of its best configuration, on the images that choose; None where it has none.
+      exits: of that configuration, EXIT.HEAD.
+      reason: why another one was chosen; empty for the chosen one.
+    """
+
+    backend: str | None
+    precision: str
+    miou: float | None
+    cost_mean: float | None
+    exits: tuple[str, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Deployment(Configuration):
     """The result of the search: a configuration, what was asked, and what it promises.
 
     Attributes:
       constraint: what was asked.
-      predicted, original, certificate: see there.
+      predicted, certificate: see there.
+      original: of the same backend and precision; what accuracy was asked for may be relative to another one, see `combinations.reference`.
       guarantee: what is promised, where it was asked for.
       stats_sha256: of the `stats.npz` that was searched; empty where the statistics came from no file.
       fidelity: of the exit policy that the thresholds were chosen for.
       made_by: versions and git commit.
       asked: what the command was asked for; None where it was no command that searched.
-      costs_sha256: of the costs that were searched, see `Costs.sha256`; empty likewise.
+      costs_sha256: of all statistics and costs that were searched, see `combinations.sha256`; empty likewise.
+      backend: that its costs are of, as in latency.json; None without latencies.
+      precision: of the statistics, in which it is exported; empty where they do not say.
+      combinations: all backends and precisions that there were to choose from.
     """
 
     constraint: Objective
@@ -493,11 +546,19 @@ class Deployment(Configuration):
     made_by: dict[str, str]
     asked: Asked | None = None
     costs_sha256: str = ""
+    backend: str | None = None
+    precision: str = ""
+    combinations: tuple[Combination, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
+        check(self.precision in ("", *PRECISIONS), "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         rates = self.predicted.exit_rates
         check(len(rates) == len(self.exits), "predicted.exit_rates", f"{len(self.exits)} shares, one per exit", rates)
+
+    def named(self, name: str) -> str:
+        """Name in the work folder of the statistics or candidates that it was searched in, see `of_precision`."""
+        return of_precision(name, self.precision if self.asked and self.asked.precisions else None)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes `deployment.json`."""

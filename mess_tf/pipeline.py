@@ -23,7 +23,7 @@ what it writes would depend on the steps before it.
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import keras
@@ -35,7 +35,7 @@ from mess_runtime.bundle import check, file_sha256, read_json
 from mess_runtime.files import locked
 from mess_runtime.terminal import is_answer, one_line
 from mess_tf import calibrate, configs, export_tflite, report, search, terminal, train
-from mess_tf.files import DEPLOYMENT, Asked, Deployment
+from mess_tf.files import DEPLOYMENT, Asked, Deployment, candidate_files
 from mess_tf.network.originals import allow, define_flags
 
 STEPS = ("train", "candidates", "calibrate", "measure", "search", "bundle", "report")
@@ -104,14 +104,20 @@ class Pipeline:
 
     def steps(self) -> dict[str, tuple[Callable[[], bool], Callable[[], object]]]:
         """By name and in order: whether a step's result is up to date, and what makes it and returns where it is."""
-        workdir, data_dir, deployment = self.workdir, self.data_dir, self.workdir / DEPLOYMENT
+        workdir, data_dir, deployment, precisions = self.workdir, self.data_dir, self.workdir / DEPLOYMENT, self.asked.precisions
         steps = (
             (
                 lambda: train.is_trained(workdir, self.config) and train.has_its_data(workdir, self.config),
                 lambda: train.run(workdir, data_dir=data_dir),
             ),
-            (lambda: export_tflite.are_exported(workdir), lambda: export_tflite.run_candidates(workdir, data_dir)),
-            (lambda: calibrate.is_calibrated(workdir, self.config.data.val_split), lambda: calibrate.run(workdir, data_dir)),
+            (
+                lambda: all(export_tflite.are_exported(workdir, precision) for precision in precisions or (None,)),
+                lambda: _listed(export_tflite.run_candidates(workdir, data_dir, precisions=precisions)),
+            ),
+            (
+                lambda: all(calibrate.is_calibrated(workdir, self.config.data.val_split, each) for each in precisions or (None,)),
+                lambda: _listed(calibrate.run(workdir, data_dir, precisions=precisions)),
+            ),
             (self.is_measured, self.measure),
             (lambda: search.is_searched(workdir, self.question(), self.table), self.search),
             (
@@ -135,16 +141,26 @@ class Pipeline:
         return dataclasses.replace(self.asked, device=device, threads=threads)
 
     def is_measured(self) -> bool:
-        """Whether the table has a row for every candidate: of the device that is asked for, or of any phone."""
+        """Whether the table has a row for every candidate on all backends that are asked for: of the device that is, or of any phone."""
         if self.latency is not None:
             return True
         asked, found = self.question(), {}
         for row in read_json(self.table, benchmark.LatencyTable.from_json).rows if self.table.exists() else ():
             if asked.threads in (None, row.threads):
-                found.setdefault(row.device, set()).add(row.sha256)
-        wanted = {file_sha256(path) for path in export_tflite.candidate_files(self.workdir / export_tflite.CANDIDATES)}
+                found.setdefault(row.device, {}).setdefault(row.backend_requested, set()).add(row.sha256)
+        wanted = {file_sha256(path) for path in self.candidates()}
         devices = {asked.device} if asked.device else found.keys() - {benchmark.device_name()}
-        return any(wanted <= found.get(device, set()) for device in devices)
+
+        def complete(backends: dict[str, set[str]]) -> bool:
+            if asked.backends:
+                return all(wanted <= backends.get(name, set()) for name in asked.backends)
+            return any(wanted <= measured for measured in backends.values())
+
+        return any(complete(found.get(device, {})) for device in devices)
+
+    def candidates(self) -> list[Path]:
+        """The files to measure."""
+        return candidate_files(self.workdir, self.asked.precisions or (None,))
 
     def measure(self) -> Path:
         """Measures the candidates here or on the phones."""
@@ -154,14 +170,17 @@ class Pipeline:
             problems = android.measure(self.phones)
             check(not problems, "phones", "without problems, of which each is a line above", problems)
         else:
-            paths = export_tflite.candidate_files(self.workdir / export_tflite.CANDIDATES)
-            benchmark.measure(paths, self.table, self.question().threads)
+            benchmark.measure(self.candidates(), self.table, self.question().threads)
         return self.table
 
     def search(self) -> Path:
         """See `search.run`."""
         search.run(self.workdir, self.question(), self.table)
         return self.workdir / DEPLOYMENT
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return " ".join(map(str, paths))
 
 
 def summary(workdir: Path, deployment: Deployment) -> str:
@@ -180,10 +199,14 @@ def main() -> None:
     check(len(asked) == 1, "constraint", "one with one value; `python -m mess_tf.search` makes tables of several", len(asked))
     check(not (FLAGS.latency and FLAGS.android), "--latency", "left out with --android", FLAGS.latency)
     check(not FLAGS.android_flag or FLAGS.android, "--android_flag", "left out without --android", FLAGS.android_flag)
+    here = not FLAGS.latency and not FLAGS.android
+    required = f"{benchmark.BACKEND} or left out on this machine; --latency and --android know others"
+    check(not here or {*asked[0].backends} <= {benchmark.BACKEND}, "--backends", required, ",".join(asked[0].backends))
     latency = Path(FLAGS.latency) if FLAGS.latency else None
     if latency:
         read_json(latency, benchmark.LatencyTable.from_json)
-    phones = android.parse(["run", f"--workdir={FLAGS.workdir}", *FLAGS.android_flag]) if FLAGS.android else None
+    words = [f"--backend={','.join(asked[0].backends)}"] if asked[0].backends else []
+    phones = android.parse(["run", f"--workdir={FLAGS.workdir}", *words, *FLAGS.android_flag]) if FLAGS.android else None
     config = train.resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
     workdir = Path(FLAGS.workdir)
     pipeline = Pipeline(workdir, config, FLAGS.data_dir, asked[0], latency, phones, FLAGS.unsafe_loading)

@@ -93,7 +93,7 @@ def searched_costs(stats: Stats, deployment: Deployment, latencies: LatencyTable
     asked = deployment.asked
     for device, threads in [(asked.device, asked.threads)] if asked else sorted({(row["device"], row["threads"]) for row in rows}):
         try:
-            costs = latency_costs(stats, rows, device, threads)
+            costs = latency_costs(stats, rows, device, threads, deployment.backend)
         except ValueError as error:  # some of its rows are missing; it may be another device that was searched
             problem = error
             continue
@@ -363,6 +363,18 @@ def asked(deployment: Deployment) -> str:
     return words
 
 
+def choice(deployment: Deployment) -> str:
+    """Precision and backend, and what else there was to choose from, in words; empty where nothing is known of them."""
+    unit_name, scale = unit(deployment.predicted.cost_name)
+    words = " on ".join(filter(None, (deployment.precision, deployment.backend)))
+    others = []
+    for each in deployment.combinations:
+        if (each.backend, each.precision) != (deployment.backend, deployment.precision):
+            figures = "" if each.miou is None else f"{100 * each.miou:.2f} % at {scale * each.cost_mean:.4g} {unit_name}; "
+            others.append(f"{each.precision} on {each.backend} ({figures}{each.reason})")
+    return f"Runs in {words}{', chosen before ' if others else ''}{', '.join(others)}." if words else ""
+
+
 def class_ious(stats: Stats, deployment: Deployment, leaves_at: np.ndarray) -> dict[str, list[float | None]]:
     """IoU in percent per class, None where no label holds it, then the mean: of the chosen exits alone, the original and the mixture."""
     chain = [stats.candidates.index(name) for name in chain_of(deployment)]
@@ -424,6 +436,7 @@ def page(
         deployment=deployment,
         result=result(stats, costs, deployment),
         asked=asked(deployment),
+        choice=choice(deployment),
         classes=class_ious(stats, deployment, leaves_at),
         certificate=dataclasses.asdict(deployment.certificate),
         latencies=[] if latencies is None else latencies.rows,
@@ -445,9 +458,10 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     workdir = Path(workdir)
     deployment = Deployment.load(workdir / DEPLOYMENT)
     made_from = (workdir / DEPLOYMENT).read_bytes()
-    stats = Stats.load(workdir / STATS)
-    if deployment.stats_sha256 and deployment.stats_sha256 != file_sha256(workdir / STATS):
-        raise ValueError(f"{workdir / DEPLOYMENT}: must be searched in this stats.npz; run mess_tf.search again")
+    path = workdir / deployment.named(STATS)
+    stats = Stats.load(path)
+    if deployment.stats_sha256 and deployment.stats_sha256 != file_sha256(path):
+        raise ValueError(f"{workdir / DEPLOYMENT}: must be searched in this {path.name}; run mess_tf.search again")
     check_writable("workdir", workdir, folder=True)
     latencies = None
     if deployment.predicted.cost_name == "macs":

@@ -1,12 +1,14 @@
 """Deployment search: which exits, which heads and which thresholds meet a constraint best.
 
-stats (what each candidate did to each image) → costs → the optimum of the space → deployment.json; see `optimise.search`.
+stats (what each candidate did to each image) → costs → the optimum of the space → deployment.json; see `optimise.search`. Of several
+backends and precisions each is searched, and the best of all is taken; see `optimise.combinations`.
 """
 
 import dataclasses
 import itertools
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from absl import flags
 from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, read_json
 from mess_runtime.files import safe_name
 from mess_tf import terminal
-from mess_tf.files import DEPLOYMENT, RISKS, STATS, Asked, Deployment, Stats
-from mess_tf.optimise import guarantee
-from mess_tf.optimise.search import resolve_objective, search, search_guaranteed, search_table
-from mess_tf.optimise.space import Costs, latency_costs, macs_costs, original, predict
+from mess_tf.files import DEPLOYMENT, RISKS, STATS, VERIFICATION, Asked, Combination, Deployment, Stats, of_precision
+from mess_tf.optimise.combinations import Option, choose, options_of, search_table, sha256
+from mess_tf.optimise.space import Costs, matching
 
+REASON_WIDTH = 120  # of the reason why a combination was not chosen, in the table
 CONSTRAINTS = ("min_miou", "max_drop_pp", "max_cost", "cost_share")
 
 
@@ -31,7 +33,8 @@ def _unit(cost_name: str) -> tuple[str, float]:
 def table(deployment: Deployment) -> str:
     """The chosen exits, and what they promise next to the original network."""
     confidence = "edge-aware" if deployment.edge_aware else "plain"
-    lines = [f"{'exit':<8}{'head':<24}{'theta_pix':>10}{'theta_img':>10}{'leave here':>12}"]
+    lines = compared(deployment.combinations, deployment.predicted.cost_name) if len(deployment.combinations) > 1 else []
+    lines.append(f"{'exit':<8}{'head':<24}{'theta_pix':>10}{'theta_img':>10}{'leave here':>12}")
     for choice, rate in zip(deployment.exits, deployment.predicted.exit_rates, strict=True):
         pix, img = ("-" if theta is None else f"{theta:.4f}" for theta in (choice.theta_pix, choice.theta_img))
         lines.append(f"{choice.exit:<8}{choice.head:<24}{pix:>10}{img:>10}{rate:>12.1%}")
@@ -68,11 +71,22 @@ def table(deployment: Deployment) -> str:
     return "\n".join(lines)
 
 
-def overview(rows: Sequence[tuple[str, Mapping[str, Any], Deployment | None]]) -> str:
+def compared(rows: Sequence[Combination], cost_name: str) -> list[str]:
+    """The best of each backend and precision, and why it is not the one chosen."""
+    unit, scale = _unit(cost_name)
+    lines = [f"{'backend':<9}{'':<6}{'mIoU %':>8}{'mean ' + unit:>12}"]
+    for row in rows:
+        figures = f"{'-':>8}{'-':>12}" if row.miou is None else f"{100 * row.miou:>8.2f}{scale * row.cost_mean:>12.4g}"
+        why = textwrap.shorten(row.reason, REASON_WIDTH, placeholder=" ...") or "chosen"
+        lines.append(f"{row.backend or '-':<9}{row.precision:<6}{figures}  {' + '.join(row.exits)}{': ' if row.exits else ''}{why}")
+    return lines
+
+
+def overview(rows: Sequence[tuple[str, Asked, Deployment | None]]) -> str:
     """One line per row of `search_table`."""
     lines = [f"{'device':<24}{'constraint':<28}{'mIoU %':>8}{'mean':>12}{'':<6} {'original':>9}  exits"]
-    for device, constraint, deployment in rows:
-        asked = ", ".join(f"{name}={value:g}" for name, value in constraint.items() if isinstance(value, float))
+    for device, each, deployment in rows:
+        asked = ", ".join(f"{name}={value:g}" for name, value in each.constraint.items() if isinstance(value, float))
         if deployment is None:
             lines.append(f"{device:<24}{asked:<28}  out of reach")
             continue
@@ -80,21 +94,40 @@ def overview(rows: Sequence[tuple[str, Mapping[str, Any], Deployment | None]]) -
         unit, scale = _unit(predicted.cost_name)
         exits = " + ".join(f"{choice.exit}.{choice.head}" for choice in deployment.exits)
         share = predicted.cost_mean / deployment.original.cost
-        lines.append(
-            f"{device:<24}{asked:<28}{100 * predicted.miou:>8.2f}{scale * predicted.cost_mean:>12.4g} {unit:<5} {share:>8.3f}x  {exits}"
-        )
+        figures = f"{100 * predicted.miou:>8.2f}{scale * predicted.cost_mean:>12.4g} {unit:<5} {share:>8.3f}x"
+        chosen = f", {deployment.precision} on {deployment.backend}" if len(deployment.combinations) > 1 else ""
+        lines.append(f"{device:<24}{asked:<28}{figures}  {exits}{chosen}")
     return "\n".join(lines)
-
-
-def costs_of(stats: Stats, latency: str | os.PathLike | None, device: str | None = None, threads: int | None = None) -> Costs:
-    """Latencies of a latency.json, see `latency_costs`, or without one multiply-accumulates."""
-    return latency_costs(stats, _rows(latency), device, threads) if latency else macs_costs(stats)
 
 
 def _rows(latency: str | os.PathLike) -> list[dict[str, Any]]:
     from mess_runtime.benchmark import LatencyTable  # needs an interpreter
 
-    return [dataclasses.asdict(row) for row in read_json(latency, LatencyTable.from_json).rows]
+    rows = [dataclasses.asdict(row) for row in read_json(latency, LatencyTable.from_json).rows]
+    check(bool(rows), f"{latency}: rows", "at least one", rows)
+    return rows
+
+
+def options(workdir: str | os.PathLike, asked: Asked, latency: str | os.PathLike | None) -> list[Option]:
+    """What there is to choose from: statistics of the precisions, latencies of the backends, and what verification.json has refused."""
+    check(latency or not (asked.backends or asked.precisions), "latency", "given with backends or precisions", latency)
+    stats = {}
+    for precision in asked.precisions or (None,):
+        path = Path(workdir, of_precision(STATS, precision))
+        each = Stats.load(path)
+        check(precision in (None, each.precision), f"{path}: precision", str(precision), each.precision)
+        stats[file_sha256(path)] = each
+    if not latency:
+        return options_of(stats, None)
+    rows = _rows(latency)
+    refused = _refused(workdir, matching(rows, device=asked.device, threads=asked.threads)[0])
+    return options_of(stats, rows, asked.device, asked.threads, asked.backends, refused)
+
+
+def _refused(workdir: str | os.PathLike, row: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    from android_bench import verify  # needs an interpreter
+
+    return verify.refused(Path(workdir, VERIFICATION), row["device"], row["soc"])
 
 
 def run(
@@ -103,26 +136,16 @@ def run(
     """The command for one device and one constraint.
 
     Args:
-      workdir: with stats.npz.
+      workdir: with stats.npz, or those of the precisions that are asked for.
       asked: what to search for.
       latency: latency.json, or None for costs in multiply-accumulates.
       output: the file to write; None for WORKDIR/deployment.json.
 
     Raises:
-      InfeasibleError, TimeoutError, ValueError: see `optimise.search.search`.
+      InfeasibleError, TimeoutError, ValueError: see `combinations.options_of` and `combinations.choose`.
     """
-    path = Path(workdir, STATS)
-    stats = Stats.load(path)
-    costs = costs_of(stats, latency, asked.device, asked.threads)
-    if asked.max_risk is not None:
-        promise = (asked.max_risk, asked.confidence, asked.risk, asked.check_share or 0.5)
-        deployment = search_guaranteed(stats, costs, *promise, asked.limits, **asked.space)
-    else:
-        chooses, checks = (stats, stats) if not asked.check_share else guarantee.split(stats, asked.check_share)
-        objective = resolve_objective(original(chooses, costs), costs, asked.setting, **asked.constraint)
-        deployment = search(chooses, costs, objective, asked.setting, **asked.space)
-        deployment = dataclasses.replace(deployment, predicted=predict(checks, costs, deployment), original=original(checks, costs))
-    deployment = dataclasses.replace(deployment, asked=asked, stats_sha256=file_sha256(path), costs_sha256=costs.sha256)
+    choices = options(workdir, asked, latency)
+    deployment = dataclasses.replace(choose(choices, asked), costs_sha256=sha256(choices))
     deployment.save(output or Path(workdir, DEPLOYMENT))
     return deployment
 
@@ -133,34 +156,27 @@ def is_searched(workdir: str | os.PathLike, asked: Asked, latency: str | os.Path
         found = Deployment.load(Path(workdir, DEPLOYMENT))
     except (FileNotFoundError, ValueError):
         return False
-    path = Path(workdir, STATS)
-    if found.asked != asked or found.stats_sha256 != file_sha256(path):
-        return False
-    return found.costs_sha256 == costs_of(Stats.load(path), latency, asked.device, asked.threads).sha256
+    return found.asked == asked and found.costs_sha256 == sha256(options(workdir, asked, latency))
 
 
 def run_table(
     workdir: str | os.PathLike, asked: Mapping[str, Sequence[Asked]], latency: str | os.PathLike | None, folder: str | os.PathLike
-) -> list[tuple[str, Mapping[str, Any], Deployment | None]]:
+) -> list[tuple[str, Asked, Deployment | None]]:
     """The command for several devices or constraints, see `search_table`.
 
     Args:
       workdir, latency: as of `run`.
-      asked: by name of the device; each asks for the same constraints of another device, and constraints differ in nothing else.
+      asked: by name of the device.
       folder: of the files to write, one for each row.
     """
-    path = Path(workdir, STATS)
-    stats = Stats.load(path)
-    costs = {name: costs_of(stats, latency, each[0].device, each[0].threads) for name, each in asked.items()}
-    one, *_ = asked.values()
-    found = search_table(stats, costs, [each.constraint for each in one], one[0].setting, **one[0].space)
+    choices = {name: options(workdir, each[0], latency) for name, each in asked.items()}
+    found = search_table(choices, asked)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for each, (name, constraint, deployment) in zip(itertools.chain(*asked.values()), found, strict=True):
+    for name, each, deployment in found:
         if deployment is not None:
-            (given,) = (f"{key}-{value:g}" for key, value in constraint.items() if isinstance(value, float))
-            deployment = dataclasses.replace(deployment, asked=each, stats_sha256=file_sha256(path), costs_sha256=costs[name].sha256)
-            deployment.save(folder / f"{safe_name(name)}-{given}.json")
+            (given,) = (f"{key}-{value:g}" for key, value in each.constraint.items() if isinstance(value, float))
+            dataclasses.replace(deployment, costs_sha256=sha256(choices[name])).save(folder / f"{safe_name(name)}-{given}.json")
     return found
 
 
@@ -206,13 +222,14 @@ def asked_of_flags() -> list[Asked]:
         given = [("max_risk", values.max_risk)]
     others = [field.name for field in dataclasses.fields(Asked) if field.name not in (*CONSTRAINTS, "max_risk", "limits")]
     common = {name: values[name].value for name in others} | {"limits": _limits(values.limit)}
+    common |= {name: tuple(values[name].value) for name in ("backends", "precisions")}
     return [Asked(**{name: value}, **common) for name, value in given] or [Asked(**common)]
 
 
 def main() -> None:
     """The command; see the flags."""
     values = flags.FLAGS
-    terminal.check_left_out(not values.latency, "device threads all_devices", "without --latency")
+    terminal.check_left_out(not values.latency, "device threads backends precisions all_devices", "without --latency")
     terminal.check_left_out(values.all_devices, "device threads", "with --all_devices")
     devices = _of_devices(asked_of_flags(), values.latency, values.all_devices)
     questions = [*itertools.chain(*devices.values())]
@@ -236,6 +253,10 @@ def define_question_flags() -> None:
     """Defines the flags that say what to search for."""
     flags.DEFINE_string("device", None, "Whose latencies count, where the file has several devices.")
     flags.DEFINE_integer("threads", None, "Latencies at how many threads count, where the file has several.")
+    flags.DEFINE_list("backends", [], "Of which the best is taken, such as xnnpack,gpu; default: all that the device was measured on.")
+    flags.DEFINE_list(
+        "precisions", [], "Of which the best is taken, such as fp16,int8, each with stats.PRECISION.npz; default: what stats.npz is of."
+    )
     flags.DEFINE_list(
         "min_miou",
         None,

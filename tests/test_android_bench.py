@@ -587,6 +587,8 @@ def test_what_a_phone_makes_of_images(bench, plug_in, two_exits, tool):
     assert set(cpu["mious"]) == {"exit1", "final", "policy"} and all(here == there for here, there in cpu["mious"].values())
     assert gpu["ok"] is False and gpu["decisions"] == 1 and gpu["mious"]["exit1"][0] == cpu["mious"]["exit1"][0] != gpu["mious"]["exit1"][1]
     assert all(each["first"] == 0 < each["last"] for each in gpu["differences"] if each["output"] == "mask")
+    refused = verify.refused(two_exits / "verification.json", "Pixel_8-PIXEL8", "")
+    assert list(refused) == [("gpu", "fp32")] and refused["gpu", "fp32"].startswith("refused by verify on Pixel_8-PIXEL8: segment.exit1: ")
     table = [line.split() for line in out.splitlines()]
     at = next(row for row, cells in enumerate(table) if cells[:2] == ["device", "backend"])
     here, there, wrong = table[at + 1 : at + 4]
@@ -626,8 +628,14 @@ def test_what_images_have_shown_stays(tmp_path):
     verify.write(path, [verification("gpu")])
     found = {(each["backend_requested"], each["precision"]): each["outputs"]["ok"] for each in verify.read(path)}
     assert found == {("gpu", "fp32"): False, ("xnnpack", "fp32"): True, ("gpu", "int8"): True}
-    verify.write(path, [verification("gpu", faults=())])
-    assert all(each["outputs"]["ok"] for each in verify.read(path))
+    assert verify.refused(path, "x", "") == verify.refused(path, "another", "x") == {("gpu", "fp32"): "refused by verify on x: wrong"}
+    assert verify.refused(path, "another", "") == {} and verify.refused(tmp_path / "none.json", "x", "x") == {}
+    own = verification("gpu", faults=())
+    verify.write(path, [dataclasses.replace(own, device="another")])
+    assert verify.refused(path, "another", "x") == {}, "what it has shown itself counts"
+    assert verify.refused(path, "a third", "x") == {("gpu", "fp32"): "refused by verify on x: wrong"}
+    verify.write(path, [own])
+    assert all(each["outputs"]["ok"] for each in verify.read(path)) and verify.refused(path, "x", "x") == {}
     path.write_text('{"format": 1, "devices": [{}]}')
     with pytest.raises(ValueError, match=r"verification\.json: must be what `android_bench verify` writes, got KeyError 'device'"):
         verify.read(path)

@@ -13,11 +13,11 @@ from small_network import small_network
 
 from mess_runtime.bundle import SIGNATURE, Bundle, InputSpec, file_sha256
 from mess_runtime.runner import Runner
-from mess_tf import metrics
+from mess_tf import configs, metrics
 from mess_tf.calibrate import calibrate
 from mess_tf.configs import BackboneConfig, DataConfig, HeadSpec
 from mess_tf.data.sources import open_split
-from mess_tf.export_tflite import export_candidates, export_deployment
+from mess_tf.export_tflite import Options, export_candidates, export_deployment, run_deployment
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Predicted
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import ExportError, check_parity, convert, run_signature
@@ -83,6 +83,8 @@ def deployed(made, exporter, tmp_path_factory):
         stats_sha256="",
         fidelity="exact",
         made_by={},
+        backend="xnnpack",
+        precision="fp32",
     )
     folder = tmp_path_factory.mktemp("deployed")
     export_deployment(exporter, deployment, examples.info.classes, folder, examples=examples)
@@ -242,6 +244,7 @@ def test_int8_statistics_are_nearer_to_the_int8_bundle_than_those_of_float32(mad
     exporter = Exporter(network, SIZE, precision="int8", samples=[examples.load(i)[0][None].astype(np.float32) for i in range(2)])
     export_candidates(exporter, tmp_path / "candidates")
     quantised = calibrate(network, examples, "val", SIZE, tmp_path / "candidates", stats.theta_pix.tolist())
+    assert quantised.precision == "int8"
     choices = choices_of(quantised, False)
     exporter.bundle(tmp_path / "bundle", Configuration("input-dependent", False, tuple(choices), None), None, stats.classes)
     runner = Runner(Bundle.load(tmp_path / "bundle"))
@@ -326,6 +329,20 @@ def test_thresholds_hold_for_one_fidelity_only(made, deployed, tmp_path):
     with pytest.raises(ValueError, match=r"fidelity: must be exact, the fidelity of the statistics .*, got 'low'"):
         export_deployment(Exporter(made[0], SIZE, "low"), deployed[0], made[1].info.classes, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deployment_is_exported_in_the_precision_that_was_searched(made, deployed, tmp_path):
+    assert made[3].precision == "fp32"
+    with pytest.raises(ValueError, match=r"precision: must be fp32, the precision of the statistics .*, got 'fp16'"):
+        export_deployment(Exporter(made[0], SIZE, precision="fp16"), deployed[0], made[1].info.classes, tmp_path)
+    deployed[0].save(tmp_path / "deployment.json")
+    (tmp_path / "config.json").write_text(configs.to_json(configs.Config()))
+    with pytest.raises(ValueError, match="--precision: must be fp32, which was searched, or left out, got 'int8'"):
+        run_deployment(tmp_path, tmp_path / "deployment.json", options=Options("int8"))
+    with pytest.raises(ValueError, match="--float_operations: must be left out with fp32"):
+        run_deployment(tmp_path, tmp_path / "deployment.json", options=Options(float_operations=("a",)))
+    for name in ("bundle", "bundle_original"):
+        assert Bundle.load(deployed[1] / name).manifest.predicted.backend == "xnnpack"
 
 
 def test_a_head_too_heavy_for_its_place_is_warned_of(made, tmp_path, monkeypatch, capsys):

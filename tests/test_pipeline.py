@@ -138,6 +138,23 @@ def test_another_constraint_does_the_last_three_steps(again):
     assert Deployment.load(again.workdir / "deployment.json").constraint.min_miou == 0
 
 
+def test_several_precisions_have_candidates_and_statistics_of_their_own(again, monkeypatch):
+    """Beside those of one alone, whose bits they have."""
+    monkeypatch.setattr(pipeline.report, "run", lambda workdir, *_: workdir)
+    asked = dataclasses.replace(ASKED, precisions=("fp32", "fp16"))
+    assert again(asked=asked) == ["candidates", "calibrate", "measure", "search", "bundle", "report"]
+    folder = again.workdir
+    one, same = ({path.name: file_sha256(path) for path in (folder / name).iterdir()} for name in ("candidates", "candidates.fp32"))
+    assert one == same
+    assert [Stats.load(folder / f"stats.{each}.npz").precision for each in asked.precisions] == ["fp32", "fp16"]
+    deployment = Deployment.load(folder / "deployment.json")
+    assert (deployment.precision, deployment.backend) == ("fp16", benchmark.BACKEND), "half the size, which is the latency here"
+    assert [each.precision for each in deployment.combinations if each.reason] == ["fp32"]
+    manifest = Bundle.load(folder / "bundle").manifest
+    assert (manifest.precision, manifest.predicted.backend) == ("fp16", benchmark.BACKEND)
+    assert again(asked=asked) == ["report"]
+
+
 @pytest.fixture
 def without_bundle_and_report(monkeypatch):
     """These two are called, but do nothing."""

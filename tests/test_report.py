@@ -23,7 +23,7 @@ from mess_tf import configs, metrics, report
 from mess_tf.calibrate import calibrate
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig
 from mess_tf.data.sources import open_split
-from mess_tf.files import Deployment, ExitChoice, Stats
+from mess_tf.files import Combination, Deployment, ExitChoice, Stats
 from mess_tf.network.model import best_weights, build_network
 from mess_tf.optimise import guarantee
 from mess_tf.optimise.search import resolve_objective, search
@@ -248,6 +248,20 @@ def test_costs_are_those_of_the_device_that_was_searched(searched):
     assert set(costs_where_the_original_takes(6.0).prefix) == {3.0}
     with pytest.raises(ValueError, match=r"latency\.json: must have a row for every submodel"):
         costs_where_the_original_takes(5.0)
+
+
+def test_backend_and_precision_that_were_chosen_are_named(searched):
+    _, deployment = searched
+    rows = (
+        Combination("gpu", "fp16", 0.5, 1.25e9, ("final.original",), ""),
+        Combination("gpu", "int8", None, None, (), "refused by verify on board: mask"),
+        Combination("xnnpack", "fp16", 0.5, 2e9, ("final.original",), "macs 2e+09 against 1.25e+09"),
+    )
+    chosen = dataclasses.replace(deployment, backend="gpu", precision="fp16", combinations=rows)
+    words = "Runs in fp16 on gpu, chosen before int8 on gpu (refused by verify on board: mask), fp16 on xnnpack (50.00 % at 2 GMACs; macs "
+    assert report.choice(chosen).startswith(words)
+    assert report.choice(dataclasses.replace(chosen, backend=None, combinations=())) == "Runs in fp16."
+    assert report.choice(dataclasses.replace(chosen, backend=None, precision="", combinations=())) == ""
 
 
 def test_a_search_in_other_statistics_is_an_error(workdir, tmp_path):

@@ -16,9 +16,11 @@ import pytest
 from benchmarks.paper_space import drawn_stats
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
+from mess_runtime.verify import Report
 from mess_tf.files import COSTS, Asked, Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
 from mess_tf.optimise import guarantee, optimum, pairs
-from mess_tf.optimise.search import InfeasibleError, exit_orders, front, resolve_objective, search, search_guaranteed, search_table
+from mess_tf.optimise.combinations import Option, choose, options_of, reference, search_table, sha256
+from mess_tf.optimise.search import InfeasibleError, exit_orders, front, resolve_objective, search, search_guaranteed
 from mess_tf.optimise.space import (
     Costs,
     configuration_costs,
@@ -29,7 +31,7 @@ from mess_tf.optimise.space import (
     mixture,
     original,
 )
-from mess_tf.search import overview, table
+from mess_tf.search import is_searched, overview, run, run_table, table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -465,9 +467,10 @@ def test_front_has_every_step_once():
 def test_table_of_devices_and_constraints():
     stats = two_images()
     devices = {"slow": macs_costs(stats), "other": some_costs(stats)}
-    rows = search_table(stats, devices, [{"min_miou": 0.9}, {"max_cost": 1.0}])
-    assert [(device, constraint, deployment is None) for device, constraint, deployment in rows] == [
-        (device, constraint, "max_cost" in constraint) for device in devices for constraint in ({"min_miou": 0.9}, {"max_cost": 1.0})
+    asked = [Asked(min_miou=0.9), Asked(max_cost=1.0)]
+    rows = search_table({name: [Option(None, stats, costs)] for name, costs in devices.items()}, dict.fromkeys(devices, asked))
+    assert [(device, each, deployment is None) for device, each, deployment in rows] == [
+        (device, each, each.max_cost is not None) for device in devices for each in asked
     ]
     assert rows[0][2].predicted == search(stats, devices["slow"], Objective("macs", 0.9)).predicted
     assert [line.split()[:2] for line in overview(rows).splitlines()[1:]][:2] == [["slow", "min_miou=0.9"], ["slow", "max_cost=1"]]
@@ -603,6 +606,128 @@ def test_latency_missing_stale_and_not_exported():
         latency_costs(stats, [row | {"sha256": "f" * 64} if row["submodel"] == "prefix.exit2" else row for row in rows])
     with pytest.raises(ValueError, match=r"prefix\.final \(not exported yet"):
         latency_costs(dataclasses.replace(stats, prefix_sha256=("", "", "")), rows)
+
+
+# === backends and precisions ===
+
+
+def of_two_precisions(seed: int, **shape) -> dict[str, Stats]:
+    """Statistics in fp16 and in int8, by a name of each, which see the same labels and have other counts and files."""
+    one = dataclasses.replace(make_stats(seed, **shape), precision="fp16")
+    rng = np.random.default_rng(1000 + seed)
+    tp = rng.integers(0, one.tp + one.fn + 1)
+    other = dataclasses.replace(
+        make_stats(seed, **shape), precision="int8", tp=tp, fn=one.tp + one.fn - tp, fp=rng.integers(0, 7, one.fp.shape)
+    )
+    kinds = ("prefix_sha256", "head_sha256", "mask_sha256", "plain_sha256", "edge_sha256")
+    renamed = {kind: tuple(f"f{sha256[1:]}" for sha256 in getattr(other, kind)) for kind in kinds}
+    return {"of fp16": one, "of int8": dataclasses.replace(other, **renamed)}
+
+
+def rows_of_two(stats: dict[str, Stats], *backends: str, turn: int = 0) -> list[dict]:
+    """In fp16 a GPU is faster than XNNPACK, in int8 slower; turned round, another one is the fastest."""
+    pairs = itertools.product(("fp16", "int8"), ("xnnpack", "gpu"))
+    factors = dict(zip(pairs, np.roll([1.0, 0.7, 0.5, 0.6], turn), strict=True))
+    return [
+        row
+        for each in stats.values()
+        for backend in backends
+        for row in latency_rows(each, factor=factors[each.precision, backend], backend=backend)
+    ]
+
+
+@pytest.mark.parametrize("setting", ["input-dependent", "budgeted", "anytime"])
+def test_the_best_of_all_backends_and_precisions_equals_brute_force(setting):
+    chosen = set()
+    for seed in range(3):
+        stats = of_two_precisions(seed, heads=(1, 1), images=3)
+        rows = rows_of_two(stats, "xnnpack", "gpu", turn=seed)
+        costs = {(each.precision, name): latency_costs(each, rows, backend=name) for each in stats.values() for name in ("xnnpack", "gpu")}
+        by_precision = {each.precision: each for each in stats.values()}
+        originals = [original(by_precision["fp16"], costs["fp16", backend]) for backend in ("xnnpack", "gpu")]
+        reference = min(originals, key=lambda each: each.cost)
+        questions = [Asked(cost_share=0.8), Asked(max_cost=reference.cost), Asked(min_miou=0.9 * reference.miou)]
+        if setting != "anytime":
+            questions += [Asked(max_drop_pp=1.0), Asked(max_drop_pp=-2.0, minimise="size_bytes")]
+        for asked in (dataclasses.replace(each, setting=setting, max_early_exits=1) for each in questions):
+            objective = resolve_objective(reference, costs["fp16", "gpu"], setting, **asked.constraint)
+            horizon = objective.limits.get("latency_ms", reference.cost) if setting == "anytime" else None
+            scored = []
+            for key, of_costs in costs.items():
+                for configuration in enumerate_space(by_precision[key[0]], setting, 1, None, horizon):
+                    accuracy = evaluate_configuration(by_precision[key[0]], of_costs, configuration)[0]
+                    values = configuration_costs(by_precision[key[0]], of_costs, configuration)
+                    if meets(objective, accuracy, values):
+                        rank = (-accuracy,) if objective.minimise is None else (values[objective.minimise], -accuracy)
+                        scored.append((*(round(value, 9) for value in rank), round(values["latency_ms"], 9), key))
+            options = options_of(stats, rows)
+            if not scored:
+                with pytest.raises(InfeasibleError, match=r"^fp16 on gpu: .*; fp16 on xnnpack: .*; int8 on gpu: "):
+                    choose(options, asked)
+                continue
+            deployment = choose(options, asked)
+            predicted = deployment.predicted
+            rank = (-predicted.miou,) if objective.minimise is None else (predicted.costs[objective.minimise], -predicted.miou)
+            assert (*rank, predicted.cost_mean) == pytest.approx(min(scored)[:-1], abs=1e-8)
+            key = (deployment.precision, deployment.backend)
+            assert key in {each[-1] for each in scored if each[:-1] == min(scored)[:-1]}
+            assert deployment.original == original(by_precision[key[0]], costs[key])
+            assert [(each.precision, each.backend) for each in deployment.combinations if not each.reason] == [key]
+            chosen.add(key)
+    assert len(chosen) >= 2
+
+
+def test_what_verify_has_refused_is_never_chosen():
+    stats = of_two_precisions(0)
+    rows, asked = rows_of_two(stats, "xnnpack", "gpu"), Asked(min_miou=0.0)
+    best = choose(options_of(stats, rows), asked)
+    assert (best.precision, best.backend) == ("int8", "xnnpack")
+    refused = {("xnnpack", "int8"): "refused by verify on board: mask"}
+    options = options_of(stats, rows, refused=refused)
+    second = choose(options, asked)
+    assert (second.precision, second.backend) == ("int8", "gpu")
+    (row,) = (each for each in second.combinations if (each.precision, each.backend) == ("int8", "xnnpack"))
+    assert (row.miou, row.exits, row.reason) == (None, (), "refused by verify on board: mask")
+    lines = table(second).splitlines()
+    assert [line.split()[:2] for line in lines[1:5]] == [["gpu", "fp16"], ["xnnpack", "fp16"], ["gpu", "int8"], ["xnnpack", "int8"]]
+    assert lines[3].endswith(": chosen") and lines[4].endswith("-  refused by verify on board: mask")
+    assert " against " in lines[1] and lines[5].split()[:2] == ["exit", "head"]
+    assert sha256(options) != sha256(options_of(stats, rows))
+    with pytest.raises(ValueError, match=r"backends: must be such that one can be chosen .*'int8 on xnnpack: refused by verify on board"):
+        options_of({"of int8": stats["of int8"]}, rows, backends=["xnnpack"], refused=refused)
+    alone = {key: "refused" for key in itertools.product(("gpu", "xnnpack"), ("fp16", "int8"))}
+    with pytest.raises(ValueError, match=r"fp16 on gpu: refused; fp16 on xnnpack: refused; int8 on gpu: refused"):
+        options_of(stats, rows, refused=alone)
+
+
+def test_the_original_is_the_same_whatever_can_be_chosen():
+    stats = of_two_precisions(0)
+    rows = rows_of_two(stats, "xnnpack", "gpu")
+    one, other = stats.values()
+    fp16_refused = {("gpu", "fp16"): "no", ("xnnpack", "fp16"): "no"}
+    against = reference(options_of(stats, rows, refused=fp16_refused))
+    assert against.miou == original(one, macs_costs(one)).miou != original(other, macs_costs(other)).miou
+    assert against.cost == original(other, latency_costs(other, rows, backend="xnnpack")).cost
+    assert reference(options_of(stats, rows, backends=["xnnpack"])).cost == original(one, latency_costs(one, rows, backend="xnnpack")).cost
+
+
+def test_combinations_that_cannot_be_compared_or_were_not_measured():
+    stats = of_two_precisions(0)
+    one, other = stats.values()
+    rows = rows_of_two({"": one}, "xnnpack", "gpu") + rows_of_two({"": other}, "xnnpack")
+    gpu = next(each for each in options_of(stats, rows) if (each.stats.precision, each.backend) == ("int8", "gpu"))
+    assert gpu.costs is None and "missing are prefix.exit1 (stale: another version of it was measured), " in gpu.reason
+    assert gpu.reason.endswith(" more")
+    assert [each.reason for each in options_of(stats, rows, backends=["xnnpack"])] == ["", ""]
+    with pytest.raises(ValueError, match=r"backends: must be of \['gpu', 'xnnpack'\] as in latency.json, got 'xnnpack,npu'"):
+        options_of(stats, rows, backends=["xnnpack", "npu"])
+    with pytest.raises(ValueError, match=r"statistics in int8: images: must be those in fp16"):
+        options_of(stats | {"of int8": dataclasses.replace(other, images=("a", "b", "c", "d"))}, rows)
+    with pytest.raises(
+        ValueError, match=r"max_risk: must be asked of one backend and one precision, .*\['fp16 on gpu', 'fp16 on xnnpack'\]"
+    ):
+        choose(options_of({"of fp16": one}, rows), Asked(max_risk=0.5))
+    assert choose(options_of({"of fp16": one}, rows, backends=["gpu"]), Asked(max_risk=0.9, confidence=0.5)).backend == "gpu"
 
 
 # === stats.npz ===
@@ -824,6 +949,49 @@ def test_command(tmp_path):
     expected = search(stats, costs, objective, max_early_exits=2)
     assert (deployment.exits, deployment.predicted) == (expected.exits, expected.predicted)
     assert deployment.stats_sha256 == file_sha256(tmp_path / "stats.npz")
+
+
+def test_command_over_backends_and_precisions(tmp_path):
+    """Searched again where anything that decides has changed, and only then; what a phone of the same kind has refused is left out."""
+    stats = of_two_precisions(0)
+    for each in stats.values():
+        each.save(tmp_path / f"stats.{each.precision}.npz")
+    about = {"soc": "s", "os": "o", "runtime": "r", "runtime_version": "1", "p90_ms": 99.0, "mean_ms": 9.0, "runs": 5}
+    about |= {"backend_obtained": "unknown", "temperature_c": None}
+    rows = rows_of_two(stats, "xnnpack", "gpu")
+    unique = {(row["sha256"], row["backend_requested"]): LatencyRow(**row, **about) for row in rows}
+    latency = tmp_path / "latency.json"
+    write_json(latency, LatencyTable({}, tuple(unique.values())).to_json())
+    asked = Asked(min_miou=0.0, backends=("xnnpack", "gpu"), precisions=("fp16", "int8"))
+    deployment = run(tmp_path, asked, latency)
+    assert Deployment.load(tmp_path / "deployment.json") == deployment
+    assert (deployment.precision, deployment.backend, deployment.asked) == ("int8", "xnnpack", asked)
+    assert deployment.stats_sha256 == file_sha256(tmp_path / deployment.named("stats.npz"))
+    assert deployment.predicted.in_manifest(deployment.backend).backend == "xnnpack"
+    assert is_searched(tmp_path, asked, latency) and not is_searched(tmp_path, dataclasses.replace(asked, backends=()), latency)
+
+    outputs = Report("bundle", "", "int8", "xnnpack", "", "", 1.0, 1, 5, (), None, {}, ("shader",)).to_json()
+    refusal = {"device": "another", "soc": "s", "backend_requested": "xnnpack", "precision": "int8", "outputs": outputs}
+    write_json(tmp_path / "verification.json", {"format": 1, "devices": [refusal]})
+    assert not is_searched(tmp_path, asked, latency)
+    deployment = run(tmp_path, asked, latency)
+    assert (deployment.precision, deployment.backend) == ("int8", "gpu")
+    assert [each.reason for each in deployment.combinations if each.miou is None] == ["refused by verify on another: shader"]
+    ((_, _, again),) = run_table(tmp_path, {"board": [asked]}, latency, tmp_path / "deployments")
+    assert again.exits == deployment.exits and ", int8 on gpu" in overview([("board", asked, again)])
+
+    of_fp16 = dataclasses.replace(asked, precisions=("fp16",))
+    (tmp_path / "stats.int8.npz").rename(tmp_path / "stats.fp16.npz")
+    with pytest.raises(ValueError, match=r"stats\.fp16\.npz: precision: must be fp16, got 'int8'"):
+        run(tmp_path, of_fp16, latency)
+    with pytest.raises(ValueError, match="latency: must be given with backends or precisions, got None"):
+        run(tmp_path, asked)
+
+
+@pytest.mark.parametrize("change", [{"precisions": ("fp8",)}, {"precisions": ("fp16", "fp16")}, {"backends": ("gpu", "gpu")}])
+def test_backends_and_precisions_are_different_and_known(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: must be "):
+        Asked(min_miou=0.5, **change)
 
 
 @pytest.mark.parametrize(

@@ -346,6 +346,7 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
     [
         ("search", ["--max_cost=1", "--device=x"], f"--device: {LEFT_OUT} without --latency, got 'x'"),
         ("search", ["--max_cost=1", "--threads=2"], f"--threads: {LEFT_OUT} without --latency, got 2"),
+        ("search", ["--max_cost=1", "--backends=gpu"], f"--backends: {LEFT_OUT} without --latency, got ['gpu']"),
         ("search", ["--max_cost=1", "--all_devices"], f"--all_devices: {LEFT_OUT} without --latency, got True"),
         ("search", ["--latency=L", "--all_devices", "--device=x"], f"--device: {LEFT_OUT} with --all_devices, got 'x'"),
         ("search", ["--max_cost=1", "--risk=final"], f"--risk: {LEFT_OUT} without --max_risk, got 'final'"),
@@ -377,6 +378,13 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("export_tflite", ["--deployment=D", "--output=O"], f"--output: {LEFT_OUT} without --target, got 'O'"),
         ("export_tflite", ["--deployment=D", "--target=web"], "--output: must be given with --target, got ''"),
         ("export_tflite", ["--deployment=D", "--target=web", "--output=W"], f"--output: {NOT_OURS}, got 'W'"),
+        (
+            "export_tflite",
+            ["--candidates", "--precision=fp16", "--precisions=int8"],
+            f"--precision: {LEFT_OUT} with --precisions, got 'fp16'",
+        ),
+        ("export_tflite", ["--deployment=D", "--precisions=int8"], f"--precisions: {LEFT_OUT} without --candidates, got ['int8']"),
+        ("export_tflite", ["--candidates", "--precisions=fp8"], "precisions: must be of fp32, fp16, int8, got 'fp8'"),
         ("calibrate", ["--theta_pix=0.9,0.5"], "theta_pix: must be increasing numbers in [0, 1], got [0.9, 0.5]"),
         ("calibrate", ["--theta_pix=high"], "--theta_pix: must be numbers with commas between, got 'high'"),
         ("evaluate", ["--data_dir=D"], f"--data_dir: {LEFT_OUT} with synthetic data, got 'D'"),

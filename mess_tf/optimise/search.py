@@ -12,15 +12,12 @@ Source: Kouris et al., "Multi-Exit Semantic Segmentation Networks", ECCV 2022. D
 """
 
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from mess_runtime import terminal
 from mess_runtime.bundle import ANYTIME, INPUT_DEPENDENT, SETTINGS, check
 from mess_tf.files import (
     Certificate,
@@ -157,19 +154,20 @@ def search(
     max_early_exits: int = 2,
     quantiles: int | None = None,
     time_limit: float = math.inf,
+    horizon: float | None = None,
 ) -> Deployment:
     """Finds the best configuration of the space. Of equally good ones: that with the better mIoU, or with the lower first cost.
 
     Args:
       stats: of the candidates.
       costs: of the candidates.
-      objective: what to reach. With `anytime`, deadlines are spread over 0 to the limit of the first cost, or to the original's cost if it
-        has none.
+      objective: what to reach. With `anytime`, deadlines are spread over 0 to the limit of the first cost, or to `horizon` if it has none.
       setting: `budgeted`, `input-dependent` or `anytime`.
       max_early_exits: largest number of exits in front of the last one; unused by `budgeted`.
       quantiles: values of theta_img per exit and theta_pix where several early exits decide, at least 2; None for every value that changes
         a decision.
       time_limit: in seconds, after which the best found is returned with what is proven of it.
+      horizon: None for the original's cost.
 
     Raises:
       InfeasibleError: nothing meets the constraint.
@@ -184,7 +182,7 @@ def search(
         check(name in costs.names, "objective", f"of costs {', '.join(costs.names)}", name)
     start = time.perf_counter()
     reference = original(stats, costs)
-    horizon = objective.limits.get(costs.name, reference.cost)
+    horizon = objective.limits.get(costs.name, horizon or reference.cost)
 
     def best(asked: Objective) -> tuple[Configuration | None, problems.Proof]:
         return _optimise(stats, costs, asked, setting, max_early_exits, quantiles, start + time_limit, horizon)
@@ -366,27 +364,3 @@ def resolve_objective(
     check(minimise is None, "minimise", "left out where the cost is limited and mIoU maximised", minimise)
     check(costs.name not in limits, f"limits.{costs.name}", "left out where the constraint is one on it", limits.get(costs.name))
     return Objective(limits={costs.name: cost_share * reference.cost if max_cost is None else max_cost} | limits)
-
-
-def search_table(
-    stats: Stats, devices: Mapping[str, Costs], constraints: Sequence[Mapping[str, Any]], setting: str = INPUT_DEPENDENT, **space
-) -> list[tuple[str, Mapping[str, Any], Deployment | None]]:
-    """The best configuration for every device and constraint.
-
-    Args:
-      stats: of the candidates.
-      devices: name to costs.
-      constraints: keyword arguments of `resolve_objective`.
-      setting, space: see `search`.
-
-    Returns:
-      Device, constraint and deployment, None where the constraint is out of reach.
-    """
-    rows = []
-    for (device, costs), constraint in terminal.progress([*itertools.product(devices.items(), constraints)], "search", "row"):
-        objective = resolve_objective(original(stats, costs), costs, setting, **constraint)
-        try:
-            rows.append((device, constraint, search(stats, costs, objective, setting, **space)))
-        except InfeasibleError:
-            rows.append((device, constraint, None))
-    return rows

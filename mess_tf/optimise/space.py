@@ -13,6 +13,8 @@ from mess_tf.files import Configuration, ExitChoice, Original, Predicted, Stats
 from mess_tf.metrics import miou
 from mess_tf.optimise import guarantee, kernels
 
+NAMED = 10  # missing submodels, of any number
+
 # === Costs ===
 
 
@@ -104,6 +106,22 @@ def macs_costs(stats: Stats) -> Costs:
     return Costs(tuple(Resource(name, kind, prefix.astype(float), head.astype(float), free) for name, kind, prefix, head in parts))
 
 
+def matching(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
+    """Rows of latency.json with these values; None for the only value that there is.
+
+    Raises:
+      ValueError: there are several values where None is given, or none of the rows has a value.
+    """
+    for key, value in wanted.items():
+        name, known = key.removesuffix("_requested"), sorted({row[key] for row in rows})
+        if value is None and len(known) > 1:
+            raise ValueError(f"{name}: must be given where latency.json has several, got none; there are {known}")
+        if value is not None and value not in known:
+            raise ValueError(f"{name}: must be one of {known} as in latency.json, got {value!r}")
+        rows = [row for row in rows if value is None or row[key] == value]
+    return list(rows)
+
+
 def latency_costs(
     stats: Stats, rows: Sequence[Mapping[str, Any]], device: str | None = None, threads: int | None = None, backend: str | None = None
 ) -> Costs:
@@ -120,14 +138,7 @@ def latency_costs(
       ValueError: the rows leave the device, the number of threads or the backend open, lack a submodel, or hold something that is no
         latency.
     """
-    for name, key, wanted in (("device", "device", device), ("threads", "threads", threads), ("backend", "backend_requested", backend)):
-        known = sorted({row[key] for row in rows})
-        if wanted is None and len(known) > 1:
-            raise ValueError(f"{name}: must be given where latency.json has several, got none; there are {known}")
-        if wanted is not None and wanted not in known:
-            raise ValueError(f"{name}: must be one of {known} as in latency.json, got {wanted!r}")
-        rows = [row for row in rows if wanted is None or row[key] == wanted]
-
+    rows = matching(rows, device=device, threads=threads, backend_requested=backend)
     by_sha256 = {row["sha256"]: row for row in rows}
     measured = {row["submodel"] for row in rows}
     wanted = {f"prefix.{name}": sha256 for name, sha256 in zip(stats.exits, stats.prefix_sha256, strict=True)}
@@ -141,7 +152,9 @@ def latency_costs(
         elif sha256 not in by_sha256:
             problems.append(f"{submodel} (stale: another version of it was measured)" if submodel in measured else submodel)
     if problems:
-        raise ValueError(f"latency.json: must have a row for every submodel of stats.npz, missing are {', '.join(problems)}")
+        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        missing = f"{', '.join(problems[:NAMED])}{more}"
+        raise ValueError(f"latency.json: must have a row for every submodel of stats.npz, missing are {missing}")
     for submodel, sha256 in wanted.items():
         latency = by_sha256[sha256]["p50_ms"]
         check(math.isfinite(latency) and latency > 0, f"latency.json: {submodel}: p50_ms", "above 0", latency)

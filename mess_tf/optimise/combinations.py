@@ -1,0 +1,207 @@
+"""Backend and precision as choices of the search: each combination is searched like one alone, and the best of all is taken.
+
+What is asked for relative to the original network is relative to one original for all of them, see `reference`.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mess_runtime import terminal
+from mess_runtime.bundle import PRECISIONS, check
+from mess_tf.files import Asked, Combination, Deployment, Original, Stats
+from mess_tf.optimise import guarantee
+from mess_tf.optimise.search import InfeasibleError, resolve_objective, search, search_guaranteed
+from mess_tf.optimise.space import Costs, latency_costs, macs_costs, matching, original, predict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Option:
+    """One backend and precision.
+
+    Attributes:
+      backend: as in latency.json; None without latencies.
+      stats: of this precision.
+      costs: on this backend; None where it cannot be chosen.
+      reason: why it cannot.
+      stats_sha256: of the file of the statistics.
+    """
+
+    backend: str | None
+    stats: Stats
+    costs: Costs | None
+    reason: str = ""
+    stats_sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """Precision and backend, in words."""
+        return " on ".join(filter(None, (self.stats.precision, self.backend)))
+
+
+def options_of(
+    stats: Mapping[str, Stats],
+    rows: Sequence[Mapping[str, Any]] | None,
+    device: str | None = None,
+    threads: int | None = None,
+    backends: Sequence[str] = (),
+    refused: Mapping[tuple[str, str], str] | None = None,
+) -> list[Option]:
+    """All backends and precisions that there are to choose from, those among them that cannot be chosen with the reason.
+
+    Args:
+      stats: of one precision each, by SHA-256 of the file.
+      rows: of latency.json, None for costs in multiply-accumulates.
+      device, threads: see `latency_costs`.
+      backends: as in latency.json; none for all of this device.
+      refused: by backend and precision: why one must not be chosen.
+
+    Raises:
+      ValueError: nothing can be chosen, statistics cannot be compared, or as `latency_costs` of the only combination.
+    """
+    first, *others = stats.values()
+    for each, key in itertools.product(others, ("split", "images", "classes", "candidates", "fidelity")):
+        same = getattr(each, key) == getattr(first, key)
+        check(same, f"statistics in {each.precision}: {key}", f"those in {first.precision}", getattr(each, key))
+    if rows is None:
+        return [Option(None, each, macs_costs(each), "", digest) for digest, each in stats.items()]
+    known = sorted({row["backend_requested"] for row in rows})
+    check(set(backends) <= set(known), "backends", f"of {known} as in latency.json", ",".join(backends))
+    here = matching(rows, device=device, threads=threads)
+    wanted = [*itertools.product(stats.items(), backends or sorted({row["backend_requested"] for row in here}))]
+    options = []
+    for (digest, each), backend in wanted:
+        costs, reason = None, (refused or {}).get((backend, each.precision), "")
+        if not reason:
+            try:
+                costs = latency_costs(each, here, backend=backend)
+            except ValueError as error:
+                if len(wanted) == 1:
+                    raise
+                reason = str(error)
+        options.append(Option(backend, each, costs, reason, digest))
+    left_out = "; ".join(f"{option.name}: {option.reason}" for option in options)
+    check(any(option.costs for option in options), "backends", "such that one can be chosen in one of the precisions", left_out)
+    return options
+
+
+def sha256(options: Sequence[Option]) -> str:
+    """SHA-256 of all that decides between options, in lower-case hexadecimal."""
+    lines = [f"{option.backend} {option.stats_sha256} {option.costs.sha256 if option.costs else option.reason}\n" for option in options]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def reference(options: Sequence[Option]) -> Original:
+    """The original network that a question is relative to, the same for all options.
+
+    Its mIoU is that of the highest precision of which there are statistics, be it to be chosen or not. Its cost is that of the highest
+    precision that can be chosen, on the backend where that is least.
+    """
+
+    def rank(option: Option) -> int:
+        return PRECISIONS.index(option.stats.precision) if option.stats.precision else 0
+
+    best = min(options, key=rank)
+    able = [option for option in options if option.costs]
+    highest = min(map(rank, able))
+    cost = min(original(option.stats, option.costs).cost for option in able if rank(option) == highest)
+    return Original(original(best.stats, macs_costs(best.stats)).miou, cost)
+
+
+def choose(options: Sequence[Option], asked: Asked) -> Deployment:
+    """The best deployment of all options.
+
+    Raises:
+      InfeasibleError, TimeoutError: nothing meets the constraint with any option; with a single one, see `search.search`.
+      ValueError: a guarantee is asked of several options; it would be void, as they are compared on the images that check.
+    """
+    if asked.max_risk is not None:
+        names = [option.name for option in options]
+        check(len(options) == 1, "max_risk", "asked of one backend and one precision, as --backends and --precisions name them", names)
+        (option,) = options
+        promise = (asked.max_risk, asked.confidence, asked.risk, asked.check_share or 0.5)
+        deployment = search_guaranteed(option.stats, option.costs, *promise, asked.limits, **asked.space)
+        return _of_option(deployment, option, asked, _compared(options, {0: deployment}, 0))
+
+    choosing = options
+    if asked.check_share:
+        choosing = [dataclasses.replace(option, stats=guarantee.split(option.stats, asked.check_share)[0]) for option in options]
+    against = reference(choosing)
+    found, problems = {}, {}
+    for index, option in enumerate(choosing):
+        if option.costs:
+            objective = resolve_objective(against, option.costs, asked.setting, **asked.constraint)
+            try:
+                found[index] = search(option.stats, option.costs, objective, asked.setting, horizon=against.cost, **asked.space)
+            except (InfeasibleError, TimeoutError) as error:
+                if len(options) == 1:
+                    raise
+                problems[index] = error
+    if not found:
+        kind = TimeoutError if any(isinstance(error, TimeoutError) for error in problems.values()) else InfeasibleError
+        raise kind("; ".join(f"{options[index].name}: {error}" for index, error in problems.items()))
+    best = min(found, key=lambda index: _rank(found[index]))
+    option, deployment = options[best], found[best]
+    checks = guarantee.split(option.stats, asked.check_share)[1] if asked.check_share else option.stats
+    rows = _compared([dataclasses.replace(each, reason=str(problems.get(k, each.reason))) for k, each in enumerate(options)], found, best)
+    deployment = dataclasses.replace(
+        deployment, predicted=predict(checks, option.costs, deployment), original=original(checks, option.costs)
+    )
+    return _of_option(deployment, option, asked, rows)
+
+
+def _rank(deployment: Deployment) -> tuple[float, ...]:
+    """Less is better: as between configurations of one option, see `search.search`."""
+    predicted, minimise = deployment.predicted, deployment.constraint.minimise
+    if minimise is None:
+        return -predicted.miou, predicted.cost_mean
+    return predicted.costs[minimise], -predicted.miou, predicted.cost_mean
+
+
+def _compared(options: Sequence[Option], found: Mapping[int, Deployment], best: int) -> tuple[Combination, ...]:
+    rows, chosen = [], found[best]
+    for index, option in enumerate(options):
+        if (deployment := found.get(index)) is None:
+            rows.append(Combination(option.backend, option.stats.precision, None, None, (), option.reason))
+            continue
+        reason, minimise = "", chosen.constraint.minimise
+        if index != best:
+            here, there = (_rank(each)[0] for each in (deployment, chosen))
+            reason = (
+                f"mIoU {-100 * here:.2f} % against {-100 * there:.2f} %"
+                if minimise is None
+                else f"{minimise} {here:.4g} against {there:.4g}"
+            )
+        exits = tuple(f"{choice.exit}.{choice.head}" for choice in deployment.exits)
+        predicted = deployment.predicted
+        rows.append(Combination(option.backend, option.stats.precision, predicted.miou, predicted.cost_mean, exits, reason))
+    return tuple(rows)
+
+
+def _of_option(deployment: Deployment, option: Option, asked: Asked, rows: tuple[Combination, ...]) -> Deployment:
+    about = {"backend": option.backend, "precision": option.stats.precision, "stats_sha256": option.stats_sha256}
+    return dataclasses.replace(deployment, asked=asked, combinations=rows, **about)
+
+
+def search_table(
+    devices: Mapping[str, Sequence[Option]], asked: Mapping[str, Sequence[Asked]]
+) -> list[tuple[str, Asked, Deployment | None]]:
+    """The best deployment for every device and constraint.
+
+    Args:
+      devices: name to options.
+      asked: by the same names.
+
+    Returns:
+      Device, question and deployment, None where the constraint is out of reach.
+    """
+    rows = []
+    questions = [(name, each) for name in devices for each in asked[name]]
+    for name, each in terminal.progress(questions, "search", "row"):
+        try:
+            rows.append((name, each, choose(devices[name], each)))
+        except InfeasibleError:
+            rows.append((name, each, None))
+    return rows
