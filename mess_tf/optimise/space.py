@@ -219,12 +219,11 @@ def evaluate_configuration(stats: Stats, costs: Costs, configuration: Configurat
     if configuration.setting == ANYTIME:
         miou_of_exit = [float(miou(stats.tp[k].sum(0), stats.fp[k].sum(0), stats.fn[k].sum(0))) for k in chain]
         return float(mean_over_deadlines(miou_of_exit, arrivals, configuration.horizon)), float(arrivals[-1]), leaves_at
-    for image, pixels in enumerate(stats.pixels):
-        for position, choice in enumerate(configuration.exits[:-1]):
-            theta = stats.theta_pix.tolist().index(choice.theta_pix)
-            if stats.confident[chain[position], image, theta, int(configuration.edge_aware)] >= math.ceil(choice.theta_img * pixels - 1e-9):
-                leaves_at[image] = position
-                break
+    for position in range(len(chain) - 2, -1, -1):
+        choice = configuration.exits[position]
+        theta = stats.theta_pix.tolist().index(choice.theta_pix)
+        confident = stats.confident[chain[position], :, theta, int(configuration.edge_aware)]
+        leaves_at[confident >= np.ceil(choice.theta_img * stats.pixels - 1e-9)] = position  # of several, the first one counts
     candidate = np.array(chain)[leaves_at]
     images = np.arange(len(stats.images))
     tp, fp, fn = (counts[candidate, images].sum(0) for counts in (stats.tp, stats.fp, stats.fn))
