@@ -18,6 +18,13 @@ SINGLE_THREAD = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(dict.fromkeys(SINGLE_THREAD, "1"))
+# The files that take longest, in the order in which the workers begin them: none is left with one of these alone at the end.
+LONGEST = ("search", "networks", "train", "terminal", "backends", "export", "pipeline", "model", "backbones", "originals")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def pytest_addoption(parser):
