@@ -28,7 +28,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=60, metavar="N", help="mutations for each reader that tests/fuzz tries")
+    parser.addoption(
+        "--fuzz", type=int, default=60, metavar="N", help="mutations for each reader that tests/fuzz tries; the longest random searches"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -106,13 +108,19 @@ def tool(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def fuzz_count(request) -> int:
+    """Of --fuzz."""
+    return request.config.getoption("--fuzz")
+
+
 @pytest.fixture
-def fuzz(request) -> Callable[[st.SearchStrategy, Callable[[Any], None]], None]:
+def fuzz(fuzz_count) -> Callable[[st.SearchStrategy, Callable[[Any], None]], None]:
     """Calls a function with as many drawn values as `--fuzz` says; the same ones each time."""
 
     def run(strategy: st.SearchStrategy, function: Callable[[Any], None]) -> None:
         @settings(
-            max_examples=request.config.getoption("--fuzz"),
+            max_examples=fuzz_count,
             deadline=None,
             database=None,
             derandomize=True,
