@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INT8 = ROOT / "models/camvid_lite0/int8/minus_1pp.input-dependent"
 SIZE, PHOTO_SIZE, HEAD, THETA_PIX = (32, 64), (60, 90), "fcn-r1-b0", 0.4
 SECONDS = 120  # a slow machine's
+UNDECIDED = 1e-4  # share of the pixels that int8 leaves between two classes; 5e-7 in photos of CamVid
 # WebGPU in software, a camera that plays a file, and no question before it does.
 ARGUMENTS = (
     "--enable-unsafe-webgpu",
@@ -194,13 +195,18 @@ def expected(runner: Runner, image: np.ndarray, theta: float | None = None):
     return result, ["–" if step.confidence is None else f"{100 * step.confidence:.1f} %" for step in result.trace]
 
 
-def check_shown(browser, runner: Runner, image: np.ndarray, theta: float | None = None) -> str:
-    """Asserts that what is shown is what Python makes of the image; returns the exit."""
+def check_shown(browser, runner: Runner, image: np.ndarray, theta: float | None = None, undecided: float = 0) -> str:
+    """Asserts that what is shown is what Python makes of the image, but for a share of undecided pixels; returns the exit."""
     result, sure = expected(runner, image, theta)
     assert by_id(browser, "left").text == f"Left at {result.exit}"
     assert [row[:2] for row in trace(browser)] == [[step.exit, text] for step, text in zip(result.trace, sure, strict=True)]
-    np.testing.assert_array_equal(canvas(browser, "mask"), np.array(runner.manifest.palette, np.uint8)[result.mask])
+    assert different(browser, runner, result.mask) <= undecided
     return result.exit
+
+
+def different(browser, runner: Runner, mask: np.ndarray) -> float:
+    """Share of the pixels of the shown mask that have another class."""
+    return (canvas(browser, "mask") != np.array(runner.manifest.palette, np.uint8)[mask]).any(-1).mean()
 
 
 # === The folder ===
@@ -340,13 +346,12 @@ def test_an_int8_bundle_runs_and_keeps_a_deadline(browser, site, photos, tmp_pat
     open_photo(browser, tmp_path / "photo.png")
     put(browser, "[data-exit=exit1]", 1)
     rest(browser)
-    assert check_shown(browser, runner, photos[0], 1.0) == "final"
+    assert check_shown(browser, runner, photos[0], 1.0, UNDECIDED) == "final"
     put(browser, "#deadline", 1)
     rest(browser)
     assert by_id(browser, "deadline-value").text == "1 ms"
     assert by_id(browser, "left").text == "Left at exit1" and len(trace(browser)) == 1
-    first = next(runner.refine(photos[0]))
-    np.testing.assert_array_equal(canvas(browser, "mask"), np.array(runner.manifest.palette, np.uint8)[first.mask])
+    assert different(browser, runner, next(runner.refine(photos[0])).mask) <= UNDECIDED
     names = [item.text.rstrip("0123456789.% ") for item in browser.find_elements(By.CSS_SELECTOR, "#legend li")]
     assert names == json.loads((INT8 / "manifest.json").read_text())["classes"]
 
@@ -362,7 +367,7 @@ def test_the_code_of_the_docs_runs(browser, site, folder, bundle, photos, tmp_pa
     result = Runner(bundle).run(photos[0])
     assert browser.find_element(By.CSS_SELECTOR, "p").text.startswith(f"left at {result.exit} after ")
     browser.execute_script("document.querySelector('canvas').id = 'mask'")
-    np.testing.assert_array_equal(canvas(browser, "mask"), np.array(bundle.manifest.palette, np.uint8)[result.mask])
+    assert different(browser, Runner(bundle), result.mask) == 0
 
 
 @pytest.mark.parametrize("width", [390, 1200])
