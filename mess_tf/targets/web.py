@@ -18,6 +18,7 @@ import jinja2
 import numpy as np
 
 from mess_runtime import bundle as bundles
+from mess_runtime.engines import CPU
 from mess_runtime.files import replace_folder
 from mess_runtime.runner import Runner
 from mess_tf.graph import flatbuffer
@@ -124,7 +125,7 @@ def write_bundle(bundle: bundles.Bundle, folder: Path) -> None:
     bundles.write_manifest(folder, manifest)
     size = bundle.manifest.input
     noise = np.random.default_rng(0).integers(0, 256, (size.height, size.width, 3), np.uint8)
-    both = (Runner(each).refine(noise) for each in (bundle, bundles.Bundle.load(folder)))
+    both = (Runner(each, backend=CPU).refine(noise) for each in (bundle, bundles.Bundle.load(folder)))
     for before, after in itertools.zip_longest(*both):
         same = np.array_equal(before.mask, after.mask) and before.trace[-1].confidence == after.trace[-1].confidence
         bundles.check(same, f"{bundle.path}: {before.exit}", "the same with features in float32", "another mask or confidence")
