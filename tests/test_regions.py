@@ -4,12 +4,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
 from small_network import small_network
 
 from mess_tf.configs import BackboneConfig, HeadSpec
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import FP32, PRECISIONS, ExportError
-from mess_tf.graph.regions import budgets, check_segment, segment_graph
+from mess_tf.graph.policy import decide, decide_by_cell
+from mess_tf.graph.regions import budgets, check_segment, region_graphs, segment_graph
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.layers import BatchNormalization
 from mess_tf.network.model import FINAL, MultiExitNetwork, convert
@@ -200,3 +202,50 @@ def test_export_shares_the_weights_of_the_dense_segment(networks, precision):
     assert filters(graphs[3]) == filters(graphs[12])
     with pytest.raises(ExportError, match="differs from Keras"):
         check_segment(segment, 2, flatbuffer.write({"serve": graphs[3]}), tensors)
+
+
+@pytest.mark.parametrize("edge_aware", [False, True])
+def test_sure_cells_of_an_exit(networks, edge_aware):
+    segment = segment_of(networks("small"), 2, STALE)
+    logits = tf.constant(np.random.default_rng(3).normal(0, 3, (1, 5, 7, CLASSES)).astype(np.float32))
+    made = decide_by_cell(logits, SIZE, (0.7, edge_aware), [segment.cells_of(side, axis) for axis, side in enumerate(SIZE)])
+    expected = decide(logits, SIZE, [(0.7, edge_aware)])
+    np.testing.assert_array_equal(made["mask"], expected["mask"])
+    pixels = np.array([[1024, 1024, 1024, 512], [1024, 1024, 1024, 512], [512, 512, 512, 256]])
+    assert round(float(tf.reduce_sum(made["sure"] * pixels))) == int(expected["confident_pixels"][0]) > 0
+    if not edge_aware:
+        confident = tf.reduce_max(tf.nn.softmax(tf.image.resize(logits, SIZE)), -1) >= 0.7
+        np.testing.assert_allclose(made["sure"], segment.sure(confident), atol=1e-6)
+
+
+def test_a_file_whose_cells_leave(networks):
+    """Three exits in turn: the mask of Keras' masked segment at the least sure cells, the one before elsewhere."""
+    network = convert(networks("small").original, ["block_3_add", "block_4_add"], SIZE)
+    network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
+    candidates = ["exit1.fcn-r2-b0", "exit2.fcn-r2-b0", FINAL]
+    segments = [ActiveSegment(network, candidates, index, SIZE, 2, NEAREST) for index in (1, 2)]
+    graphs = region_graphs(network, candidates, segments, SIZE, [(0.3, False)] * 2, shares=(1 / 4, 1))
+    assert [*graphs] == ["segment.exit1", "segment.exit2.3", "segment.exit2.12", "segment.final.3", "segment.final.12"]
+    interpreter = Interpreter(model_content=flatbuffer.write(graphs))
+
+    def run(signature: str, **tensors) -> dict[str, np.ndarray]:
+        runner = interpreter.get_signature_runner(signature)
+        return runner(**{name: tensors[name] for name in runner.get_input_details()})
+
+    def same(made: np.ndarray, expected: tf.Tensor) -> None:
+        assert (made != expected.numpy()).mean() < 1e-3  # where two classes tie
+
+    made = run("segment.exit1", image=np.random.default_rng(1).uniform(0, 255, (1, *SIZE, 3)).astype(np.float32))
+    for segment, name in zip(segments, ("exit2", "final"), strict=True):
+        before, cells = made, segment.most_unsure(made["sure"], 3)
+        active = segment.active(cells)
+        expected = segment.masked({tensor: before[tensor] for tensor in segment.inputs}, active)
+        made = run(f"segment.{name}.3", **before)
+        same(made["mask"], segment.merged(before["mask"], decide(expected["logits"], SIZE, ())["mask"], active))
+        assert (made["mask"] != before["mask"]).any()
+        if "sure" in made:
+            close(made["block_4_add"], expected["block_4_add"])
+            assert (made["sure"] == 2).tolist() == (~active.numpy()).tolist()
+    dense = segments[1].dense({name: before[name] for name in segments[1].inputs})["logits"]
+    everything = run("segment.final.12", **before)["mask"]  # changes what had not left
+    same(everything, segments[1].merged(before["mask"], decide(dense, SIZE, ())["mask"], before["sure"] < 2))

@@ -26,6 +26,7 @@ import tensorflow as tf
 
 from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, Fidelity
 
+SURE = "sure"
 # What is computed at the size of the image, the rest at that of the logits: everything; the mask only; nothing.
 EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = get_args(Fidelity)
 
@@ -65,13 +66,7 @@ def decide(
     window = median_window(confidence_size, logits)
     classes, signs = _planes(logits, confidence_size, thresholds, window)
     counts = []
-    edges = _edges(classes) if any(edge_aware for _, edge_aware in thresholds) else None
-    for (_, edge_aware), sign in zip(thresholds, signs, strict=True):
-        confident = tf.clip_by_value(sign, 0.0, 1.0)
-        if edge_aware:
-            most = tf.clip_by_value(_along_both(tf.nn.avg_pool2d, sign, window) * STEEP, 0.0, 1.0)
-            confident = tf.transpose(confident)
-            confident += edges * (most - confident)
+    for confident in _confident(classes, signs, thresholds, window):
         count = tf.reduce_sum(tf.cast(tf.reduce_sum(confident, 1), tf.int32), keepdims=True)
         counts.append(count if scaled is None else tf.gather(scaled, count))
     if fidelity == LOW_CONFIDENCE:
@@ -80,6 +75,45 @@ def decide(
         classes = _enlarged(tf.transpose(_enlarged(tf.transpose(classes), size[1])), size[0])
     outputs = {MASK: tf.reshape(tf.cast(classes, tf.uint8), (1, *size))}
     return outputs | {CONFIDENT_PIXELS: tf.concat(counts, 0)} if counts else outputs
+
+
+def decide_by_cell(
+    logits: tf.Tensor, size: tuple[int, int], threshold: tuple[float, bool], cells: tuple[np.ndarray, np.ndarray]
+) -> dict[str, tf.Tensor]:
+    """What an exit returns for one image of which every cell decides for itself, computed at the size of the image.
+
+    Args:
+      logits, size, threshold: see `decide`.
+      cells: int [H] and [W], the row and the column of cells that each row and column of the mask lies in, in rising order from 0.
+
+    Returns:
+      `mask` uint8 [1, H, W], and `sure` float32 [1, rows, columns]: the share of each cell's pixels that are confident.
+    """
+    window = median_window(size, logits)
+    classes, signs = _planes(logits, size, (threshold,), window)
+    (plane,) = _confident(classes, signs, (threshold,), window)
+    shares = []
+    for places in cells:
+        inside = np.eye(places[-1] + 1, dtype=np.float32)[places]
+        shares.append(inside / inside.sum(0))
+    first, second = shares[::-1] if threshold[1] else shares  # an edge-aware plane is transposed
+    sure = tf.matmul(tf.transpose(tf.matmul(plane, second)), first)
+    sure = sure if threshold[1] else tf.transpose(sure)
+    return {MASK: tf.reshape(tf.cast(classes, tf.uint8), (1, *size)), SURE: sure[None]}
+
+
+def _confident(
+    classes: tf.Tensor, signs: Sequence[tf.Tensor], thresholds: Sequence[tuple[float, bool]], window: int
+) -> Iterator[tf.Tensor]:
+    """For each threshold 1 where a pixel is confident, 0 elsewhere: float32 [H, W], or [W, H] if it is edge-aware."""
+    edges = _edges(classes) if any(edge_aware for _, edge_aware in thresholds) else None
+    for (_, edge_aware), sign in zip(thresholds, signs, strict=True):
+        confident = tf.clip_by_value(sign, 0.0, 1.0)
+        if edge_aware:
+            most = tf.clip_by_value(_along_both(tf.nn.avg_pool2d, sign, window) * STEEP, 0.0, 1.0)
+            confident = tf.transpose(confident)
+            confident += edges * (most - confident)
+        yield confident
 
 
 def median_window(size: tuple[int, int], logits: tf.Tensor) -> int:

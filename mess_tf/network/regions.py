@@ -34,6 +34,7 @@ from mess_tf.network.model import FINAL, MultiExitNetwork
 
 STALE, NEAREST, ZEROS = NEIGHBOURS = ("stale", "nearest", "zeros")
 REACH = 4  # positions
+TILE_VALUES = 120_000  # float32 that are gathered at once: they stay in a level 2 cache until they are convolved
 
 POSITIONWISE = (
     keras.layers.Activation,
@@ -202,7 +203,7 @@ class ActiveSegment:
 
     def sure(self, confident: tf.Tensor) -> tf.Tensor:
         """The share of a cell's pixels that are confident: [B, H, W] of 0 and 1 to float32 [B, rows, columns]."""
-        by_row, by_column = (_one_hot(self._cells_of(length, axis)) for axis, length in enumerate(confident.shape[1:3]))
+        by_row, by_column = (_one_hot(self.cells_of(length, axis)) for axis, length in enumerate(confident.shape[1:3]))
         return tf.einsum("bhw,hr,wc->brc", tf.cast(confident, tf.float32), by_row / by_row.sum(0), by_column / by_column.sum(0))
 
     def most_unsure(self, sure: tf.Tensor, count: int) -> tf.Tensor:
@@ -211,10 +212,10 @@ class ActiveSegment:
 
     def merged(self, early: tf.Tensor, late: tf.Tensor, active: tf.Tensor) -> tf.Tensor:
         """The mask of this segment's exit at active cells, that of an earlier one elsewhere: [B, H, W]; `active` as in `masked`."""
-        rows, columns = (self._cells_of(length, axis) for axis, length in enumerate(early.shape[1:3]))
+        rows, columns = (self.cells_of(length, axis) for axis, length in enumerate(early.shape[1:3]))
         return tf.where(tf.gather(tf.gather(tf.cast(active, tf.bool), rows, axis=1), columns, axis=2), late, early)
 
-    def _cells_of(self, length: int, axis: int) -> np.ndarray:
+    def cells_of(self, length: int, axis: int) -> np.ndarray:
         """Row or column of the cell that each row or column of an image lies in: that of the nearest position."""
         return np.arange(length) * self.size[axis] // length // self.cell
 
@@ -476,16 +477,16 @@ class _Value:
             self._whole = tf.reshape(tf.gather(source, index), (1, *self._places.segment.size, source.shape[-1]))
         return self._whole
 
-    def around(self, offsets: np.ndarray) -> tf.Tensor:
-        """The features at rows and columns [m, 2] from the corner of each active cell, [n·m, C]; zeros off the map."""
+    def around(self, offsets: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rows [R, C], and which of them are the features at rows and columns [m, 2] from the corner of each active cell, int32 [n·m]."""
         places = self._places
         numbers = places.around(offsets)
         if self._whole is not None:
-            return tf.gather(_with_zeros(_flat(self._whole)), numbers)
+            return _with_zeros(_flat(self._whole)), numbers
         distance = np.abs(offsets - np.clip(offsets, 0, places.segment.cell - 1)).max()
         source, index = self._source(distance > REACH)
         source = _with_zeros(source)
-        return tf.gather(source, tf.gather(tf.concat([index, [source.shape[0] - 1]], 0), numbers))
+        return source, tf.gather(tf.concat([index, [source.shape[0] - 1]], 0), numbers)
 
     def _source(self, far: bool) -> tuple[tf.Tensor, tf.Tensor]:
         """Rows [R, C], and for each position of the map which of them is its own; `far`: whether there may be none within reach."""
@@ -520,10 +521,14 @@ def _depthwise(node: Node, values: Mapping[str, _Value], places: _Places) -> tf.
     reach = [side // 2 * rate for side, rate in zip(layer.kernel_size, layer.dilation_rate, strict=True)]
     rows, columns = (np.arange(-radius, cell + radius, step) for radius, step in zip(reach, steps, strict=True))
     offsets = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
-    tiles = values[node.inputs[0]].around(offsets)
-    tiles = tf.reshape(tiles, (-1, len(rows), len(columns), tiles.shape[-1]))
+    source, index = values[node.inputs[0]].around(offsets)
     dilations = None if cell == 1 else layer.dilation_rate
-    made = tf.nn.depthwise_conv2d(tiles, layer.kernel, (1, 1, 1, 1), "VALID", dilations=dilations)
+    step = max(1, TILE_VALUES // (len(offsets) * source.shape[1])) * len(offsets)
+    made = []
+    for start in range(0, index.shape[0], step):
+        tiles = tf.reshape(tf.gather(source, index[start : start + step]), (-1, len(rows), len(columns), source.shape[1]))
+        made.append(tf.nn.depthwise_conv2d(tiles, layer.kernel, (1, 1, 1, 1), "VALID", dilations=dilations))
+    made = tf.concat(made, 0) if len(made) > 1 else made[0]
     return _activated(layer, tf.reshape(made, (1, places.count, 1, made.shape[-1])))
 
 
@@ -532,7 +537,7 @@ def _convolution(node: Node, values: Mapping[str, _Value], places: _Places) -> t
     layer = node.operation
     taps = (np.stack(np.indices(layer.kernel_size), -1) - np.array(layer.kernel_size) // 2) * layer.dilation_rate
     offsets = places.own[:, None] + taps.reshape(1, -1, 2)
-    read = values[node.inputs[0]].around(offsets.reshape(-1, 2))
+    read = tf.gather(*values[node.inputs[0]].around(offsets.reshape(-1, 2)))
     channels = read.shape[-1] * math.prod(layer.kernel_size)
     kernel = tf.reshape(layer.kernel, (1, 1, channels, layer.filters))
     return _activated(layer, tf.nn.conv2d(tf.reshape(read, (1, places.count, 1, channels)), kernel, 1, "VALID"))
