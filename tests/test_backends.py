@@ -2,6 +2,7 @@
 
 import ctypes.util
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -274,18 +275,19 @@ def test_earlier_manifests_say_nothing_of_backends(bundle):
 def files(network, images, tmp_path_factory):
     """By precision: a file with the segments of a bundle, and with one exit under every policy."""
     folder, result = tmp_path_factory.mktemp("files"), {}
+
+    @functools.cache
+    def policy(shape: tuple[int, ...], fidelity: str, edge_aware: bool) -> flatbuffer.Graph:
+        return convert(lambda logits: decide(logits, SIZE, ((THETA_PIX, edge_aware),), fidelity), {"logits": shape})
+
     for precision in PRECISIONS:
         exporter = Exporter(network, SIZE, precision=precision, samples=[image[None].astype(np.float32) for image in images])
         everything = exporter.deployed(configuration(), "float32")
         signatures = {name: graph for name, graph in everything.items() if name.startswith("segment.") or name == FULL}
         to_logits = everything["logits.exit1"]
         for fidelity, edge_aware in itertools.product(FIDELITIES, (False, True)):
-            thresholds = ((THETA_PIX, edge_aware),)
-            policy = convert(
-                lambda logits, thresholds=thresholds, fidelity=fidelity: decide(logits, SIZE, thresholds, fidelity),
-                {"logits": to_logits.outputs["logits"].shape},
-            )
-            joined = flatbuffer.join(to_logits, policy, {"logits": "logits"})
+            decision = policy(to_logits.outputs["logits"].shape, fidelity, edge_aware)
+            joined = flatbuffer.join(to_logits, decision, {"logits": "logits"})
             signatures[f"{fidelity}.{'edge' if edge_aware else 'plain'}"] = joined
         result[precision] = folder / f"{precision}.tflite"
         result[precision].write_bytes(exporter.content(signatures))
