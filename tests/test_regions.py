@@ -12,6 +12,7 @@ from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import FP32, PRECISIONS, ExportError
 from mess_tf.graph.policy import decide, decide_by_cell
 from mess_tf.graph.regions import budgets, check_segment, region_graphs, segment_graph
+from mess_tf.network import regions
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.layers import BatchNormalization
 from mess_tf.network.model import FINAL, MultiExitNetwork, convert
@@ -218,8 +219,9 @@ def test_sure_cells_of_an_exit(networks, edge_aware):
         np.testing.assert_allclose(made["sure"], segment.sure(confident), atol=1e-6)
 
 
-def test_a_file_whose_cells_leave(networks):
+def test_a_file_whose_cells_leave(networks, monkeypatch):
     """Three exits in turn: the mask of Keras' masked segment at the least sure cells, the one before elsewhere."""
+    monkeypatch.setattr(regions, "TILE_VALUES", 2 * 4 * 4 * 192)  # of three cells, two are gathered first
     network = convert(networks("small").original, ["block_3_add", "block_4_add"], SIZE)
     network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
     candidates = ["exit1.fcn-r2-b0", "exit2.fcn-r2-b0", FINAL]

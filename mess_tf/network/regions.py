@@ -526,7 +526,8 @@ def _depthwise(node: Node, values: Mapping[str, _Value], places: _Places) -> tf.
     step = max(1, TILE_VALUES // (len(offsets) * source.shape[1])) * len(offsets)
     made = []
     for start in range(0, index.shape[0], step):
-        tiles = tf.reshape(tf.gather(source, index[start : start + step]), (-1, len(rows), len(columns), source.shape[1]))
+        part = index[start : min(start + step, index.shape[0])]  # converters refuse an end behind the last
+        tiles = tf.reshape(tf.gather(source, part), (-1, len(rows), len(columns), source.shape[1]))
         made.append(tf.nn.depthwise_conv2d(tiles, layer.kernel, (1, 1, 1, 1), "VALID", dilations=dilations))
     made = tf.concat(made, 0) if len(made) > 1 else made[0]
     return _activated(layer, tf.reshape(made, (1, places.count, 1, made.shape[-1])))
