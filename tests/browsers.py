@@ -20,10 +20,15 @@ def start(*arguments: str) -> webdriver.Chrome:
     return webdriver.Chrome(options, Service(driver))
 
 
-def show(browser: webdriver.Chrome, address: str, width: int, dark: bool) -> None:
-    """Opens a page on a screen of a width."""
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+def screen(browser: webdriver.Chrome, width: int, dark: bool) -> None:
+    """Makes the screen as wide, and dark or light."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+
+def show(browser: webdriver.Chrome, address: str, width: int, dark: bool) -> None:
+    """Opens a page on such a screen."""
+    screen(browser, width, dark)
     browser.get(address)

@@ -136,14 +136,14 @@ def browser(film):
 @pytest.fixture(scope="module")
 def page(browser, site):
     """The page of the small bundle, ready; the browser has nothing to complain of. LiteRT.js tells its news as console errors."""
-    open_page(browser, f"{site}/small/", 1200, False)
+    open_page(browser, f"{site}/small/")
     yield browser
     told = [entry for entry in browser.get_log("browser") if entry["source"] != "console-api"]
     assert [entry for entry in told if "favicon.ico" not in entry["message"]] == []  # of the page that has no icon
 
 
-def open_page(browser, address: str, width: int, dark: bool) -> None:
-    browsers.show(browser, address, width, dark)
+def open_page(browser, address: str) -> None:
+    browsers.show(browser, address, width=1200, dark=False)
     rest(browser)
     assert status(browser).startswith("Ready")
 
@@ -339,8 +339,20 @@ def test_the_camera_is_segmented_until_it_is_stopped(page, bundle):
     check_shown(page, Runner(bundle), seen)
 
 
+@pytest.mark.parametrize("width", [390, 1200])
+def test_dark_and_light_at_any_width(page, photos, tmp_path, width):
+    Image.fromarray(photos[0]).save(tmp_path / "photo.png")
+    open_photo(page, tmp_path / "photo.png")
+    backgrounds = set()
+    for dark in (False, True):
+        browsers.screen(page, width, dark)
+        assert page.execute_script("const page = document.documentElement; return page.scrollWidth <= page.clientWidth")
+        backgrounds.add(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert len(backgrounds) == 2
+
+
 def test_an_int8_bundle_runs_and_keeps_a_deadline(browser, site, photos, tmp_path):
-    open_page(browser, f"{site}/int8/", 1200, False)
+    open_page(browser, f"{site}/int8/")
     runner = Runner(Bundle.load(INT8))
     Image.fromarray(photos[0]).save(tmp_path / "photo.png")
     open_photo(browser, tmp_path / "photo.png")
@@ -368,13 +380,3 @@ def test_the_code_of_the_docs_runs(browser, site, folder, bundle, photos, tmp_pa
     assert browser.find_element(By.CSS_SELECTOR, "p").text.startswith(f"left at {result.exit} after ")
     browser.execute_script("document.querySelector('canvas').id = 'mask'")
     assert different(browser, Runner(bundle), result.mask) == 0
-
-
-@pytest.mark.parametrize("width", [390, 1200])
-def test_dark_and_light_at_any_width(page, site, width):
-    backgrounds = set()
-    for dark in (False, True):
-        open_page(page, f"{site}/small/", width, dark)
-        assert page.execute_script("const page = document.documentElement; return page.scrollWidth <= page.clientWidth")
-        backgrounds.add(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
-    assert len(backgrounds) == 2
