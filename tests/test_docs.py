@@ -137,6 +137,7 @@ def test_flags_fields_files_and_modules_in_sentences_exist(page):
     for make_parser in PARSERS.values():
         for parser in make_parser()._subparsers._group_actions[0].choices.values():
             known |= {option[2:] for option in parser._option_string_actions if option.startswith("--")}
+    known |= set(re.findall(r'addoption\(\s*"--(\w+)"', (REPOSITORY / "tests/conftest.py").read_text(encoding="utf-8")))
     for code in inline(page.read_text(encoding="utf-8")):
         for flag in re.findall(r"(?:^|[\s\[(])--(\w+)", code):
             assert flag in known, code
