@@ -52,7 +52,7 @@ class Trained:
         exporter: Exporter,
         candidates: Sequence[str],
         theta: tuple[float, float] | None = None,
-        input_type: str = "float32",
+        input_type: str = "uint8",
         measure: bool = False,
     ) -> Bundle:
         """Exports some candidates, which decide edge-aware at (theta_pix, theta_img) or, without, run to a deadline."""

@@ -39,7 +39,7 @@ CHUNK = 16  # images whose features are held at once, so that a head is loaded o
 
 EXPORT_AGAIN = "`python -m mess_tf.export_tflite --candidates` makes them anew"
 
-# Images float32 [1, H, W, 3] to each candidate's name and logits float32 [1, h, w, C], the final exit's first.
+# Images [1, H, W, 3] of whole values in float32 to each candidate's name and logits float32 [1, h, w, C], the final exit's first.
 LogitsOf = Callable[[Sequence[np.ndarray]], Iterator[tuple[str, list[np.ndarray]]]]
 
 
@@ -62,7 +62,8 @@ def logits_of_files(prefixes: Mapping[str, Path], heads: Mapping[str, Path]) -> 
 
     def outputs_of(path: Path, inputs: Sequence[Mapping[str, np.ndarray]]) -> list[Mapping[str, np.ndarray]]:
         runner = Interpreter(str(path), num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
-        return [runner(**{name: each[name] for name in runner.get_input_details()}) for each in inputs]
+        details = runner.get_input_details()
+        return [runner(**{name: each[name].astype(tensor["dtype"], copy=False) for name, tensor in details.items()}) for each in inputs]
 
     def run(images):
         for exit_name, prefix in reversed(prefixes.items()):

@@ -179,7 +179,7 @@ def run_deployment(
     deployment: str | os.PathLike,
     data_dir: str = "",
     options: Options = Options(),
-    input_type: str = "float32",
+    input_type: str = "uint8",
     resize: str | None = None,
     measure: bool = True,
     extra_signatures: Collection[str] = (),
@@ -276,7 +276,7 @@ if __name__ == "__main__":
         policy.FIDELITIES,
         "what the exit policy computes at full size; default: that of the deployment's statistics, for candidates exact",
     )
-    flags.DEFINE_enum("input", "float32", bundles.INPUT_TYPES, "type of the image that goes into a bundle")
+    flags.DEFINE_enum("input", "uint8", bundles.INPUT_TYPES, "type of the image that goes into a bundle")
     flags.DEFINE_enum("resize", None, bundles.RESIZES, "how images are fitted: that of the training, data.resize; another one is an error")
     flags.DEFINE_multi_enum(
         "extra_signatures",

@@ -231,7 +231,7 @@ def test_int8_candidates_hand_int8_on(made, tmp_path):
     exporter.policies(tmp_path)
     prefix, head = exporter.prefix(tmp_path, "exit1"), exporter.head(tmp_path, f"exit1.{HEADS[0]}")
     assert {each.description.type for graph in (prefix.outputs, head.inputs) for each in graph.values()} == {flatbuffer.INT8}
-    assert [each.description.type for each in prefix.inputs.values()] == [flatbuffer.FLOAT32]
+    assert [each.description.type for each in prefix.inputs.values()] == [schema.TensorType.UINT8]
     exporter.head(tmp_path, FINAL)  # without weights
     for path in tmp_path.iterdir():
         interpreter = Interpreter(str(path))
@@ -271,9 +271,9 @@ def test_candidates_of_other_weights_or_fidelity_are_an_error(made):
         calibrate(network, examples, "val", SIZE, folder / "candidates", fidelity="low")
 
 
-def test_uint8_input_gives_the_same_masks(made, exporter, deployed):
+def test_float32_input_gives_the_same_masks(made, exporter, deployed):
     _, examples, _, _ = made
-    whole = bundle_of(made, exporter, "uint8", False, input_spec=InputSpec(*SIZE, "uint8"))
+    whole = bundle_of(made, exporter, "float32", False, input_spec=InputSpec(*SIZE, "float32"))
     runners = Runner(Bundle.load(deployed[1] / "bundle")), Runner(whole)
     for i in range(len(examples)):
         image, _ = examples.load(i)
@@ -294,7 +294,7 @@ def test_measured_miou_is_that_of_the_evaluation(made, deployed):
 def test_what_is_promised_is_measured_as_it_runs(made, exporter, resize):
     network, _, folder, _ = made
     examples = open_split(DataConfig(input_size=(120, 150), synthetic_train=2, synthetic_val=3), "val")  # larger, and of another shape
-    spec = InputSpec(*SIZE, "uint8", resize)
+    spec = InputSpec(*SIZE, resize=resize)
     bundle = bundle_of(made, exporter, f"promised-{resize}", False, input_spec=spec, examples=examples)
     stats = calibrate(network, examples, "val", SIZE, folder / "candidates", [0.5], resize=resize)
     runner, counts = Runner(bundle), {segment.exit: 0 for segment in bundle.manifest.segments}

@@ -144,7 +144,7 @@ def folder(signatures, thetas, tmp_path_factory):
         segments.append(Segment(name, "fcn-r1-b0", 1000, 2000, alone_sha256, pix, theta, theta is not None, 0.5))
     manifest = Manifest(
         created_by=bundle.CreatedBy("0.1.0", tf.__version__, "unknown"),
-        input=InputSpec(HEIGHT, WIDTH),
+        input=InputSpec(HEIGHT, WIDTH, "float32"),
         classes=("sky", "road", "tree", "car", "sign"),
         palette=PALETTE,
         setting="input-dependent",

@@ -115,6 +115,11 @@ def _mismatch(text: str) -> ExportError:
     return ExportError(f"{text}; {REDUCED_PRECISION}={mode} makes Keras itself inexact: export without it" if mode else text)
 
 
+def cast(name: str, shape: tuple[int, ...], source: tf.DType, to: tf.DType) -> flatbuffer.Graph:
+    """`name` of one type to `name` of another."""
+    return convert(lambda **given: {name: tf.cast(given[name], to)}, {name: tf.TensorSpec(shape, source)})
+
+
 def check_parity(content: bytes, inputs: Tensors, expected: Tensors, logits: Tensors, tolerance: float = TOLERANCE[FP32]) -> None:
     """Raises ExportError if a file with one signature, or its signature `full`, does not compute what Keras does.
 

@@ -30,6 +30,7 @@ from mess_tf.graph.conversion import (
     ExportError,
     Function,
     Tensors,
+    cast,
     check_parity,
     convert,
     converter_of,
@@ -88,7 +89,7 @@ class Exporter:
       fidelity: of the policy, see `policy.decide`.
       precision: of the network, see `convert`. In int8 the policy stays in floating point. What does so in files other than fp32 may be
         computed in float16, see `flatbuffer.write`.
-      images: the samples float32 [1, H, W, 3] that int8 takes its ranges from; without samples, one of noise.
+      images: the samples [1, H, W, 3], whole values in float32, that int8 takes its ranges from; without samples, one of noise.
       float_operations: see `convert`.
       shapes: see `tensor_shapes`.
     """
@@ -105,7 +106,7 @@ class Exporter:
         self.network, self.size, self.fidelity, self.precision = network, size, fidelity, precision
         self.float_operations = float_operations
         self.shapes = tensor_shapes(network, size)
-        self.images = samples or [np.random.default_rng(0).uniform(0, 255, self.shapes[bundles.IMAGE]).astype(np.float32)]
+        self.images = samples or [np.random.default_rng(0).integers(0, 256, self.shapes[bundles.IMAGE]).astype(np.float32)]
 
     @functools.cached_property
     def samples(self) -> list[dict[str, np.ndarray]]:
@@ -125,6 +126,11 @@ class Exporter:
         """The exit policy on logits of a size: `logits` to `mask` and, with thresholds, `confident_pixels`."""
         return _policy((1, height, width, self.network.num_classes), self.size, thresholds, self.fidelity)
 
+    @functools.cache  # noqa: B019
+    def _pixels(self) -> flatbuffer.Graph:
+        """uint8 `image` to float32 `image`."""
+        return cast(bundles.IMAGE, self.shapes[bundles.IMAGE], tf.uint8, tf.float32)
+
     def content(self, signatures: Mapping[str, flatbuffer.Graph]) -> bytes:
         """The file of some graphs."""
         return flatbuffer.write(signatures, self.precision != FP32)
@@ -136,15 +142,17 @@ class Exporter:
         return content
 
     def prefix(self, folder: Path, exit_name: str) -> flatbuffer.Graph:
-        """Image to every tensor that the heads of an exit read."""
+        """Image, uint8, to every tensor that the heads of an exit read."""
         model = self.network.features([name for name in self.network.candidates if name.startswith(f"{exit_name}.")])
         graph = self.converted(lambda image: model(image, training=False), [bundles.IMAGE])
         features = {name: flatbuffer.stored(graph, name) for name in graph.outputs if name not in self.network.taps(FINAL)}
-        graph = flatbuffer.cut(graph, graph.inputs, graph.outputs | features)  # logits are handed on as float32
+        outputs = graph.outputs | features  # logits are handed on as float32
+        whole = flatbuffer.join(self._pixels(), flatbuffer.Graph(graph.inputs, outputs, graph.operations), {bundles.IMAGE: bundles.IMAGE})
+        graph = flatbuffer.cut(whole, whole.inputs, {name: whole.outputs[name] for name in outputs})
         with _named(f"prefix.{exit_name}"):
             content = self.save(folder / f"prefix.{exit_name}.tflite", graph)
             if self.precision in TOLERANCE:
-                inputs = {bundles.IMAGE: self.images[0]}
+                inputs = {bundles.IMAGE: self.images[0].astype(np.uint8)}
                 expected = {name: self.samples[0][name] for name in graph.outputs}
                 check_parity(content, inputs, expected, {}, TOLERANCE[self.precision])
         return graph
@@ -224,8 +232,7 @@ class Exporter:
         models, function = self.chain([f"{choice.exit}.{choice.head}" for choice in choices])
         whole = flatbuffer.with_cuts(self.converted(function, [bundles.IMAGE]))
         if input_type == "uint8":
-            pixels = tf.TensorSpec(self.shapes[bundles.IMAGE], tf.uint8, name=bundles.IMAGE)
-            whole = flatbuffer.join(_cast(pixels), whole, {bundles.IMAGE: "pixels"})
+            whole = flatbuffer.join(self._pixels(), whole, {bundles.IMAGE: bundles.IMAGE})
         for choice in choices:
             name = f"{choice.exit}.logits"
             thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
@@ -269,7 +276,7 @@ class Exporter:
           configuration: exits, heads, thresholds.
           predicted: what the search expects, if there was a search.
           classes: names.
-          input_spec: how images go in; by default float32, stretched to the network's size.
+          input_spec: how images go in; by default uint8, stretched to the network's size.
           examples: images to measure the mIoU of each exit on, for the manifest.
           extra_signatures: of `bundles.EXTRA_SIGNATURES`, written beside the segments.
           backends: some of `mess_runtime.engines`, on which the file must do what it does on the CPU; recorded in the manifest.
@@ -340,7 +347,7 @@ class Exporter:
     def _check_bundle(
         self, content: bytes, configuration: Configuration, everything: Mapping[str, flatbuffer.Graph], input_type: str
     ) -> None:
-        image = self.images[0].round().astype(input_type)
+        image = self.images[0].astype(input_type)
         at_a_stretch = self.content({bundles.FULL: everything[bundles.FULL]})
         full = run_signature(at_a_stretch, {bundles.IMAGE: image})
         interpreter, tensors = Interpreter(model_content=content, num_threads=os.cpu_count()), {bundles.IMAGE: image}
@@ -381,13 +388,6 @@ def _policy(
 ) -> flatbuffer.Graph:
     """`Exporter.policy` by the shape of the logits."""
     return convert(lambda logits: policy.decide(logits, size, thresholds, fidelity), {"logits": logits})
-
-
-def _cast(pixels: tf.TensorSpec) -> flatbuffer.Graph:
-    """uint8 `image` to float32 `pixels`."""
-    function = tf.function(lambda image: {"pixels": tf.cast(image, tf.float32)}).get_concrete_function(pixels)
-    content = tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
-    return flatbuffer.read(content, [bundles.IMAGE], ["pixels"])
 
 
 def measured_miou(content: bytes, examples: Examples, input_spec: bundles.InputSpec) -> dict[str, float]:

@@ -41,7 +41,7 @@ BUDGETED = "budgeted"
 ANYTIME = "anytime"
 SETTINGS = (INPUT_DEPENDENT, BUDGETED, ANYTIME)
 PRECISIONS = ("fp32", "fp16", "int8")
-INPUT_TYPES = ("float32", "uint8")
+INPUT_TYPES = ("uint8", "float32")
 Fidelity = Literal["exact", "low_confidence", "low"]
 RESIZES = ("stretch", "letterbox")
 OPTIONAL = ("backend", "verified")  # keys that earlier manifests do not have
@@ -85,13 +85,13 @@ class InputSpec:
 
     Attributes:
       height, width: in pixels.
-      dtype: `float32` or `uint8`.
+      dtype: `uint8` or `float32`.
       resize: how images of another size are fitted: `stretch`, or `letterbox`, which keeps the aspect ratio and fills up with grey.
     """
 
     height: int
     width: int
-    dtype: Literal["float32", "uint8"] = "float32"
+    dtype: Literal["uint8", "float32"] = "uint8"
     resize: Literal["stretch", "letterbox"] = "stretch"
 
     def __post_init__(self):
