@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,12 @@ from small_network import small_network
 
 from mess_runtime import engines, verify
 from mess_runtime.__main__ import main
-from mess_runtime.bundle import FULL, MANIFEST, MODEL, Bundle, InputSpec, Verification, write_manifest
+from mess_runtime.bundle import FULL, MANIFEST, MODEL, SIGNATURE, Bundle, InputSpec, Verification, write_manifest
 from mess_runtime.runner import Runner
 from mess_tf.configs import HeadSpec
 from mess_tf.files import Configuration, ExitChoice
 from mess_tf.graph import flatbuffer
-from mess_tf.graph.conversion import PRECISIONS, ExportError, convert
+from mess_tf.graph.conversion import PRECISIONS, ExportError, convert, run_signature
 from mess_tf.graph.exporter import Exporter
 from mess_tf.graph.policy import FIDELITIES, decide
 from mess_tf.network.model import convert as convert_network
@@ -282,7 +283,7 @@ def files(network, images, tmp_path_factory):
 
     for precision in PRECISIONS:
         exporter = Exporter(network, SIZE, precision=precision, samples=[image[None].astype(np.float32) for image in images])
-        everything = exporter.deployed(configuration(), "float32")
+        everything = exporter.deployed(configuration(), "uint8")
         signatures = {name: graph for name, graph in everything.items() if name.startswith("segment.") or name == FULL}
         to_logits = everything["logits.exit1"]
         for fidelity, edge_aware in itertools.product(FIDELITIES, (False, True)):
@@ -352,3 +353,38 @@ def test_the_runner_runs_on_a_gpu(files, bundle, images, driver, tmp_path):
         assert record["exit"] == result.exit
         with Image.open(tmp_path / "masks" / f"{index}.png") as mask:
             assert (np.asarray(mask) != result.mask).mean() <= verify.LIMITS["fp32"][1]
+
+
+# ---------------------------------------------------------------- LiteRT's own command line
+
+# `litert run` of every file in a folder on an image, in one process.
+CODE = """
+import pathlib, sys
+from litert_cli.litert import cli
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.tflite")):
+    print(path.stem, flush=True)
+    given = [] if path.stem.startswith("segment.") and path.stem != "segment.exit1" else [f"--input={sys.argv[2]}"]
+    cli(["run", str(path), *given, "--print-tensors", "--sample-size=1000"], standalone_mode=False)
+"""
+
+
+def test_litert_cli_runs_every_submodel_as_it_is(network, images, tmp_path):
+    python = ROOT / ".venv-runtimes" / "litert-cli" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"needs {python}, an environment with nothing but litert-cli, which .ci/run makes")
+    exporter = Exporter(network, SIZE)
+    graphs = exporter.deployed(configuration(), "uint8")
+    del graphs[FULL]
+    for name, graph in graphs.items():
+        exporter.save(tmp_path / f"{name}.tflite", graph)
+    np.save(tmp_path / "image.npy", images[0][None])
+    words = [str(word) for word in (python, "-c", CODE, tmp_path, tmp_path / "image.npy")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    printed = dict(zip(sorted(graphs), re.split(rf"^(?:{'|'.join(graphs)})$", done.stdout, flags=re.MULTILINE)[1:], strict=True))
+    assert all("Inference complete" in text for text in printed.values())
+    for exit in ("exit1", "exit2", "final"):
+        (values,) = re.findall(r"  mask .*:\n +\[(.*)\]", printed[f"alone.{exit}"])
+        content = flatbuffer.write({SIGNATURE: graphs[f"alone.{exit}"]})
+        mask = run_signature(content, {"image": images[0][None]})["mask"].ravel()
+        assert values.split() == [*map(str, mask[:1000]), "...", *map(str, mask[-1000:])]
