@@ -17,8 +17,8 @@ are there.
 Candidates take --precision=fp32|fp16|int8, or --precisions=fp16,int8 for WORKDIR/candidates.fp16/ and so on, of which the search then
 takes the best; a deployment is of the precision that it was searched in. Every file is checked before it is kept.
 
-`--target=web --output=FOLDER` writes what another runtime takes, beside the bundle of `--deployment`, or of one that is there,
-`--bundle=FOLDER`: see `mess_tf.targets`. LiteRT.js comes from npm, or from `--litertjs=FOLDER`, what `npm pack` wrote.
+`--target=web|mediapipe --output=FOLDER` writes what another runtime takes, beside the bundle of `--deployment`, or of one that is there,
+`--bundle=FOLDER`: see `mess_tf.targets`. For web LiteRT.js comes from npm, or from `--litertjs=FOLDER`, what `npm pack` wrote.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
 from mess_tf.network.originals import define_flags
-from mess_tf.targets import web
+from mess_tf.targets import mediapipe, web
 
 WEIGHTS = "weights.sha256"
-TARGETS = ("web",)
+TARGETS = {"web": web, "mediapipe": mediapipe}
 OF_NETWORK = "workdir data_dir precision float_operations fidelity input resize extra_signatures verify measure"
 EXAMPLES = 8
 CALIBRATION_IMAGES = 64
@@ -228,7 +228,8 @@ def main() -> None:
     terminal.check_left_out(bool(FLAGS.precisions), "precision", "with --precisions")
     without = FLAGS.candidates and INT8 not in (FLAGS.precision, *FLAGS.precisions)
     terminal.check_left_out(without, "float_operations", f"without --precision={INT8}")
-    terminal.check_left_out(not FLAGS.target, "output litertjs", "without --target")
+    terminal.check_left_out(not FLAGS.target, "output", "without --target")
+    terminal.check_left_out(FLAGS.target != "web", "litertjs", "without --target=web")
     bundles.check(bool(FLAGS.target or not FLAGS.bundle), "--target", f"one of {', '.join(TARGETS)} with --bundle", FLAGS.target)
     bundles.check(bool(FLAGS.output or not FLAGS.target), "--output", "given with --target", FLAGS.output)
     options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)
@@ -236,16 +237,16 @@ def main() -> None:
         for folder in run_candidates(FLAGS.workdir, FLAGS.data_dir, options, FLAGS.precisions):
             print(folder)
         return
-    output, litertjs = Path(FLAGS.output), Path(FLAGS.litertjs) if FLAGS.litertjs else None
-    if FLAGS.target:
-        web.check(output, litertjs)
+    target, output, packages = TARGETS.get(FLAGS.target), Path(FLAGS.output), [Path(FLAGS.litertjs)] if FLAGS.litertjs else []
+    if target:
+        target.check(output, *packages)
     bundle = FLAGS.bundle
     if FLAGS.deployment:
         how = (FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures, FLAGS.verify)
         bundle = run_deployment(FLAGS.workdir, FLAGS.deployment, FLAGS.data_dir, options, *how)
         print(bundle)
-    if FLAGS.target:
-        web.write(bundles.Bundle.load(bundle), output, litertjs)
+    if target:
+        target.write(bundles.Bundle.load(bundle), output, *packages)
         print(output)
 
 
@@ -257,7 +258,12 @@ if __name__ == "__main__":
     flags.DEFINE_bool("candidates", False, "export everything that can be chosen, to measure it")
     flags.DEFINE_string("deployment", "", "deployment.json of the search, to export its bundle")
     flags.DEFINE_string("bundle", "", "folder of a bundle, to write what --target names")
-    flags.DEFINE_enum("target", None, TARGETS, "another runtime that the bundle is made ready for: web, a folder for any web server")
+    flags.DEFINE_enum(
+        "target",
+        None,
+        list(TARGETS),
+        "another runtime that the bundle is made ready for: web, a folder for any web server; mediapipe, files for ImageSegmenter",
+    )
     flags.DEFINE_string("output", "", "folder of the target")
     flags.DEFINE_string("litertjs", "", "with --target=web: folder with the packages of LiteRT.js; by default npm fetches them")
     flags.DEFINE_enum(

@@ -377,6 +377,11 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("export_tflite", ["--bundle=B"], f"--workdir: {LEFT_OUT} with --bundle, got 'W'"),
         ("export_tflite", ["--deployment=D", "--output=O"], f"--output: {LEFT_OUT} without --target, got 'O'"),
         ("export_tflite", ["--deployment=D", "--target=web"], "--output: must be given with --target, got ''"),
+        (
+            "export_tflite",
+            ["--deployment=D", "--target=mediapipe", "--output=O", "--litertjs=L"],
+            f"--litertjs: {LEFT_OUT} without --target=web, got 'L'",
+        ),
         ("export_tflite", ["--deployment=D", "--target=web", "--output=W"], f"--output: {NOT_OURS}, got 'W'"),
         (
             "export_tflite",

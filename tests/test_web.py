@@ -2,12 +2,9 @@
 
 import base64
 import dataclasses
-import functools
-import http.server
 import io
 import json
 import re
-import threading
 from pathlib import Path
 
 import browsers
@@ -105,15 +102,8 @@ def folder(bundle, packages, tmp_path_factory):
 @pytest.fixture(scope="module")
 def site(folder):
     """Address of a static server of that folder."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with browsers.served(folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Conversion of functions to graphs of builtin operations, and the check that a file computes what Keras does."""
 
 import fnmatch
+import functools
 import itertools
 import math
 import os
@@ -115,9 +116,10 @@ def _mismatch(text: str) -> ExportError:
     return ExportError(f"{text}; {REDUCED_PRECISION}={mode} makes Keras itself inexact: export without it" if mode else text)
 
 
-def cast(name: str, shape: tuple[int, ...], source: tf.DType, to: tf.DType) -> flatbuffer.Graph:
-    """`name` of one type to `name` of another."""
-    return convert(lambda **given: {name: tf.cast(given[name], to)}, {name: tf.TensorSpec(shape, source)})
+@functools.cache
+def pixels(shape: tuple[int, int, int, int], dtype: tf.DType = tf.float32) -> flatbuffer.Graph:
+    """uint8 `image` to `image` of another type."""
+    return convert(lambda image: {bundles.IMAGE: tf.cast(image, dtype)}, {bundles.IMAGE: tf.TensorSpec(shape, tf.uint8)})
 
 
 def check_parity(content: bytes, inputs: Tensors, expected: Tensors, logits: Tensors, tolerance: float = TOLERANCE[FP32]) -> None:

@@ -30,10 +30,10 @@ from mess_tf.graph.conversion import (
     ExportError,
     Function,
     Tensors,
-    cast,
     check_parity,
     convert,
     converter_of,
+    pixels,
     run_signature,
 )
 from mess_tf.network.costs import Cost, graph_nodes, model_cost, with_input_size
@@ -126,11 +126,6 @@ class Exporter:
         """The exit policy on logits of a size: `logits` to `mask` and, with thresholds, `confident_pixels`."""
         return _policy((1, height, width, self.network.num_classes), self.size, thresholds, self.fidelity)
 
-    @functools.cache  # noqa: B019
-    def _pixels(self) -> flatbuffer.Graph:
-        """uint8 `image` to float32 `image`."""
-        return cast(bundles.IMAGE, self.shapes[bundles.IMAGE], tf.uint8, tf.float32)
-
     def content(self, signatures: Mapping[str, flatbuffer.Graph]) -> bytes:
         """The file of some graphs."""
         return flatbuffer.write(signatures, self.precision != FP32)
@@ -147,7 +142,8 @@ class Exporter:
         graph = self.converted(lambda image: model(image, training=False), [bundles.IMAGE])
         features = {name: flatbuffer.stored(graph, name) for name in graph.outputs if name not in self.network.taps(FINAL)}
         outputs = graph.outputs | features  # logits are handed on as float32
-        whole = flatbuffer.join(self._pixels(), flatbuffer.Graph(graph.inputs, outputs, graph.operations), {bundles.IMAGE: bundles.IMAGE})
+        graph = flatbuffer.Graph(graph.inputs, outputs, graph.operations)
+        whole = flatbuffer.join(pixels(self.shapes[bundles.IMAGE]), graph, {bundles.IMAGE: bundles.IMAGE})
         graph = flatbuffer.cut(whole, whole.inputs, {name: whole.outputs[name] for name in outputs})
         with _named(f"prefix.{exit_name}"):
             content = self.save(folder / f"prefix.{exit_name}.tflite", graph)
@@ -232,7 +228,7 @@ class Exporter:
         models, function = self.chain([f"{choice.exit}.{choice.head}" for choice in choices])
         whole = flatbuffer.with_cuts(self.converted(function, [bundles.IMAGE]))
         if input_type == "uint8":
-            whole = flatbuffer.join(self._pixels(), whole, {bundles.IMAGE: bundles.IMAGE})
+            whole = flatbuffer.join(pixels(self.shapes[bundles.IMAGE]), whole, {bundles.IMAGE: bundles.IMAGE})
         for choice in choices:
             name = f"{choice.exit}.logits"
             thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import flatbuffers
 import numpy as np
@@ -378,7 +379,7 @@ class _Once:
         return self._offset
 
 
-def write(graphs: Mapping[str, Graph], half_precision: bool = False) -> bytes:
+def write(graphs: Mapping[str, Graph], half_precision: bool = False, metadata: Mapping[str, bytes] = MappingProxyType({})) -> bytes:
     """One .tflite with a signature per graph, under its name.
 
     Constants of equal content and equal scales are stored once. Every tensor has a name of its own, since tools that edit files ask for
@@ -387,6 +388,7 @@ def write(graphs: Mapping[str, Graph], half_precision: bool = False) -> bytes:
     Args:
       graphs: by the name of the signature.
       half_precision: lets XNNPACK compute in float16 where the processor can (ARMv8.2-A; not x86), and in float32 elsewhere.
+      metadata: more of it, by name.
     """
     model = schema.ModelT()
     model.version = 3
@@ -405,12 +407,13 @@ def write(graphs: Mapping[str, Graph], half_precision: bool = False) -> bytes:
         definition.inputs = _tensor_maps(graph.inputs, model.subgraphs[-1].inputs)
         definition.outputs = _tensor_maps(graph.outputs, model.subgraphs[-1].outputs)
         model.signatureDefs.append(definition)
-    if half_precision:
-        buffer, metadata = schema.BufferT(), schema.MetadataT()
-        buffer.data = np.frombuffer(b"fp16accfp16", np.uint8)
+    model.metadata = []
+    for name, content in {**({"reduced_precision_support": b"fp16accfp16"} if half_precision else {}), **metadata}.items():
+        buffer, entry = schema.BufferT(), schema.MetadataT()
+        buffer.data = np.frombuffer(content, np.uint8)
         model.buffers.append(buffer)
-        metadata.name, metadata.buffer = "reduced_precision_support", len(model.buffers) - 1
-        model.metadata = [metadata]
+        entry.name, entry.buffer = name, len(model.buffers) - 1
+        model.metadata.append(entry)
     builder = flatbuffers.Builder(sum(map(len, buffers)) + 65536)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())

@@ -1,1 +1,12 @@
 """Targets: what other runtimes than `mess_runtime` take, made of a bundle."""
+
+from pathlib import Path
+
+from mess_runtime import bundle as bundles
+
+
+def check_output(output: Path, mark: str) -> None:
+    """Raises ValueError where something else than an earlier export, which has `mark` in it, would be replaced."""
+    bundles.check_writable("--output", output, folder=True)
+    ours = not output.exists() or not any(output.iterdir()) or (output / mark).exists()
+    bundles.check(ours, "--output", f"a folder that is new, empty or of an earlier export, with {mark} in it", str(output))

@@ -22,6 +22,7 @@ from mess_runtime.engines import CPU
 from mess_runtime.files import replace_folder
 from mess_runtime.runner import Runner
 from mess_tf.graph import flatbuffer
+from mess_tf.targets import check_output
 
 PAGES = Path(__file__).parents[1] / "pages"
 BUNDLE, LITERTJS, RUNNER = "bundle", "litertjs", "mess.js"
@@ -67,9 +68,7 @@ def write(bundle: bundles.Bundle, output: Path, litertjs: Path | None = None) ->
 
 def check(output: Path, litertjs: Path | None = None) -> None:
     """Raises what `write` would raise of its arguments."""
-    bundles.check_writable("--output", output, folder=True)
-    ours = not output.exists() or not any(output.iterdir()) or (output / LITERTJS).is_dir()
-    bundles.check(ours, "--output", f"a folder that is new, empty or of an earlier export, with {LITERTJS} in it", str(output))
+    check_output(output, LITERTJS)
     if litertjs:
         for name in PACKAGES:
             _package(litertjs, name)
