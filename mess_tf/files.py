@@ -3,6 +3,7 @@
 Reading is strict, writing is atomic. This module imports no TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ import os
 import platform
 import subprocess
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -81,25 +82,29 @@ def read_arrays(path: str | os.PathLike, required: Collection[str] | None = None
       FileNotFoundError: there is no such file.
       ValueError: it is another or a broken file, has other arrays, or is larger than `MAX_ARRAYS_BYTES` unpacked.
     """
+    with _unpacking(path), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    names, where = [member.filename.removesuffix(".npy") for member in members], f"{os.fspath(path)}: arrays"
+    check(len(set(names)) == len(names), where, "of different names", names)
+    if required is not None:
+        missing = set(required) - set(optional) - set(names)
+        for problem, keys in (("missing", missing), ("unknown", set(names) - set(required))):
+            check(not keys, where, ", ".join(sorted(required)), f"{problem} {', '.join(sorted(keys))}")
+    size = sum(member.file_size for member in members)
+    check(size <= MAX_ARRAYS_BYTES, where, f"of at most {MAX_ARRAYS_BYTES} bytes", size)
+    with _unpacking(path), np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+@contextlib.contextmanager
+def _unpacking(path: str | os.PathLike) -> Iterator[None]:
+    """Names the file where it is broken; then zipfile, zlib and NumPy raise nearly anything."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            names = [member.filename.removesuffix(".npy") for member in members]
-            check(len(set(names)) == len(names), "arrays", "of different names", names)
-            if required is not None:
-                missing = set(required) - set(optional) - set(names)
-                for problem, keys in (("missing", missing), ("unknown", set(names) - set(required))):
-                    check(not keys, "arrays", ", ".join(sorted(required)), f"{problem} {', '.join(sorted(keys))}")
-            size = sum(member.file_size for member in members)
-            check(size <= MAX_ARRAYS_BYTES, "arrays", f"of at most {MAX_ARRAYS_BYTES} bytes", size)
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except OSError as error:
-        if error.filename is not None:  # it cannot be opened
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
             raise
-        raise ValueError(f"{os.fspath(path)}: must be a complete .npz file, got {error}") from error
-    except Exception as error:  # a broken archive makes zipfile, zlib and NumPy raise nearly anything
-        raise ValueError(f"{os.fspath(path)}: must be a complete .npz file, got {error or type(error).__name__}") from error
+        raise ValueError(f"{os.fspath(path)}: must be a complete .npz file, got {str(error) or type(error).__name__}") from error
 
 
 def _must_exist(path: str | os.PathLike, command: str) -> None:

@@ -1,5 +1,6 @@
 """What all tests share: quiet logs, fixed seeds, and the data and weights that lie beside the repository."""
 
+import itertools
 import os
 import random
 import sys
@@ -115,10 +116,12 @@ def fuzz_count(request) -> int:
 
 
 @pytest.fixture
-def fuzz(fuzz_count) -> Callable[[st.SearchStrategy, Callable[[Any], None]], None]:
-    """Calls a function with as many drawn values as `--fuzz` says; the same ones each time."""
+def fuzz(request, fuzz_count) -> Callable[[st.SearchStrategy, Callable[[Any], None]], None]:
+    """Calls a function with as many drawn values as `--fuzz` says, the same ones each time, and prints how many there were."""
 
     def run(strategy: st.SearchStrategy, function: Callable[[Any], None]) -> None:
+        count = itertools.count()
+
         @settings(
             max_examples=fuzz_count,
             deadline=None,
@@ -128,8 +131,10 @@ def fuzz(fuzz_count) -> Callable[[st.SearchStrategy, Callable[[Any], None]], Non
         )
         @given(strategy)
         def example(value):
+            next(count)
             function(value)
 
         example()
+        print(f"{request.node.name}: {next(count)} mutations")
 
     return run

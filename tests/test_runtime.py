@@ -14,9 +14,11 @@ import types
 from fractions import Fraction
 from pathlib import Path
 
+import flatbuffers
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
 from PIL import Image
 
 from mess_runtime import benchmark, bundle, engines, files, runner
@@ -558,6 +560,17 @@ def test_graphs_of_another_size(copy, engine):
 def test_a_file_that_is_no_model(copy, engine):
     with pytest.raises(ValueError, match=r"model\.tflite: .* cannot load it"):
         Runner(replace_model(copy, b"x" * 100), engine=engine)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_tensor_without_name(copy, engine):
+    """The runtime takes it for a valid file, and crashes as soon as it is asked for the name."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel((copy / MODEL).read_bytes(), 0))
+    model.subgraphs[1].tensors[2].name = None
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    with pytest.raises(ValueError, match=r"model\.tflite: must be a model whose tensors have names, got 'none for number 2'"):
+        Runner(replace_model(copy, bytes(builder.Output())), engine=engine)
 
 
 # ---------------------------------------------------------------- latency.json

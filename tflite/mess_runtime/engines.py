@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ MAX_THREADS = 256  # runtimes crash where the system has no more
 COMPILED, INTERPRETER = ENGINES = ("compiled", "interpreter")
 CPU, GPU = BACKENDS = ("cpu", "gpu")
 MEASURED = {"xnnpack": CPU, "cpu": CPU, "gpu": GPU}  # by the names of latency.json, those that are backends here
+_REFUSALS = (ValueError, RuntimeError, MemoryError)  # of a runtime that cannot load a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,8 @@ class CompiledEngine:
         options = Options(hardware_accelerators=accelerators, cpu_options=CpuOptions(num_threads=threads))
         try:
             self._model = CompiledModel.from_file(os.fspath(path), options=options)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
+        except _REFUSALS as error:
+            raise _cannot_load(path, error) from error
         self.fully_accelerated = self._model.is_fully_accelerated()
         signatures = self._model.get_signature_list()
         self._inputs: dict[str, Any] = {}  # of `put`
@@ -167,10 +169,7 @@ def verify(path: str | os.PathLike) -> None:
     Raises:
       ValueError: it is not.
     """
-    try:
-        Interpreter(os.fspath(path))
-    except (ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
+    _load(path)
 
 
 def open_interpreter(path: str | os.PathLike, threads: int) -> Interpreter:
@@ -179,9 +178,54 @@ def open_interpreter(path: str | os.PathLike, threads: int) -> Interpreter:
     Raises:
       ValueError: the file is not a model, or needs operations that the runtime does not have.
     """
+    interpreter = _load(path, num_threads=threads)
     try:
-        interpreter = Interpreter(os.fspath(path), num_threads=threads)
         interpreter.allocate_tensors()
-    except (ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path}: {RUNTIME} cannot load it: {' '.join(str(error).split())}") from error
+    except _REFUSALS as error:
+        raise _cannot_load(path, error) from error
     return interpreter
+
+
+def _load(path: str | os.PathLike, **options: int) -> Interpreter:
+    """An interpreter of a file whose flatbuffer is whole, and whose tensors have names: asked for one that is not there, it crashes."""
+    try:
+        interpreter = Interpreter(os.fspath(path), **options)
+    except _REFUSALS as error:
+        raise _cannot_load(path, error) from error
+    content = Path(path).read_bytes()
+    for graph in _tables(content, _offset(content, 0), 2):
+        nameless = [number for number, tensor in enumerate(_tables(content, graph, 0)) if not _field(content, tensor, 3)]
+        check(not nameless, os.fspath(path), "a model whose tensors have names", f"none for number {', '.join(map(str, nameless[:3]))}")
+    return interpreter
+
+
+def _cannot_load(path: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(f"{os.fspath(path)}: {RUNTIME} cannot load it: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+# A flatbuffer that was verified: tables of fields by number, as TensorFlow Lite's schema has them (Model.subgraphs 2, SubGraph.tensors 0,
+# Tensor.name 3). tflite-runtime brings no reader.
+
+
+def _offset(content: bytes, at: int) -> int:
+    """Where the offset that stands at a place leads."""
+    return at + int.from_bytes(content[at : at + 4], "little")
+
+
+def _field(content: bytes, table: int, number: int) -> int:
+    """Where a field of a table is, 0 if the table lacks it."""
+    sizes = table - int.from_bytes(content[table : table + 4], "little", signed=True)
+    place = 4 + 2 * number
+    if place >= int.from_bytes(content[sizes : sizes + 2], "little"):
+        return 0
+    inside = int.from_bytes(content[sizes + place : sizes + place + 2], "little")
+    return table + inside if inside else 0
+
+
+def _tables(content: bytes, table: int, number: int) -> list[int]:
+    """Where the tables in a list of a table begin."""
+    if not (field := _field(content, table, number)):
+        return []
+    vector = _offset(content, field)
+    count = int.from_bytes(content[vector : vector + 4], "little")
+    return [_offset(content, vector + 4 + 4 * i) for i in range(count)]
