@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from android_bench import adb, benchmark_model, verify
-from android_bench.session import Options, Session, Store
+from android_bench.session import Options, Session, Store, program_of
 from mess_runtime import terminal
 from mess_runtime.bundle import Bundle, check, check_writable
 from mess_runtime.files import printable
@@ -101,25 +101,56 @@ def _complain(problem: object) -> None:
     terminal.complain(printable(f"android_bench: {problem}"))
 
 
+def _connected(arguments: argparse.Namespace) -> tuple[list[Options], dict[str, str]]:
+    """What is asked for of every backend, and adb's state of the phones to work with, by serial number; empty of those not there.
+
+    Raises:
+      NoDeviceError: there is none.
+    """
+    options = [_options(arguments, backend) for backend in dict.fromkeys(arguments.backend.split(","))]
+    states = adb.list_devices()
+    serials = dict.fromkeys(arguments.serial or states)  # one given twice is one phone
+    if not serials:
+        raise adb.NoDeviceError(adb.HOST, "devices", "no phone is connected: plug one in, with USB debugging on")
+    return options, {serial: states.get(serial, "") for serial in serials}
+
+
+def _open(serial: str, state: str) -> adb.Device:
+    if not state:
+        raise adb.NoDeviceError(serial, "connect", f"no such device, there are: {', '.join(adb.list_devices()) or 'none'}")
+    return adb.open_device(serial, state)
+
+
+def check_phones(arguments: argparse.Namespace) -> list[str]:
+    """Checks before long work that `measure` can then begin, and fetches the tool; returns the names of the phones in latencies.
+
+    Raises:
+      AdbError, BenchmarkError, ValueError: a flag is wrong, or a phone cannot be reached or used.
+    """
+    options, states = _connected(arguments)
+    names = []
+    for serial, state in states.items():
+        device = _open(serial, state)
+        phone = device.read_phone()
+        for each in options:
+            program_of(device, phone, each)
+        names.append(phone.name)
+    return names
+
+
 def _on_phones(arguments: argparse.Namespace, store: Store, work: Callable[[Session], Any]) -> tuple[list[Any], int]:
     """Runs `work` on all phones at once, or on those named, backend after backend.
 
     Returns:
       What it gave, and the number of problems, which are printed.
     """
-    options = [_options(arguments, backend) for backend in dict.fromkeys(arguments.backend.split(","))]
-    states = adb.list_devices()
-    serials = list(dict.fromkeys(arguments.serial or states))  # one given twice is one phone
-    if not serials:
-        raise adb.NoDeviceError(adb.HOST, "devices", "no phone is connected: plug one in, with USB debugging on")
+    options, states = _connected(arguments)
     stopped = threading.Event()
 
     def one(serial: str) -> tuple[list[Any], list[str]]:
         done, problems = [], []
         try:
-            if serial not in states:
-                raise adb.NoDeviceError(serial, "connect", f"no such device, there are: {', '.join(states) or 'none'}")
-            device = adb.open_device(serial, states[serial])
+            device = _open(serial, states[serial])
         except FAILURES as error:
             return [], [str(error)]
         for each in options:
@@ -134,8 +165,8 @@ def _on_phones(arguments: argparse.Namespace, store: Store, work: Callable[[Sess
             problems += session.problems
         return done, problems
 
-    with ThreadPoolExecutor(len(serials)) as pool:
-        futures = [pool.submit(one, serial) for serial in serials]
+    with ThreadPoolExecutor(len(states)) as pool:
+        futures = [pool.submit(one, serial) for serial in states]
         try:
             outcomes = [future.result() for future in futures]
         except KeyboardInterrupt:

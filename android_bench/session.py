@@ -332,6 +332,15 @@ class App:
 # === One phone ===
 
 
+def program_of(device: adb.Device, phone: adb.Phone, options: Options) -> Binary | App:
+    """What will measure; nothing is on the phone yet.
+
+    Raises:
+      BenchmarkError, ValueError: there is no such tool, or it cannot be fetched.
+    """
+    return App(device, options) if options.app else Binary(device, phone, options)
+
+
 class Session:
     """Measures submodels on one phone."""
 
@@ -378,7 +387,7 @@ class Session:
         self.device.stop()
         self.phone = self.device.read_phone()
         self.store.claim(self.phone.name, self.device.serial)
-        program = App(self.device, self.options) if self.options.app else Binary(self.device, self.phone, self.options)
+        program = program_of(self.device, self.phone, self.options)
         try:
             copied = self.device.push({**files, **program.files})
             self.say(f"{self.phone.name}: {self.phone.soc}, {self.phone.os}; {copied} files copied")

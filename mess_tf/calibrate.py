@@ -32,7 +32,7 @@ from mess_tf.graph.conversion import FP32, PRECISIONS, convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.network.costs import Cost, model_cost
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
-from mess_tf.network.originals import define_flags
+from mess_tf.network.originals import check_flags, define_flags
 
 THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
@@ -226,6 +226,7 @@ def is_calibrated(workdir: str | os.PathLike, split: str, precision: str | None 
 
 
 def main() -> None:
+    check_flags(configs.load_config(FLAGS.workdir))
     for path in run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity, FLAGS.precisions):
         print(path)
 

@@ -53,7 +53,7 @@ def parse_label_values(label_values: str | Mapping[str, int]) -> dict[int | tupl
     Raises:
       ValueError: unknown name, a key that is neither value nor colour, both kinds together, one twice, or a class out of range.
     """
-    where = "data.label_values"
+    where = "label_values"
     if isinstance(label_values, str):
         _check(label_values in ("", *LABEL_VALUES), where, f"a table or one of {', '.join(LABEL_VALUES)}", label_values)
         label_values = LABEL_VALUES.get(label_values, {})
@@ -118,18 +118,18 @@ class DataConfig:
     label_values: str | dict[str, int] = ""
 
     def __post_init__(self):
-        _check(all(side >= 16 for side in self.input_size), "data.input_size", "two sides of at least 16 pixels", self.input_size)
+        _check(all(side >= 16 for side in self.input_size), "input_size", "two sides of at least 16 pixels", self.input_size)
         crop_ok = self.crop_size == (0, 0) or all(side >= 16 for side in self.crop_size)
-        _check(crop_ok, "data.crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
-        _check(self.resize in RESIZES, "data.resize", f"one of {RESIZES}", self.resize)
+        _check(crop_ok, "crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
+        _check(self.resize in RESIZES, "resize", f"one of {RESIZES}", self.resize)
         parse_label_values(self.label_values)
         explained = self.source in OWN_LABELS or not self.label_values
-        _check(explained, "data.label_values", f"left out unless data.source is {' or '.join(OWN_LABELS)}", self.label_values)
+        _check(explained, "label_values", f"left out unless data.source is {' or '.join(OWN_LABELS)}", self.label_values)
         low, high = self.scale_range
-        _check(0 < low <= high, "data.scale_range", "two positive factors, the smaller first", self.scale_range)
+        _check(0 < low <= high, "scale_range", "two positive factors, the smaller first", self.scale_range)
         for name in ("brightness", "contrast", "saturation"):
-            _check(0 <= getattr(self, name) < 1, f"data.{name}", "in [0, 1)", getattr(self, name))
-        _check(0 <= self.synthetic_hard <= 1, "data.synthetic_hard", "a share in [0, 1]", self.synthetic_hard)
+            _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        _check(0 <= self.synthetic_hard <= 1, "synthetic_hard", "a share in [0, 1]", self.synthetic_hard)
 
     @property
     def training_size(self) -> tuple[int, int]:
@@ -164,24 +164,24 @@ class BackboneConfig:
 
     def __post_init__(self):
         names = (*BACKBONES, "keras_file")
-        _check(self.name in names, "backbone.name", f"one of {names}", self.name)
+        _check(self.name in names, "name", f"one of {names}", self.name)
         is_file = self.name != "keras_file" or self.weights.endswith(".keras")
-        _check(is_file, "backbone.weights", "a .keras file with backbone.name=keras_file", self.weights)
-        _check(self.output_stride in (8, 16, 32), "backbone.output_stride", "8, 16 or 32", self.output_stride)
+        _check(is_file, "weights", "a .keras file with backbone.name=keras_file", self.weights)
+        _check(self.output_stride in (8, 16, 32), "output_stride", "8, 16 or 32", self.output_stride)
         _check(
             self.width > 0 and (self.width == 1 or self.name in WIDE),
-            "backbone.width",
+            "width",
             f"positive, and 1 unless one of {WIDE}",
             self.width,
         )
-        _check(0 < self.batch_norm_momentum < 1, "backbone.batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
-        _check(0 < self.input_scale <= 4, "backbone.input_scale", "in (0, 4]", self.input_scale)
-        _check(not self.output or self.name == "keras_file", "backbone.output", "empty unless backbone.name=keras_file", self.output)
+        _check(0 < self.batch_norm_momentum < 1, "batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
+        _check(0 < self.input_scale <= 4, "input_scale", "in (0, 4]", self.input_scale)
+        _check(not self.output or self.name == "keras_file", "output", "empty unless backbone.name=keras_file", self.output)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadSpec:
-    """One point of the head space of mess.md, section 3. Its name is the word used in files, tables and flags, e.g. `decoder-r4-b1-d2`.
+    """One point of the head space. Its name is the word used in files, tables and flags, e.g. `decoder-r4-b1-d2`.
 
     Attributes:
       kind: `fcn`, `deeplab` (ASPP), `decoder` (ASPP and a shallower tap), or `rest` (the rest of the original network at half the
@@ -197,10 +197,10 @@ class HeadSpec:
     dilation: int = 1
 
     def __post_init__(self):
-        _check(self.kind in ("fcn", "deeplab", "decoder", "rest"), "head.kind", "fcn, deeplab, decoder or rest", self.kind)
-        _check(self.reduction in (1, 2, 4, 8), "head.reduction", "1, 2, 4 or 8", self.reduction)
-        _check(self.blocks in (0, 1, 2, 3), "head.blocks", "0, 1, 2 or 3", self.blocks)
-        _check(self.dilation in ((1, 2, 4) if self.blocks else (1,)), "head.dilation", "1, 2 or 4, and 1 without blocks", self.dilation)
+        _check(self.kind in ("fcn", "deeplab", "decoder", "rest"), "kind", "fcn, deeplab, decoder or rest", self.kind)
+        _check(self.reduction in (1, 2, 4, 8), "reduction", "1, 2, 4 or 8", self.reduction)
+        _check(self.blocks in (0, 1, 2, 3), "blocks", "0, 1, 2 or 3", self.blocks)
+        _check(self.dilation in ((1, 2, 4) if self.blocks else (1,)), "dilation", "1, 2 or 4, and 1 without blocks", self.dilation)
         plain = self.kind != "rest" or (self.reduction, self.blocks) == (1, 0)
         _check(plain, "head", "without reduction and blocks if its kind is rest", (self.reduction, self.blocks))
 
@@ -211,12 +211,12 @@ class HeadSpec:
         return f"{self.kind}-r{self.reduction}-b{self.blocks}" + (f"-d{self.dilation}" if self.blocks else "")
 
     @classmethod
-    def parse(cls, name: str) -> "HeadSpec":
-        """Reads a name back; an unknown one raises a ValueError that lists the nearest."""
+    def parse(cls, name: str, where: str = "head") -> "HeadSpec":
+        """Reads a name back; an unknown one raises a ValueError that begins with `where` and lists the nearest."""
         specs = {spec.name: spec for spec in (*HEAD_SPACE, HeadSpec("rest"))}
         if name not in specs:
             nearest = difflib.get_close_matches(name, specs, 3, 0)
-            raise ValueError(f"head: must be rest or one of the {len(HEAD_SPACE)} others, nearest {nearest}, got {name!r}")
+            raise ValueError(f"{where}: must be rest or one of the {len(HEAD_SPACE)} others, nearest {nearest}, got {name!r}")
         return specs[name]
 
 
@@ -249,10 +249,12 @@ class ExitsConfig:
     heads: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _check(self.count >= 2, "exits.count", "at least 2", self.count)
-        for name in (self.final_head, self.plain_head, *self.heads):
-            HeadSpec.parse(name)
-        _check(self.final_head != "rest", "exits.final_head", "a head with weights of its own", self.final_head)
+        _check(self.count >= 2, "count", "at least 2", self.count)
+        HeadSpec.parse(self.final_head, "final_head")
+        HeadSpec.parse(self.plain_head, "plain_head")
+        for name in self.heads:
+            HeadSpec.parse(name, "heads")
+        _check(self.final_head != "rest", "final_head", "a head with weights of its own", self.final_head)
 
     @property
     def head_specs(self) -> tuple[HeadSpec, ...]:
@@ -319,15 +321,15 @@ class StageConfig:
             ("class_weights", ("none", "sqrt_median_frequency")),
             ("precision", ("float32", "mixed_bfloat16")),
         ):
-            _check(getattr(self, name) in options, f"stage.{name}", f"one of {options}", getattr(self, name))
-        _check(not self.teacher or self.distillation != "none", "stage.teacher", "empty without distillation", self.teacher)
-        _check(self.epochs >= 0, "stage.epochs", "at least 0", self.epochs)
+            _check(getattr(self, name) in options, name, f"one of {options}", getattr(self, name))
+        _check(not self.teacher or self.distillation != "none", "teacher", "empty without distillation", self.teacher)
+        _check(self.epochs >= 0, "epochs", "at least 0", self.epochs)
         for name in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps"):
-            _check(getattr(self, name) >= 1, f"stage.{name}", "at least 1", getattr(self, name))
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("alpha", "label_smoothing"):
-            _check(0 <= getattr(self, name) <= 1, f"stage.{name}", "in [0, 1]", getattr(self, name))
-        _check(self.temperature > 0, "stage.temperature", "positive", self.temperature)
-        _check(self.learning_rate > 0, "stage.learning_rate", "positive", self.learning_rate)
+            _check(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        _check(self.temperature > 0, "temperature", "positive", self.temperature)
+        _check(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,6 +414,8 @@ RECIPES = {
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Applies `section.field=value` strings, values in JSON (a bare word is a string).
 
+    With another backbone, what was chosen for the first one and does not fit it goes: layers of exits, and a width that it does not have.
+
     Raises:
       ValueError: for an unknown section or field (the nearest names are listed) or a value of another type.
     """
@@ -427,6 +431,12 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
             documents[section][field] = json.loads(text)
         except json.JSONDecodeError:
             documents[section][field] = text
+    given, backbone = {override.partition("=")[0] for override in overrides}, documents["backbone"]
+    if backbone["name"] != config.backbone.name:
+        if backbone["name"] not in WIDE and "backbone.width" not in given:
+            backbone["width"] = BackboneConfig().width
+        if "exits.layers" not in given:
+            documents["exits"]["layers"] = ExitsConfig().layers
     return dataclasses.replace(config, **{name: _from_dict(type(sections[name]), documents[name], name) for name in sections})
 
 
@@ -504,7 +514,11 @@ def _from_dict(cls: type, document: Any, where: str) -> Any:
         _known(name, hints, where)
     missing = sorted(set(hints) - set(document))
     _check(not missing, where, "complete", f"nothing for {missing}")
-    return cls(**{name: _value(hints[name], document[name], f"{where}.{name}") for name in hints})
+    values = {name: _value(hints[name], document[name], f"{where}.{name}") for name in hints}
+    try:
+        return cls(**values)
+    except ValueError as error:  # begins with the field
+        raise ValueError(f"{where}.{error}") from error
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -14,7 +14,7 @@ from mess_tf import configs, terminal
 from mess_tf.data.sources import open_split
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.model import load_network
-from mess_tf.network.originals import define_flags
+from mess_tf.network.originals import check_flags, define_flags
 
 
 def table(result: dict[str, Accuracy], classes: Sequence[str]) -> str:
@@ -43,6 +43,7 @@ def run(workdir: str, data_dir: str = "", split: str = "") -> Path:
 
 
 def main() -> None:
+    check_flags(configs.load_config(FLAGS.workdir))
     print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split))
 
 

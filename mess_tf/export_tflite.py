@@ -38,12 +38,12 @@ from mess_tf import configs, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
-from mess_tf.files import CANDIDATES, DEPLOYMENT, Configuration, Deployment, ExitChoice, of_precision, read_arrays
+from mess_tf.files import CANDIDATES, DEPLOYMENT, STATS, Configuration, Deployment, ExitChoice, of_precision, read_arrays
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
-from mess_tf.network.originals import define_flags
+from mess_tf.network.originals import check_flags, define_flags
 from mess_tf.targets import mediapipe, web
 
 WEIGHTS = "weights.sha256"
@@ -196,6 +196,7 @@ def run_deployment(
         precision == INT8 or not options.float_operations, "--float_operations", f"left out with {precision}", options.float_operations
     )
     bundles.check(chosen.precision in ("", precision), "--precision", f"{chosen.precision}, which was searched, or left out", precision)
+    chosen.check_stats(deployment, workdir / chosen.named(STATS))
     config, examples, network = _open(workdir, data_dir)
     exporter = _exporter(network, config, dataclasses.replace(options, precision=precision, fidelity=fidelity))
     input_spec = bundles.InputSpec(*exporter.size, input_type, of_training)
@@ -232,6 +233,7 @@ def main() -> None:
     terminal.check_left_out(FLAGS.target != "web", "litertjs", "without --target=web")
     bundles.check(bool(FLAGS.target or not FLAGS.bundle), "--target", f"one of {', '.join(TARGETS)} with --bundle", FLAGS.target)
     bundles.check(bool(FLAGS.output or not FLAGS.target), "--output", "given with --target", FLAGS.output)
+    check_flags(*([configs.load_config(FLAGS.workdir)] if FLAGS.workdir else []))
     options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)
     if FLAGS.candidates:
         for folder in run_candidates(FLAGS.workdir, FLAGS.data_dir, options, FLAGS.precisions):

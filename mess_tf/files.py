@@ -29,6 +29,7 @@ from mess_runtime.bundle import (
     Fidelity,
     check,
     decode_versioned,
+    file_sha256,
     read_json,
     write_json,
 )
@@ -579,3 +580,16 @@ class Deployment(Configuration):
         """
         _must_exist(path, "mess_tf.search")
         return read_json(path, lambda value: decode_versioned(cls, value, "deployment"))
+
+    def check_stats(self, path: str | os.PathLike, stats: str | os.PathLike) -> None:
+        """Checks that this was searched in a file of statistics. One that is not there, or a search in no file, tells nothing.
+
+        Args:
+          path: of this deployment, for the message.
+          stats: the `stats.npz`.
+
+        Raises:
+          ValueError: it was searched in others.
+        """
+        now = file_sha256(stats) if self.stats_sha256 and os.path.exists(stats) else self.stats_sha256
+        check(now == self.stats_sha256, f"{os.fspath(path)}: stats_sha256", f"that of {os.fspath(stats)}; search again", self.stats_sha256)

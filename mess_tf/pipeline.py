@@ -23,7 +23,7 @@ what it writes would depend on the steps before it.
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import keras
@@ -31,12 +31,14 @@ from absl import flags
 
 from android_bench import __main__ as android
 from mess_runtime import benchmark
-from mess_runtime.bundle import check, file_sha256, read_json
+from mess_runtime.bundle import check, check_writable, file_sha256, read_json
+from mess_runtime.engines import MAX_THREADS
 from mess_runtime.files import locked
 from mess_runtime.terminal import is_answer, one_line
 from mess_tf import calibrate, configs, export_tflite, report, search, terminal, train
 from mess_tf.files import DEPLOYMENT, Asked, Deployment, candidate_files
-from mess_tf.network.originals import allow, define_flags
+from mess_tf.network.originals import allow, check_flags, define_flags
+from mess_tf.optimise.space import matching
 
 STEPS = ("train", "candidates", "calibrate", "measure", "search", "bundle", "report")
 
@@ -75,19 +77,44 @@ class Pipeline:
 
         Raises:
           StepError: a step could not be done, for a reason that its message gives.
-          ValueError: another pipeline is at work in the folder.
+          AdbError, BenchmarkError, ValueError: see `check`, or another pipeline is at work in the folder.
         """
+        forced = STEPS[STEPS.index(first) :] if first else ()
+        self.check(forced)
+        self.workdir.mkdir(parents=True, exist_ok=True)
         try:
             with locked(self.workdir / "pipeline", wait=False):
-                return self._run(first)
+                return self._run(forced)
         except BlockingIOError:
             raise ValueError(f"workdir: must be no other pipeline's, which is still running, got {str(self.workdir)!r}") from None
 
-    def _run(self, first: str | None) -> Deployment:
-        if first == STEPS[0]:
-            train.forget(self.workdir, self.config)
-        forced = STEPS[STEPS.index(first) :] if first else ()
-        for name, (is_made, make) in self.steps().items():
+    def check(self, forced: Collection[str] = ()) -> None:
+        """Checks before work starts what is needed after it: phones and their tool, and latencies of the device that is asked for.
+
+        Args:
+          forced: the steps that are made anew, even where they are up to date.
+
+        Raises:
+          AdbError, BenchmarkError, ValueError: a later step could not be done.
+        """
+        check_writable("workdir", self.workdir, folder=True)
+        asked, rows = self.question(), [dataclasses.asdict(row) for row in self.rows()]
+        if self.latency is not None:
+            matching(rows, device=asked.device, threads=asked.threads)
+        elif self.phones is None:
+            check(1 <= asked.threads <= MAX_THREADS, "--threads", f"between 1 and {MAX_THREADS}", asked.threads)
+            ours = asked.device == benchmark.device_name() or self.is_measured()
+            check(ours, "--device", f"{benchmark.device_name()}, this machine, without --latency and --android", asked.device)
+        elif "measure" in forced or not self.is_measured():
+            names, threads, backends = android.check_phones(self.phones), self.phones.threads, self.phones.backend
+            check(asked.device in (None, *names), "--device", f"one of the phones, {', '.join(names)}", asked.device)
+            check(asked.threads in (None, threads), "--threads", f"{threads}, as --android_flag=--threads has it", asked.threads)
+            measured = {*asked.backends} <= {*backends.split(",")}
+            check(measured, "--backends", f"{backends}, as --android_flag=--backend has it", ",".join(asked.backends))
+            matching([*rows, *({"device": name, "threads": threads} for name in names)], device=asked.device, threads=asked.threads)
+
+    def _run(self, forced: Collection[str]) -> Deployment:
+        for name, (is_made, make) in self.steps(forced).items():
             try:
                 if name not in forced and is_made():
                     print(f"{name}: up to date", flush=True)
@@ -102,13 +129,13 @@ class Pipeline:
                 raise
         return Deployment.load(self.workdir / DEPLOYMENT)
 
-    def steps(self) -> dict[str, tuple[Callable[[], bool], Callable[[], object]]]:
+    def steps(self, forced: Collection[str] = ()) -> dict[str, tuple[Callable[[], bool], Callable[[], object]]]:
         """By name and in order: whether a step's result is up to date, and what makes it and returns where it is."""
         workdir, data_dir, deployment, precisions = self.workdir, self.data_dir, self.workdir / DEPLOYMENT, self.asked.precisions
         steps = (
             (
                 lambda: train.is_trained(workdir, self.config) and train.has_its_data(workdir, self.config),
-                lambda: train.run(workdir, data_dir=data_dir),
+                lambda: train.run(workdir, self.config, anew="train" in forced),
             ),
             (
                 lambda: all(export_tflite.are_exported(workdir, precision) for precision in precisions or (None,)),
@@ -137,15 +164,22 @@ class Pipeline:
         """What to search for: of what is measured here, this machine, in a table that may hold others too."""
         if self.latency is not None or self.phones is not None:
             return self.asked
-        device, threads = self.asked.device or benchmark.device_name(), self.asked.threads or 1
+        device, threads = self.asked.device or benchmark.device_name(), 1 if self.asked.threads is None else self.asked.threads
         return dataclasses.replace(self.asked, device=device, threads=threads)
 
+    def rows(self) -> tuple[benchmark.LatencyRow, ...]:
+        """Of the table, none if there is no such file yet."""
+        return read_json(self.table, benchmark.LatencyTable.from_json).rows if self.latency or self.table.exists() else ()
+
     def is_measured(self) -> bool:
-        """Whether the table has a row for every candidate on all backends that are asked for: of the device that is, or of any phone."""
+        """Whether there are candidates, and the table has a row for each on all backends that are asked for.
+
+        Of the device that is asked for, or of any phone.
+        """
         if self.latency is not None:
             return True
         asked, found = self.question(), {}
-        for row in read_json(self.table, benchmark.LatencyTable.from_json).rows if self.table.exists() else ():
+        for row in self.rows():
             if asked.threads in (None, row.threads):
                 found.setdefault(row.device, {}).setdefault(row.backend_requested, set()).add(row.sha256)
         wanted = {file_sha256(path) for path in self.candidates()}
@@ -156,7 +190,7 @@ class Pipeline:
                 return all(wanted <= backends.get(name, set()) for name in asked.backends)
             return any(wanted <= measured for measured in backends.values())
 
-        return any(complete(found.get(device, {})) for device in devices)
+        return any(wanted and complete(found.get(device, {})) for device in devices)
 
     def candidates(self) -> list[Path]:
         """The files to measure."""
@@ -202,13 +236,14 @@ def main() -> None:
     here = not FLAGS.latency and not FLAGS.android
     required = f"{benchmark.BACKEND} or left out on this machine; --latency and --android know others"
     check(not here or {*asked[0].backends} <= {benchmark.BACKEND}, "--backends", required, ",".join(asked[0].backends))
-    latency = Path(FLAGS.latency) if FLAGS.latency else None
-    if latency:
-        read_json(latency, benchmark.LatencyTable.from_json)
+    kept = ("--workdir", "--output")
+    own = [flag for flag in FLAGS.android_flag if flag.partition("=")[0] in kept]
+    check(not own, "--android_flag", f"without {' and '.join(kept)}, which the pipeline gives", own)
     words = [f"--backend={','.join(asked[0].backends)}"] if asked[0].backends else []
     phones = android.parse(["run", f"--workdir={FLAGS.workdir}", *words, *FLAGS.android_flag]) if FLAGS.android else None
     config = train.resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
-    workdir = Path(FLAGS.workdir)
+    check_flags(config)
+    workdir, latency = Path(FLAGS.workdir), Path(FLAGS.latency) if FLAGS.latency else None
     pipeline = Pipeline(workdir, config, FLAGS.data_dir, asked[0], latency, phones, FLAGS.unsafe_loading)
     deployment = pipeline.run(FLAGS["from"].value)
     print(summary(workdir, deployment))

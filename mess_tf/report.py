@@ -22,7 +22,7 @@ from absl import flags
 from PIL import Image
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, check_writable, file_sha256, read_json
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, check_writable, read_json
 from mess_runtime.files import write_atomically
 from mess_runtime.images import mask_at, placed
 from mess_runtime.terminal import progress
@@ -34,7 +34,7 @@ from mess_tf.data.sources import open_split
 from mess_tf.files import DEPLOYMENT, STATS, Deployment, Stats
 from mess_tf.graph import policy
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
-from mess_tf.network.originals import define_flags
+from mess_tf.network.originals import check_flags, define_flags
 from mess_tf.optimise import guarantee
 from mess_tf.optimise.search import front
 from mess_tf.optimise.space import Costs, evaluate_configuration, latency_costs, macs_costs, mixture, original, predict
@@ -460,8 +460,7 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     made_from = (workdir / DEPLOYMENT).read_bytes()
     path = workdir / deployment.named(STATS)
     stats = Stats.load(path)
-    if deployment.stats_sha256 and deployment.stats_sha256 != file_sha256(path):
-        raise ValueError(f"{workdir / DEPLOYMENT}: must be searched in this {path.name}; run mess_tf.search again")
+    deployment.check_stats(workdir / DEPLOYMENT, path)
     check_writable("workdir", workdir, folder=True)
     latencies = None
     if deployment.predicted.cost_name == "macs":
@@ -494,6 +493,7 @@ def is_reported(workdir: str | os.PathLike) -> bool:
 
 
 def main() -> None:
+    check_flags(configs.load_config(FLAGS.workdir))
     print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.latency))
 
 

@@ -25,7 +25,7 @@ from mess_tf.data.pipelines import SOFT_STRIDE, network_input
 from mess_tf.data.sources import open_split
 from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.network.model import load_network
-from mess_tf.network.originals import define_flags
+from mess_tf.network.originals import check_flags, define_flags
 
 SCALES = (1.0, 1.25)
 
@@ -82,6 +82,7 @@ def run(workdirs: Sequence[str], output: str, data_dir: str = "", scales: Sequen
 
 
 def main() -> None:
+    check_flags(*map(configs.load_config, FLAGS.workdirs))
     print(run(FLAGS.workdirs, FLAGS.output, FLAGS.data_dir, terminal.numbers("scales")))
 
 

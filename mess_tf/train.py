@@ -1,4 +1,4 @@
-"""Two-stage training of a multi-exit network (mess.md, section 4).
+"""Two-stage training of a multi-exit network; see docs/how_it_works.md.
 
 `python -m mess_tf.train --workdir=W --recipe=camvid_lite0 --data_dir=D [--set section.field=value ...]` trains both stages, each from its
 last checkpoint if there is one. WORKDIR/config.json keeps the resolved configuration; a later start must ask for the same or nothing.
@@ -9,23 +9,26 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 from absl import flags
 
 from mess_runtime.bundle import FORMAT, check, check_writable, decode_versioned, file_sha256, read_json, write_json
 from mess_runtime.files import locked, temporary_beside, write_atomically
+from mess_runtime.terminal import complain
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.examples import DataError, Examples, first_few
 from mess_tf.data.sources import open_split, open_training
 from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
+from mess_tf.network.costs import uncounted_layers
 from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
-from mess_tf.network.originals import define_flags
+from mess_tf.network.originals import check_flags, define_flags, load_original
 
 CONFIG, RECORD, DATA_RECORD = "config.json", "training.json", "data.json"
 
@@ -37,25 +40,47 @@ def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "bot
 
     Sets Keras' random seed and precision policy and TensorFlow's summation order (`fix_summation_order`) for the whole process.
     """
+    return train_stages(config, workdir, stages, *prepare(config, workdir, stages))
+
+
+def prepare(config: Config, workdir: str, stages: Literal["stage1", "both"]) -> tuple[MultiExitNetwork, dict[str, Examples]]:
+    """Opens and checks all that `train` needs, and writes nothing; returns the network with its plain heads, and data `train` and `val`.
+
+    Raises:
+      FileNotFoundError, ValueError: the training could not start.
+    """
     fix_summation_order()
     keras.mixed_precision.set_global_policy(config.stage1.precision)
     keras.utils.set_random_seed(config.stage1.seed)
-    train_examples, val_examples = open_training(config.data)
-    check_data(workdir, {"train": train_examples, "val": val_examples})
-    network = build_network(configs.with_own_original(config, workdir), train_examples.info.num_classes)
-    momentum = config.backbone.batch_norm_momentum
-    network.add_heads([HeadSpec.parse(config.exits.plain_head)], momentum)
-    both = stages == "both" and config.stage2.epochs > 0
-    if both:
-        check_stage2(config, network, train_examples, workdir)
+    config = configs.with_own_original(config, workdir)
+    own = load_original(config.backbone.weights) if config.backbone.name == "keras_file" else None
+    data = dict(zip(("train", "val"), open_training(config.data), strict=True))
+    check_data(workdir, data)
+    network = build_network(config, data["train"].info.num_classes, own)
+    if own and (names := uncounted_layers(network.original, config.data.input_size)):
+        seen = f"no multiplication is seen in the layers {', '.join(names)}, which have weights"
+        complain(f"warning: backbone.weights: {seen}: exits are placed, and MACs counted, as if they cost nothing")
+    network.add_heads([HeadSpec.parse(config.exits.plain_head)], config.backbone.batch_norm_momentum)
+    if config.stage1.epochs:
+        check_start("stage1", config.stage1, network, data["train"], workdir)
+    if stages == "both" and config.stage2.epochs:
+        check_stage2(config, network, data["train"], workdir)
+    return network, data
+
+
+def train_stages(
+    config: Config, workdir: str, stages: Literal["stage1", "both"], network: MultiExitNetwork, data: Mapping[str, Examples]
+) -> MultiExitNetwork:
+    """What `train` does once all is prepared."""
+    keep_data(workdir, data)
     keep_original(config, workdir)
     if config.stage1.epochs:
-        train_stage("stage1", config.stage1, network, config, train_examples, val_examples, workdir)
-    if both:
+        train_stage("stage1", config.stage1, network, config, data["train"], data["val"], workdir)
+    if stages == "both" and config.stage2.epochs:
         keras.mixed_precision.set_global_policy(config.stage2.precision)
         keras.utils.set_random_seed(config.stage2.seed)
-        network.add_heads(config.exits.head_specs, momentum)
-        train_stage("stage2", config.stage2, network, config, train_examples, val_examples, workdir)
+        network.add_heads(config.exits.head_specs, config.backbone.batch_norm_momentum)
+        train_stage("stage2", config.stage2, network, config, data["train"], data["val"], workdir)
     return network
 
 
@@ -72,20 +97,29 @@ def check_stage2(config: Config, network: MultiExitNetwork, train_examples: Exam
     check_start("stage2", config.stage2, trial, train_examples, workdir)
 
 
+def _digests(splits: Mapping[str, Examples]) -> dict[str, dict[str, Any]]:
+    """The content of data.json."""
+    return {name: {"classes": list(examples.info.classes), "images": examples.digests} for name, examples in splits.items()}
+
+
+def keep_data(workdir: str | os.PathLike, splits: Mapping[str, Examples]) -> None:
+    """Writes what the data are into WORKDIR/data.json, if it is not there yet."""
+    if not (path := Path(workdir, DATA_RECORD)).exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, _digests(splits))
+
+
 def check_data(workdir: str | os.PathLike, splits: Mapping[str, Examples]) -> None:
-    """Writes what the data are into WORKDIR/data.json at the first start, and compares them with it later.
+    """Compares the data with those of the first start, if there was one.
 
     Raises:
       DataError: images, labels or classes are others than at the first start; the first few are named.
     """
     path = Path(workdir, DATA_RECORD)
-    found = {name: {"classes": list(examples.info.classes), "images": examples.digests} for name, examples in splits.items()}
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
         return
     kept = read_json(path, lambda value: value)
-    for name, now in found.items():
+    for name, now in _digests(splits).items():
         then = kept.get(name, {})
         before, after = then.get("images", {}), now["images"]
         problems = [f"{image}: {'changed' if image in after else 'gone'}" for image in before if before[image] != after.get(image)]
@@ -119,7 +153,7 @@ def keep_original(config: Config, workdir: str) -> None:
 
 
 def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, overrides: Sequence[str]) -> Config:
-    """The configuration of WORKDIR if something was trained with it, else that of the recipe and flags, which is written there.
+    """The configuration of WORKDIR if something was trained with it, else that of the recipe and flags.
 
     Raises:
       ValueError: for an unknown recipe or override, or if WORKDIR was made with other values than the flags ask for; they are named.
@@ -132,22 +166,31 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
     path = os.path.join(workdir, CONFIG)
     if os.path.exists(path):
         kept = configs.load_config(workdir)
-        old, new = dataclasses.asdict(kept), dataclasses.asdict(config)
-        new["data"]["data_dir"] = kept.data.data_dir  # data may move
-        fields = [(section, field) for section in old for field in old[section] if old[section][field] != new[section][field]]
+        fields = _differences(kept, config)
         differs = bool((recipe or data or overrides) and fields)
         if differs and os.path.isdir(os.path.join(workdir, "checkpoints")):
-            other = "; ".join(f"{section}.{field} {old[section][field]!r}, not {new[section][field]!r}" for section, field in fields)
+            other = "; ".join(f"{field} {old!r}, not {new!r}" for field, (old, new) in fields.items())
             raise ValueError(f"workdir: {path} was made with {other}; leave the flags out to go on with it, or choose another folder")
         if not differs:
             return configs.with_data_dir(kept, data_dir)
-        for name in (RECORD, configs.ORIGINAL):  # of what was never trained
+        for name in (RECORD, DATA_RECORD, configs.ORIGINAL):  # of what was never trained
             Path(workdir, name).unlink(missing_ok=True)
-    config = configs.with_data_dir(config, data_dir)
-    check_writable("workdir", workdir, folder=True)
-    os.makedirs(workdir, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(configs.to_json(config), encoding="utf-8"))
-    return config
+    return configs.with_data_dir(config, data_dir)
+
+
+def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Values that differ, by section.field; where data lie is none: they may move."""
+    old, new = dataclasses.asdict(old), dataclasses.asdict(new)
+    fields = [(section, field) for section in old for field in old[section] if (section, field) != ("data", "data_dir")]
+    both = {f"{section}.{field}": (old[section][field], new[section][field]) for section, field in fields}
+    return {name: (one, other) for name, (one, other) in both.items() if one != other}
+
+
+def _written(workdir: str | os.PathLike, config: Config) -> str:
+    """The text of config.json: as it stands in WORKDIR, where it may lack fields that later versions have added, or as it will be."""
+    path = Path(workdir, CONFIG)
+    is_kept = path.exists() and not _differences(configs.load_config(workdir), config)
+    return path.read_text(encoding="utf-8") if is_kept else configs.to_json(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +218,7 @@ class Record:
 
 def made_from(workdir: str | os.PathLike, config: Config) -> dict[str, str]:
     """What the training of a work folder and its configuration is made from, see `Record`; files that are not there have no hash."""
-    document = json.loads(Path(workdir, CONFIG).read_bytes())  # as it was written: `config` also has what later versions have added
+    document = json.loads(_written(workdir, config))
     document["data"].pop("data_dir")
     text = json.dumps(document, sort_keys=True)
     files = {"backbone.weights": config.backbone.weights}
@@ -211,22 +254,34 @@ def is_trained(workdir: str | os.PathLike, config: Config) -> bool:
     return record is not None and {*record.ended} == {"stage1", "stage2"} and all(map(os.path.exists, weights))
 
 
-def run(
-    workdir: str,
-    recipe: str = "",
-    data: str = "",
-    data_dir: str = "",
-    overrides: Sequence[str] = (),
-    stages: Literal["stage1", "both"] = "both",
-) -> Path:
-    """The command: trains in WORKDIR from its last checkpoint, see `resolve_config` and `train`, and returns the folder of the weights."""
-    config = resolve_config(workdir, recipe, data, data_dir, overrides)
+def run(workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "both"] = "both", anew: bool = False) -> Path:
+    """The command: trains in WORKDIR from its last checkpoint, and returns the folder of the weights.
+
+    Nothing of a training that could not start stays: the configuration and what it was made from are written once all is checked.
+
+    Args:
+      workdir: the folder.
+      config: see `resolve_config`.
+      stages: see `train`.
+      anew: forgets what was trained here, once all is checked.
+    """
+    check_writable("workdir", workdir, folder=True)
+    os.makedirs(workdir, exist_ok=True)
     try:
         with locked(Path(workdir, "checkpoints"), wait=False):
-            check_made_from(workdir, config)  # nothing is mixed with what was made from something else
+            if anew:
+                gone = not os.path.isfile(config.backbone.weights)
+                with tempfile.TemporaryDirectory() as nothing:
+                    prepared = prepare(configs.with_own_original(config, workdir) if gone else config, nothing, stages)
+                forget(workdir, config)
+            else:
+                check_made_from(workdir, config)  # nothing is mixed with what was made from something else
+                prepared = prepare(config, workdir, stages)
+            text = _written(workdir, config)
+            write_atomically(Path(workdir, CONFIG), lambda temporary: temporary.write_text(text, encoding="utf-8"))
             record = Record.load(workdir) or Record(made_from(workdir, config), ())
             record.save(workdir)
-            train(config, workdir, stages)
+            train_stages(config, workdir, stages, *prepared)
             ended = ("stage1", "stage2") if stages == "both" else ("stage1", *record.ended)
             dataclasses.replace(record, ended=tuple(sorted({*ended}))).save(workdir)
     except BlockingIOError:
@@ -258,7 +313,9 @@ def define_training_flags() -> None:
 
 
 def main() -> None:
-    print(run(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set, FLAGS.stages))
+    config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
+    check_flags(config)
+    print(run(FLAGS.workdir, config, FLAGS.stages))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ OURS = ("TF_CPP_MIN_LOG_LEVEL", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREAD
 
 
 @functools.cache
-def _server() -> multiprocessing.context.ForkServerContext:
+def server() -> multiprocessing.context.ForkServerContext:
     """The process that the others are forked from: it ends with this one, and runs nothing of TensorFlow."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["keras"])
@@ -38,7 +38,7 @@ def _command(module: str, words: list[str], stdout: str, stderr: str) -> None:
 
 def start(module: str, *words, stdout: Path, stderr: Path) -> BaseProcess:
     """Starts a command, which appends what it writes to files."""
-    process = _server().Process(target=_command, args=(module, [*map(str, words)], str(stdout), str(stderr)))
+    process = server().Process(target=_command, args=(module, [*map(str, words)], str(stdout), str(stderr)))
     process.start()
     return process
 

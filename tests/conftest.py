@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=0, metavar="N", help="of the pipeline, at random moments; see tests/test_pipeline.py")
     parser.addoption(
         "--fuzz", type=int, default=60, metavar="N", help="mutations for each reader that tests/fuzz tries; the longest random searches"
     )

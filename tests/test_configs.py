@@ -116,7 +116,7 @@ def test_overrides_change_what_they_name_and_nothing_else():
         ("stage1.epochs=1.5", r"stage1\.epochs: must be a int, got 1\.5"),
         ("stage1.epochs=many", r"stage1\.epochs: must be a int, got 'many'"),
         ("stage1.precision=float16", r"stage1\.precision: must be one of .*, got 'float16'"),
-        ("stage1.epochs=-1", r"stage\.epochs: must be at least 0, got -1"),
+        ("stage1.epochs=-1", r"stage1\.epochs: must be at least 0, got -1"),
         ("stage1.epochs", r"--set: must be section\.field=value, got 'stage1\.epochs'"),
         ("stage1=3", r"--set: must be section\.field=value, got 'stage1=3'"),
     ],
@@ -173,51 +173,82 @@ def test_no_heads_means_all_heads():
 @pytest.mark.parametrize(
     ("build", "argument"),
     [
-        (lambda: DataConfig(input_size=(15, 64)), "data.input_size"),
-        (lambda: DataConfig(crop_size=(32, 0)), "data.crop_size"),
-        (lambda: DataConfig(scale_range=(2.0, 1.0)), "data.scale_range"),
-        (lambda: DataConfig(scale_range=(0.0, 1.0)), "data.scale_range"),
-        (lambda: DataConfig(brightness=1.0), "data.brightness"),
-        (lambda: DataConfig(contrast=-0.1), "data.contrast"),
-        (lambda: DataConfig(saturation=2.0), "data.saturation"),
-        (lambda: DataConfig(synthetic_hard=1.5), "data.synthetic_hard"),
-        (lambda: BackboneConfig(name="resnet"), "backbone.name"),
-        (lambda: BackboneConfig(name="keras_file", weights="imagenet"), "backbone.weights"),
-        (lambda: BackboneConfig(input_scale=0), "backbone.input_scale"),
-        (lambda: StageConfig(teacher="soft.npz"), "stage.teacher"),
-        (lambda: BackboneConfig(output_stride=4), "backbone.output_stride"),
-        (lambda: BackboneConfig(width=0.0), "backbone.width"),
-        (lambda: BackboneConfig(name="resnet50", width=0.5), "backbone.width"),
-        (lambda: BackboneConfig(batch_norm_momentum=1.0), "backbone.batch_norm_momentum"),
-        (lambda: HeadSpec(kind="unet"), "head.kind"),
-        (lambda: HeadSpec(reduction=3), "head.reduction"),
-        (lambda: HeadSpec(blocks=4), "head.blocks"),
-        (lambda: HeadSpec(blocks=1, dilation=3), "head.dilation"),
-        (lambda: HeadSpec(blocks=0, dilation=2), "head.dilation"),
+        (lambda: DataConfig(input_size=(15, 64)), "input_size"),
+        (lambda: DataConfig(crop_size=(32, 0)), "crop_size"),
+        (lambda: DataConfig(scale_range=(2.0, 1.0)), "scale_range"),
+        (lambda: DataConfig(scale_range=(0.0, 1.0)), "scale_range"),
+        (lambda: DataConfig(brightness=1.0), "brightness"),
+        (lambda: DataConfig(contrast=-0.1), "contrast"),
+        (lambda: DataConfig(saturation=2.0), "saturation"),
+        (lambda: DataConfig(synthetic_hard=1.5), "synthetic_hard"),
+        (lambda: BackboneConfig(name="resnet"), "name"),
+        (lambda: BackboneConfig(name="keras_file", weights="imagenet"), "weights"),
+        (lambda: BackboneConfig(input_scale=0), "input_scale"),
+        (lambda: StageConfig(teacher="soft.npz"), "teacher"),
+        (lambda: BackboneConfig(output_stride=4), "output_stride"),
+        (lambda: BackboneConfig(width=0.0), "width"),
+        (lambda: BackboneConfig(name="resnet50", width=0.5), "width"),
+        (lambda: BackboneConfig(batch_norm_momentum=1.0), "batch_norm_momentum"),
+        (lambda: HeadSpec(kind="unet"), "kind"),
+        (lambda: HeadSpec(reduction=3), "reduction"),
+        (lambda: HeadSpec(blocks=4), "blocks"),
+        (lambda: HeadSpec(blocks=1, dilation=3), "dilation"),
+        (lambda: HeadSpec(blocks=0, dilation=2), "dilation"),
         (lambda: HeadSpec(kind="rest", reduction=2), "head"),
-        (lambda: ExitsConfig(count=1), "exits.count"),
-        (lambda: ExitsConfig(final_head="rest"), "exits.final_head"),
-        (lambda: ExitsConfig(final_head="x"), "head"),
-        (lambda: ExitsConfig(plain_head="x"), "head"),
-        (lambda: ExitsConfig(heads=("x",)), "head"),
+        (lambda: ExitsConfig(count=1), "count"),
+        (lambda: ExitsConfig(final_head="rest"), "final_head"),
+        (lambda: ExitsConfig(final_head="x"), "final_head"),
+        (lambda: ExitsConfig(plain_head="x"), "plain_head"),
+        (lambda: ExitsConfig(heads=("x",)), "heads"),
+        *((lambda field=field: StageConfig(**{field: "x"}), field) for field in ("trains", "exits", "class_weights", "precision")),
         *(
-            (lambda field=field: StageConfig(**{field: "x"}), f"stage.{field}")
-            for field in ("trains", "exits", "class_weights", "precision")
-        ),
-        *(
-            (lambda field=field: StageConfig(**{field: 0}), f"stage.{field}")
+            (lambda field=field: StageConfig(**{field: 0}), field)
             for field in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps")
         ),
-        (lambda: StageConfig(alpha=1.1), "stage.alpha"),
-        (lambda: StageConfig(label_smoothing=-0.1), "stage.label_smoothing"),
-        (lambda: StageConfig(temperature=0.0), "stage.temperature"),
-        (lambda: StageConfig(learning_rate=0.0), "stage.learning_rate"),
-        (lambda: StageConfig(trains="heads", distillation="x"), "stage.distillation"),
+        (lambda: StageConfig(alpha=1.1), "alpha"),
+        (lambda: StageConfig(label_smoothing=-0.1), "label_smoothing"),
+        (lambda: StageConfig(temperature=0.0), "temperature"),
+        (lambda: StageConfig(learning_rate=0.0), "learning_rate"),
+        (lambda: StageConfig(trains="heads", distillation="x"), "distillation"),
     ],
 )
 def test_a_bad_value_raises_with_its_name(build, argument):
     with pytest.raises(ValueError, match=rf"^{argument}: must be .*, got "):
         build()
+
+
+@pytest.mark.parametrize(
+    ("override", "argument"),
+    [
+        ("stage1.epochs=-3", "stage1.epochs"),
+        ("stage2.epochs=-3", "stage2.epochs"),
+        ("data.brightness=2", "data.brightness"),
+        ("data.label_values=x", "data.label_values"),
+        ("backbone.width=0", "backbone.width"),
+        ('exits.heads=["fcn"]', "exits.heads"),
+        ("exits.final_head=fcn", "exits.final_head"),
+    ],
+)
+def test_a_bad_value_of_a_flag_or_file_raises_with_its_section(override, argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: must be .*, got "):
+        configs.apply_overrides(Config(), [override])
+    section, field = argument.split(".")
+    text = override.partition("=")[2]
+    value = text if text.isalpha() else json.loads(text)
+    with pytest.raises(ValueError, match=rf"^config\.json\.{argument}: must be .*, got "):
+        configs.from_json(changed(lambda document: document[section].update({field: value})))
+
+
+def test_a_recipe_is_not_in_the_way_of_another_backbone():
+    own = ["backbone.name=keras_file", "backbone.weights=own.keras"]
+    found = configs.apply_overrides(RECIPES["smoke"], own)
+    assert found.backbone == BackboneConfig("keras_file", weights="own.keras") and found.exits == RECIPES["smoke"].exits
+    assert configs.apply_overrides(RECIPES["demo"], own).exits.layers == ()
+    assert configs.apply_overrides(RECIPES["demo"], [*own, 'exits.layers=["a"]']).exits.layers == ("a",)
+    assert configs.apply_overrides(RECIPES["smoke"], ["backbone.name=mobilenet_v3_small"]).backbone.width == 0.35
+    assert configs.apply_overrides(RECIPES["demo"], ["backbone.name=mobilenet_v2"]) == RECIPES["demo"]
+    with pytest.raises(ValueError, match=r"^backbone\.width: must be positive, and 1 unless"):
+        configs.apply_overrides(RECIPES["smoke"], [*own, "backbone.width=0.5"])
 
 
 def test_training_size_is_the_crop_or_else_the_input():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mess_tf.network.costs import graph_nodes, model_cost, with_input_size
+from mess_tf.network.costs import graph_nodes, model_cost, uncounted_layers, with_input_size
 
 LAYERS = keras.layers
 
@@ -91,6 +91,23 @@ def test_a_custom_layer_counts_what_its_graph_does():
     convolutions = 16 * 8 * 27 + 16 * 8 * 9 + 16 * 8 * 4 * 4 + 64 * 6 * 9 * 2
     attention = 3 * 64 * 6 * 6 + 2 * 2 * 64 * 64 * 3 + 64 * 6 * 6  # queries, keys, values; products of 2 heads; projection
     assert model_cost(model, (8, 8)).macs == convolutions + 64 * 6 * 6 + attention + 64 * 6 * 7 + 64 * 7 * 2
+
+
+class Products(LAYERS.Layer):
+    """A matrix product in other words."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 4), name="kernel")
+
+    def call(self, x):
+        return tf.reduce_sum(x[..., None] * self.kernel, axis=-2)
+
+
+def test_layers_whose_work_is_not_seen_are_named():
+    image = keras.Input((None, None, 3), name="image")
+    x = LAYERS.PReLU(shared_axes=(1, 2))(LAYERS.BatchNormalization()(Encoder(name="encoder")(image)))
+    model = keras.Model(image, LAYERS.Conv2D(2, 1)(LAYERS.UpSampling2D()(Products(name="products")(x))))
+    assert uncounted_layers(model, (8, 8)) == ["products"]
 
 
 def test_products_of_tensors_count():

@@ -12,11 +12,11 @@ from pngs import png
 from mess_runtime.images import GREY, mask_at, placed
 from mess_tf.configs import IGNORE, RECIPES, DataConfig
 from mess_tf.data import examples as examples_module
-from mess_tf.data.examples import DataError, palette
+from mess_tf.data.examples import DataError, first_few, palette
 from mess_tf.data.pipelines import augment, evaluation_batches, network_input, training_batches
 from mess_tf.data.sources import open_split, open_training
 from mess_tf.learning.losses import class_weights
-from mess_tf.train import check_data, has_its_data
+from mess_tf.train import check_data, has_its_data, keep_data
 
 SMALL = DataConfig(input_size=(32, 64), synthetic_train=10, synthetic_val=7, brightness=0.3, contrast=0.2, saturation=0.2)
 
@@ -184,15 +184,19 @@ def test_damage_is_named_with_its_file(tmp_path, damage):
 
 
 def test_several_problems_are_reported_together(tmp_path):
-    config = folder_config(tmp_path, count=8)
+    config = folder_config(tmp_path, count=9)
     for i in range(7):
         (tmp_path / f"train/labels/{i}.png").unlink()
+    for i, value in ((7, 100), (8, 200)):
+        write_image(tmp_path / f"train/labels/{i}.png", np.full((40, 60), value, np.uint8))
     with pytest.raises(DataError) as caught:
         open_split(config, "train")
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 6
-    assert [f"labels/{i}.png" in line for i, line in enumerate(lines)] == [True] * 5 + [False]
-    assert lines[-1] == "... and 2 more"
+    missing, values = str(caught.value).splitlines()
+    assert missing.endswith("images/0.jpg is missing; likewise 1.png, 2.png, 3.png, 4.png, 5.png and 1 more, 7 in all")
+    assert values.endswith("got [100]; data.label_values tells what they mean; likewise 8.png, 2 in all") and "labels/7.png: " in values
+    kinds = [f"{name}.png: {sentence}" for sentence in ("one", "two", "three", "four", "five", "six", "seven") for name in "ab"]
+    lines = first_few(kinds).splitlines()
+    assert lines[0] == "a.png: one; likewise b.png, 2 in all" and len(lines) == 6 and lines[-1] == "... and 2 more"
 
 
 def test_truncated_image_is_named_when_read(tmp_path):
@@ -599,7 +603,7 @@ def test_labels_may_be_colours(tmp_path):
     ],
 )
 def test_bad_label_values_are_refused(label_values, message):
-    with pytest.raises(ValueError, match=rf"data\.label_values: must be {message}"):
+    with pytest.raises(ValueError, match=rf"^label_values: must be {message}"):
         DataConfig(source="folder", data_dir="D", label_values=label_values)
 
 
@@ -755,7 +759,9 @@ def test_changed_data_are_refused_at_a_later_start(tmp_path):
     config = two_splits(tmp_path / "data", (0, 1), (0, 1), 2)
 
     def start():
-        check_data(str(tmp_path / "work"), {name: open_split(config, name) for name in ("train", "val")})
+        splits = {name: open_split(config, name) for name in ("train", "val")}
+        check_data(tmp_path / "work", splits)
+        keep_data(tmp_path / "work", splits)
 
     start()
     start()

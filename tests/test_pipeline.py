@@ -1,8 +1,11 @@
 """The pipeline: what it makes, what it leaves as it is, and how it goes on where it was stopped."""
 
+import collections
 import dataclasses
+import functools
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -27,7 +30,6 @@ from mess_tf.pipeline import STEPS, Pipeline, StepError
 ASKED = Asked(cost_share=0.9)
 OVERRIDES = (
     "backbone.name=keras_file",
-    "backbone.width=1",
     "data.input_size=[32, 64]",
     "data.synthetic_train=8",
     "data.synthetic_val=4",
@@ -38,11 +40,15 @@ OVERRIDES = (
 )
 
 
+def of_size(path: Path, *_) -> list[float]:
+    """In place of `benchmark._sample`: files take as long as they are large, so that two searches choose the same."""
+    return [path.stat().st_size / 1e4] * 3
+
+
 @pytest.fixture(scope="module", autouse=True)
 def steady_latencies():
-    """Files take as long as they are large, so that two searches choose the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "_sample", lambda path, *_: [path.stat().st_size / 1e4] * 3)
+        patch.setattr(benchmark, "_sample", of_size)
         yield
     keras.mixed_precision.set_global_policy("float32")
 
@@ -234,6 +240,89 @@ def test_what_later_versions_add_to_the_configuration_is_no_other_training(again
     assert config.data.resize == "stretch" and again() == []
 
 
+def files(workdir: Path) -> list[str]:
+    return sorted(path.name for path in workdir.rglob("*") if path.suffix != ".lock")
+
+
+def test_a_refused_start_leaves_nothing_that_a_later_one_would_take(tmp_path, model, monkeypatch):
+    workdir = tmp_path / "work"
+    words = [*OVERRIDES, f"backbone.weights={model}", "stage2.initial=none.npz"]
+    config = train.resolve_config(workdir, "smoke", "", "", words)
+    assert not workdir.exists()
+    with pytest.raises(StepError, match=r"^train: stage2\.initial: must be an existing file, got 'none\.npz'"):
+        Pipeline(workdir, config, "", ASKED).run()
+    assert files(workdir) == []
+    junk = tmp_path / "junk.keras"
+    junk.write_text("no network")
+    monkeypatch.setattr(train, "open_training", lambda *_: pytest.fail("data were opened"))
+    config = train.resolve_config(workdir, "smoke", "", "", [*OVERRIDES, f"backbone.weights={junk}"])
+    with pytest.raises(StepError, match=r"^train: backbone\.weights: must be a file that Keras' .* got '.*junk\.keras, no ZIP archive'"):
+        Pipeline(workdir, config, "", ASKED).run()
+    assert files(workdir) == []
+    config = train.resolve_config(workdir, "camvid_lite0", "", str(tmp_path / "nowhere"), [])
+    monkeypatch.undo()
+    with pytest.raises(StepError, match=r"^train: .*nowhere.classes\.txt: missing"):
+        Pipeline(workdir, config, "", ASKED).run()
+    assert files(workdir) == [] and train.resolve_config(workdir, "camvid_lite0", "", "", []).data.data_dir == ""
+
+
+def test_what_was_trained_is_not_forgotten_for_a_start_that_is_refused(again, model):
+    before = hashes(again.workdir)
+    config = configs.load_config(again.workdir)
+    config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, initial="none.npz"))
+    with pytest.raises(StepError, match=r"^train: stage2\.initial: must be an existing file"):
+        Pipeline(again.workdir, config, "", ASKED).run("train")
+    assert hashes(again.workdir) == before
+
+
+def test_what_later_steps_need_is_checked_before_any_work(tmp_path, monkeypatch, plug_in, tool):
+    workdir, host = tmp_path / "work", benchmark.device_name()
+    config = configs.RECIPES["smoke"]
+    monkeypatch.setattr(Pipeline, "_run", lambda *_: pytest.fail("work was begun"))
+
+    def refused(message: str, **options) -> None:
+        asked = dataclasses.replace(
+            ASKED, **{name: options.pop(name) for name in ("device", "threads", "backends", "precisions") if name in options}
+        )
+        with pytest.raises((OSError, ValueError, RuntimeError), match=message):
+            Pipeline(workdir, config, "", asked, **options).run()
+        assert not workdir.exists()
+
+    refused(rf"^--device: must be {host}, this machine, without --latency and --android, got 'foo'", device="foo")
+    refused(r"^--threads: must be between 1 and 256, got 0", threads=0)
+    row = benchmark.LatencyRow("a", "0" * 64, 1, "Pixel", "", "", "tflite", "", "xnnpack", "xnnpack", 1, 1.0, None, 1.0, 3, None)
+    table = tmp_path / "latency.json"
+    table.write_text(json.dumps({"format": 1, "created_by": {}, "rows": [dataclasses.asdict(row)]}))
+    refused(r"^device: must be one of \['Pixel'\] as in latency.json, got 'foo'", device="foo", latency=table)
+    refused(r"^threads: must be one of \[1\] as in latency.json, got 2", threads=2, latency=table)
+    refused("No such file", latency=tmp_path / "none.json")
+
+    def phones(*words: str):
+        return android.parse(["run", f"--workdir={workdir}", *words])
+
+    refused("no phone is connected", phones=phones())
+    plug_in("Pixel 8").environment["FAKE_MODE"] = "canned"
+    refused("tool: must be tflite, litert or an existing file, got 'none'", phones=phones("--tool=none"))
+    ready = phones(f"--tool={tool()}")
+    refused(r"^--device: must be one of the phones, Pixel_8-PIXEL8, got 'foo'", device="foo", phones=ready)
+    refused(r"^--threads: must be 1, as --android_flag=--threads has it, got 2", threads=2, phones=ready)
+    refused(r"^--backends: must be xnnpack, as --android_flag=--backend has it, got 'gpu'", backends=("gpu",), phones=ready)
+    refused("no such device", phones=phones("--serial=none"))
+    plug_in("Nexus 5")
+    refused(r"^device: must be given where latency.json has several", phones=ready)
+    with pytest.raises(pytest.fail.Exception, match="work was begun"):
+        Pipeline(workdir, config, "", dataclasses.replace(ASKED, device="Pixel_8-PIXEL8"), phones=ready).run()
+
+
+def test_a_deployment_of_other_statistics_is_not_exported(made, tmp_path):
+    path = tmp_path / "other.json"
+    dataclasses.replace(Deployment.load(made / "deployment.json"), stats_sha256="0" * 64).save(path)
+    before = hashes(made)
+    with pytest.raises(ValueError, match=r"other\.json: stats_sha256: must be that of .*stats\.npz; search again, got '0000"):
+        pipeline.export_tflite.run_deployment(made, path)
+    assert hashes(made) == before
+
+
 def test_two_at_once_are_refused(again, model):
     with locked(again.workdir / "pipeline"), pytest.raises(ValueError, match=r"^workdir: must be no other pipeline's"):
         again()
@@ -311,3 +400,65 @@ def test_killed_it_ends_with_the_same_files(made, model, tmp_path, capsys):
     start(workdir, model)
     assert said(capsys.readouterr().out)[0] == ("train", "up to date")
     assert_same(workdir, made)
+
+
+def alone(workdir: Path, model: Path, output: Path) -> None:
+    """What a process of its own does, which is killed."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+    benchmark._sample = of_size
+    print("begin", flush=True)
+    start(workdir, model)
+
+
+def killed_in(name: str, workdir: Path, model: Path, seconds: float) -> str | None:
+    """Starts a process, kills it so long after a step has begun, and returns the step that it was in; None if it had ended before."""
+    output = workdir.with_suffix(".txt")
+    output.write_text("")
+    process = commands.server().Process(target=alone, args=(workdir, model, output))
+    process.start()
+    while process.is_alive() and not ("begin\n" in (text := output.read_text()) and len(said(text)) >= STEPS.index(name)):
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
+        assert process.exitcode == 0, output.read_text()
+        return None
+    return STEPS[min(len(said(output.read_text())), len(STEPS) - 1)]
+
+
+def test_killed_anywhere_it_ends_with_the_same_files(request, model, tmp_path, monkeypatch, capsys):
+    """`--kills=40` takes long: so many processes, each killed at a random moment of a step, and started again."""
+    if not (kills := request.config.getoption("--kills")):
+        pytest.skip("needs --kills=N")
+    undisturbed, seconds, steps = tmp_path / "undisturbed", {}, Pipeline.steps
+
+    def kept(self, *words):
+        """The steps, each of which keeps what is there before it, and its time."""
+
+        def make(name, make):
+            shutil.copytree(undisturbed, tmp_path / name, symlinks=True)
+            begin = time.monotonic()
+            result = make()
+            seconds[name] = time.monotonic() - begin
+            return result
+
+        return {name: (is_made, functools.partial(make, name, each)) for name, (is_made, each) in steps(self, *words).items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "steps", kept)
+        start(undisturbed, model)
+    generator, found, tries = random.Random(0), collections.Counter(), 0
+    while found.total() < kills:
+        name, workdir = STEPS[tries % len(STEPS)], tmp_path / f"work{tries}"
+        tries += 1
+        shutil.copytree(tmp_path / name, workdir, symlinks=True)
+        place = killed_in(name, workdir, model, generator.random() * seconds[name])
+        if place is not None:
+            start(workdir, model)
+            assert_same(workdir, undisturbed)
+            found[place] += 1
+            with capsys.disabled():
+                print(f"kill {found.total()} of {kills}, in {place}: started again, the same files", flush=True)
+        shutil.rmtree(workdir)
+    assert found.keys() == {*STEPS} or kills < 40, found

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import time
+import zipfile
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -488,7 +489,7 @@ def test_a_network_of_ones_own_gets_exits_and_keeps_its_weights(tmp_path):
     overrides = ["data.input_size=[32, 64]", "data.synthetic_train=8", "data.synthetic_val=2", "exits.count=2", 'exits.heads=["fcn-r1-b0"]']
     overrides += ["backbone.name=keras_file", f"backbone.weights={tmp_path / 'own.keras'}", "stage1.epochs=0", "stage2.epochs=1"]
     config = train.resolve_config(str(tmp_path / "run"), "", "", "", overrides)
-    train.train(config, str(tmp_path / "run"))
+    train.run(str(tmp_path / "run"), config)
     (tmp_path / "own.keras").unlink()  # the work folder alone suffices, wherever it is moved to
     (tmp_path / "run").rename(tmp_path / "moved")
     rescale(tmp_path / "moved", 1.0, tmp_path / "run")
@@ -504,12 +505,17 @@ def test_a_network_file_that_does_not_fit_is_an_error(tmp_path):
         backbone = configs.BackboneConfig("keras_file", weights=str(tmp_path / path))
         return build_network(configs.Config(DataConfig(input_size=SIZE), backbone, configs.ExitsConfig(2)), classes)
 
-    (tmp_path / "text.keras").write_text("no network")
     image = keras.Input((*SIZE, 3))
     keras.Model(image, keras.layers.Conv2D(3, 3, 2)(keras.layers.Conv2D(8, 3, 2)(image))).save(tmp_path / "three.keras")
     with pytest.raises(FileNotFoundError, match=r"backbone\.weights: must be an existing file, got '.*none\.keras'"):
         load("none.keras", 3)
-    with pytest.raises(ValueError, match=r"backbone\.weights: Keras cannot load '.*text\.keras'"):
+    for content, what in ((b"no network", "no ZIP archive"), (b"\x89HDF\r\n\x1a\n", "an HDF5 file of older versions")):
+        (tmp_path / "text.keras").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"backbone\.weights: must be a file that .* made, got '.*text\.keras, {what}"):
+            load("text.keras", 3)
+    with zipfile.ZipFile(tmp_path / "text.keras", "w") as archive:
+        archive.writestr("config.json", "{}")
+    with pytest.raises(ValueError, match=r"text\.keras, an archive without model\.weights\.h5"):
         load("text.keras", 3)
     with pytest.raises(ValueError, match=r"backbone\.weights: '.*three\.keras' must have the data's 5 classes, got 3"):
         load("three.keras", 5)
@@ -517,7 +523,8 @@ def test_a_network_file_that_does_not_fit_is_an_error(tmp_path):
 
 def test_a_folder_keeps_its_configuration(tmp_path):
     config = train.resolve_config(str(tmp_path), "camvid_lite0", "", "somewhere", ["stage1.epochs=3"])
-    assert config == configs.load_config(str(tmp_path))
+    assert not [*tmp_path.iterdir()], "it is kept where a training begins"
+    (tmp_path / "config.json").write_text(configs.to_json(config))
     assert train.resolve_config(str(tmp_path), "", "", "", []) == config
     assert train.resolve_config(str(tmp_path), "camvid_lite0", "", "", ["stage1.epochs=3"]) == config
     elsewhere = train.resolve_config(str(tmp_path), "", "", "elsewhere", [])
@@ -534,10 +541,12 @@ def test_a_folder_keeps_its_configuration(tmp_path):
 def test_a_trained_network_at_another_input_size(tmp_path):
     network, old, new = make_network(), tmp_path / "old", tmp_path / "new" / "0.5"
     config = train.resolve_config(str(old), "camvid_lite0", "", "", ["data.input_size=[64,64]"])
+    old.mkdir()
+    (old / "config.json").write_text(configs.to_json(config))
     with pytest.raises(FileNotFoundError, match=r"workdir: must hold checkpoints, which .* makes, got '.*old'"):
         rescale(old, 0.5, new)
     run_stage(old, network, epochs=1)
-    with pytest.raises(ValueError, match=r"backbone\.input_scale: must be in \(0, 4\], got 5\.0"):
+    with pytest.raises(ValueError, match=r"^input_scale: must be in \(0, 4\], got 5\.0"):
         rescale(old, 5.0, new)
     assert not new.exists()
     rescale(old, 0.5, new)

@@ -11,7 +11,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -140,9 +142,19 @@ class Examples:
 
 
 def first_few(problems: Sequence[str]) -> str:
-    """Some of many problems, a line each."""
-    more = [f"... and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
-    return "\n".join([*problems[:_SHOWN_PROBLEMS], *more])
+    """Some of many problems `FILE: SENTENCE`, a line each; those that differ in the file and in what was found share one."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        name, _, sentence = problem.partition(": ")
+        kind = re.sub(rf"\bgot .*?(?=;|$)|(?<!\w){re.escape(Path(name).stem)}(?!\w)", "", sentence)
+        kinds.setdefault(kind, []).append(problem)
+    lines = []
+    for first, *others in kinds.values():
+        names = [Path(each.partition(": ")[0]).name for each in others[:_SHOWN_PROBLEMS]]
+        more = f" and {len(others) - len(names)} more" if len(others) > len(names) else ""
+        lines.append(first + (f"; likewise {', '.join(names)}{more}, {1 + len(others)} in all" if others else ""))
+    more = [f"... and {len(lines) - _SHOWN_PROBLEMS} more"] if len(lines) > _SHOWN_PROBLEMS else []
+    return "\n".join([*lines[:_SHOWN_PROBLEMS], *more])
 
 
 def palette(num_classes: int) -> np.ndarray:

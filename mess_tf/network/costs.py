@@ -154,6 +154,20 @@ def model_cost(model: keras.Model, sizes: dict[str, tuple[int, int]] | tuple[int
     return Cost(sum(node.macs for node in nodes), model.count_params(), _peak_bytes(nodes, keras.tree.flatten(sized.output)))
 
 
+def uncounted_layers(model: keras.Model, size: tuple[int, int]) -> list[str]:
+    """Names of layers that have matrices of weights, but no convolution or matrix product in their graph: their work is not seen.
+
+    Args:
+      model: functional, one image to one map.
+      size: (height, width) in pixels.
+    """
+    work: dict[keras.Operation, int] = {}
+    for node in graph_nodes(with_input_size(model, size)):
+        work[node.operation] = work.get(node.operation, 0) + node.macs
+    idle = [operation for operation, macs in work.items() if not macs and operation_macs(operation, [], ()) is None]
+    return [each.name for each in idle if any(sum(side > 1 for side in weight.shape) > 1 for weight in getattr(each, "weights", ()))]
+
+
 def _peak_bytes(nodes: Sequence["Node"], outputs: Sequence[keras.KerasTensor]) -> int:
     """`Cost.memory_bytes` of calls that run in this order."""
     last_reader = {source: number for number, node in enumerate(nodes) for source in node.inputs}

@@ -206,8 +206,8 @@ def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[in
         to the image bilinearly). The image holds 0..255: a network that wants something else starts with a layer that makes it so. The
         map holds logits, or probabilities if a softmax or sigmoid follows the last layer with weights. One channel is the logit or the
         probability of the second of two classes.
-      exits: number of exits, the final one included, of which the early ones are put at equal workload (mess.md, section 2), or the
-        names of the layers to put early exits at.
+      exits: number of exits, the final one included, of which the early ones are put at equal workload, see `exits.find_exit_points`, or
+        the names of the layers to put early exits at.
       input_size: (height, width) in pixels for which the workload is counted.
       output: the key of the map among several outputs, or the name of the layer that makes it; may be empty if there is one output.
 
@@ -228,8 +228,13 @@ def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[in
     return MultiExitNetwork(original, find_exit_points(original, exits, input_size), input_size=input_size)
 
 
-def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
+def build_network(config: Config, num_classes: int, own: keras.Model | None = None) -> MultiExitNetwork:
     """Builds the backbone with the original network's own head (`exits.final_head`), or loads a whole network, and converts it.
+
+    Args:
+      config: of the training.
+      num_classes: of the data.
+      own: the network of a .keras file, where that is read already.
 
     Returns:
       A network without early heads.
@@ -238,7 +243,7 @@ def build_network(config: Config, num_classes: int) -> MultiExitNetwork:
       FileNotFoundError, ValueError: for a .keras file that is not there, cannot be read, or has other classes than the data.
     """
     if config.backbone.name == "keras_file":
-        original = load_original(config.backbone.weights)
+        original = own or load_original(config.backbone.weights)
     else:
         backbone = build_backbone(config.backbone)
         point = final_point(backbone, config.data.input_size)

@@ -3,12 +3,15 @@
 import importlib
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 
 import keras
 from absl import flags
 
+from mess_runtime.bundle import check
 from mess_tf import terminal
+from mess_tf.configs import Config
 from mess_tf.network.costs import Node, graph_nodes
 from mess_tf.network.layers import LogProbability, TwoClasses
 
@@ -23,6 +26,13 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(_IMPORT, [], "module to import first, which registers the custom classes of a .keras file")
     flags.DEFINE_bool(_UNSAFE, False, "run the Python code that a .keras file carries in Lambda layers; only for files that you trust")
     terminal.after_flags(lambda: allow(flags.FLAGS[_IMPORT].value, flags.FLAGS[_UNSAFE].value))
+
+
+def check_flags(*trainings: Config) -> None:
+    """Raises a ValueError where the flags of `define_flags` are given, but none of these trainings is of a .keras file."""
+    terminal.check_left_out(
+        all(config.backbone.name != "keras_file" for config in trainings), f"{_IMPORT} {_UNSAFE}", "without backbone.name=keras_file"
+    )
 
 
 def allow(imports: Sequence[str], unsafe_loading: bool) -> None:
@@ -53,6 +63,7 @@ def load_original(path: str) -> keras.Model:
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"backbone.weights: must be an existing file, got {path!r}")
+    check(not (problem := _no_keras_file(path)), "backbone.weights", "a file that Keras' model.save(NAME.keras) made", f"{path}, {problem}")
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as error:  # the file's classes and Keras raise what they like
@@ -64,6 +75,21 @@ def load_original(path: str) -> keras.Model:
             text = "a Lambda layer carries Python code"
             hint = f"; if you trust the file, --{_UNSAFE} runs it; better is a layer class of your own and --{_IMPORT}=MODULE"
         raise ValueError(f"backbone.weights: Keras cannot load {path!r}: {text}{hint}") from error
+
+
+def _no_keras_file(path: str) -> str:
+    """What a file is that is no archive of a network; Keras says that it is not there."""
+    if os.path.isdir(path):
+        return "a folder"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {*archive.namelist()}
+    except zipfile.BadZipFile:
+        with open(path, "rb") as file:
+            start = file.read(8)
+        return "an HDF5 file of older versions of Keras: load it and save it again" if start == b"\x89HDF\r\n\x1a\n" else "no ZIP archive"
+    missing = [name for name in ("config.json", "model.weights.h5") if name not in names]
+    return f"an archive without {' and '.join(missing)}" if missing else ""
 
 
 def plain_original(model: keras.Model, output: str = "") -> tuple[keras.Model, dict[str, str]]:
