@@ -244,8 +244,11 @@ def save(arrays: dict[str, np.ndarray], output: Path) -> None:
 
 
 def main() -> None:
+    folded = flags.FLAGS.network == "mobilenet_v2"
+    terminal.check_left_out(not folded, "folded photos", "without --network=mobilenet_v2")
+    terminal.check_left_out(folded, "package", "with --network=mobilenet_v2")
     check_writable("--output", flags.FLAGS.output)
-    if flags.FLAGS.network == "mobilenet_v2":
+    if folded:
         check(flags.FLAGS.output.endswith(".weights.h5"), "--output", "a .weights.h5 file with --network=mobilenet_v2", flags.FLAGS.output)
         for name in ("folded", "photos"):
             check(bool(flags.FLAGS[name].value), f"--{name}", "given with --network=mobilenet_v2", flags.FLAGS[name].value)

@@ -231,6 +231,7 @@ def main() -> None:
     values = flags.FLAGS
     terminal.check_left_out(not values.latency, "device threads backends precisions all_devices", "without --latency")
     terminal.check_left_out(values.all_devices, "device threads", "with --all_devices")
+    check(os.path.isdir(values.workdir), "--workdir", "an existing folder", values.workdir)
     devices = _of_devices(asked_of_flags(), values.latency, values.all_devices)
     questions = [*itertools.chain(*devices.values())]
     if len(questions) > 1:

@@ -21,7 +21,7 @@ def random_logits(seed: int, scale: float, height: int = 5, width: int = 7) -> n
 
 
 def reference(logits: np.ndarray, size: tuple[int, int], window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mask, plain and edge-aware confidence map, written from mess.md with windows cut off at the border."""
+    """Mask, plain and edge-aware confidence map, written from their definitions with windows cut off at the border."""
     probabilities = tf.nn.softmax(tf.image.resize(logits, size)).numpy()[0]
     mask, confidence = probabilities.argmax(-1), probabilities.max(-1)
     edges = ndimage.maximum_filter(mask, 3, mode="nearest") != ndimage.minimum_filter(mask, 3, mode="nearest")

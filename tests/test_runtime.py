@@ -847,6 +847,30 @@ def test_benchmark_measures_folders_and_merges(command, submodels, tmp_path):
     assert [(row.submodel, row.threads) for row in rows] == [*((name, 1) for name in names), ("segment.final", 2)]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--deadline_ms=5"], "deadline_ms: must be left out unless the setting is anytime, got 5.0"),
+        (["--setting=anytime"], "deadline_ms: must be positive milliseconds for anytime, got None"),
+        (["--setting=budgeted", "--exit=exit9"], "exit: must be one of exit1, exit2, final, got 'exit9'"),
+        (["--setting=budgeted", "--hold_latency"], "hold_latency: must be left out unless the setting is input-dependent"),
+        (["--backend=gpu"], "backend: must be cpu on this machine (ai-edge-litert 2.1.6 or newer and a GPU with a driver for Vulkan"),
+        ([], "none.png"),
+    ],
+)
+def test_a_run_that_fails_leaves_no_folder_and_names_none(command, folder, tmp_path, monkeypatch, options, message):
+    if "--backend=gpu" in options:
+
+        def absent(*_, **__):
+            raise RuntimeError("of LiteRT")
+
+        monkeypatch.setattr(engines.CompiledModel, "from_file", absent)
+    if options:
+        monkeypatch.setattr("mess_runtime.frames.read_photo", lambda path: pytest.fail("an image was read"))
+    lines, errors = command("run", folder, tmp_path / "none.png", f"--output={tmp_path / 'masks'}", *options, code=1)
+    assert lines == [] and message in errors[-1] and not (tmp_path / "masks").exists()
+
+
 def test_run_chooses_the_exit_within_a_budget(command, folder, submodels, images, tmp_path):
     command("benchmark", submodels, f"--output={tmp_path / 'latency.json'}", "--runs=2", "--min_seconds=0", "--rounds=1")
     Image.fromarray(images[0]).save(tmp_path / "a.png")
@@ -910,7 +934,8 @@ def test_inspect_prints_the_segments(command, folder, thetas):
     assert rows[1][5:] == ["50.0%", "0.9", f"{thetas[0]:g}", "yes"] and rows[3][5:] == ["25.0%", "-", "-", "no"]
     assert "setting    input-dependent" in lines
     assert f"input      {HEIGHT} x {WIDTH} pixels, float32, stretch" in lines
-    assert "predicted  mIoU 50.00 %, mean latency_ms 1.5" in lines
+    expected = "predicted  mIoU 50.00 %, mean latency_ms 1.5: by the search, of the device and the day that its latencies were measured"
+    assert expected in lines
 
 
 @pytest.mark.parametrize(
@@ -921,6 +946,9 @@ def test_inspect_prints_the_segments(command, folder, thetas):
         (["benchmark", "nowhere.tflite", "--output=out.json"], "nowhere.tflite"),
         (["benchmark", ".", "--output=out.json"], "must hold files with the suffix .tflite, got none"),
         (["run", "nowhere"], "sources, --output: must be given, got nothing"),
+        (["run", "a", "b", "--outptu=x"], "--outptu: must be a flag of this command, nearest --output, "),
+        (["run", "a", "b", "--output=/proc/x"], "--output: must be a folder that can be written to, got '/proc/x'"),
+        (["benchmark", "a", "--output=/proc/x.json"], "--output: must be a file in a folder that exists and can be written to, got"),
         (["fly"], "command: must be one of 'run', 'verify', 'benchmark', 'inspect', got 'fly'"),
     ],
 )

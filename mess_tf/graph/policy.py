@@ -1,4 +1,4 @@
-"""The exit policy: mask, confidence of every pixel, edge handling, number of confident pixels (mess.md, section 5).
+"""The exit policy: mask, confidence of every pixel, edge handling, number of confident pixels; see docs/how_it_works.md.
 
 One function, `decide`, makes the graphs on the device and the search's statistics, so that a threshold means the same in both. Builtin
 TFLite ops only, and those that runtimes vectorise:

@@ -1,4 +1,4 @@
-"""Masked cross-entropy, the exit schedule of stage 1 and positive filtering distillation (mess.md, section 4).
+"""Masked cross-entropy, the exit schedule of stage 1 and positive filtering distillation; see docs/how_it_works.md.
 
 The losses are those of the full-resolution output, taken on a grid of its pixels: every n-th row and column, the first ones drawn anew
 each step. The bilinear upsampling is computed at these pixels only, which is exact there and makes the loss n*n times cheaper; over the

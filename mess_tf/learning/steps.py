@@ -1,4 +1,4 @@
-"""One step of each stage: what is computed, what is learnt from it, and what is updated (mess.md, section 4)."""
+"""One step of each stage: what is computed, what is learnt from it, and what is updated; see docs/how_it_works.md."""
 
 import functools
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def gradients(values: dict[str, tf.Tensor], variables: list[keras.Variable]) -> 
 
 
 def exit_loss(stage: StageConfig, logits: tf.Tensor, teacher: tf.Tensor, target: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-    """Cross-entropy and, as the stage says, distillation (mess.md, section 4): float32 scalar.
+    """Cross-entropy and, as the stage says, distillation (`losses.distillation`): float32 scalar.
 
     Args:
       stage: says which, and how they are mixed.

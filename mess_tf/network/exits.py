@@ -1,6 +1,6 @@
 """Where exits can go (cut points of the graph at equal workload) and what a head is (`HeadSpec` to layers).
 
-Source: mess.md sections 2 and 3; Kouris et al., Multi-Exit Semantic Segmentation Networks, ECCV 2022, arXiv 2106.03527.
+Source: Kouris et al., Multi-Exit Semantic Segmentation Networks, ECCV 2022, arXiv 2106.03527.
 """
 
 import dataclasses
@@ -289,7 +289,7 @@ def _shallow_tap(tap: Tap, boundaries: list[Tap], dominators: list[Tap]) -> Tap:
 def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum: float) -> keras.Model:
     """Builds one segmentation head.
 
-    Channel reduction, extra blocks, then an FCN, DeepLabV3 (ASPP) or decoder (DeepLabV3+ style) classifier (mess.md, section 3).
+    Channel reduction, extra blocks, then an FCN, DeepLabV3 (ASPP) or decoder (DeepLabV3+ style) classifier.
     Departure: all 3x3 convolutions are depthwise separable, and widths are a share of the channels left after the reduction, with a floor.
 
     Args:

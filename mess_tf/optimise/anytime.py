@@ -34,21 +34,23 @@ def best_anytime(problem: Problem, max_early_exits: int, horizon: float, deadlin
     proof = Proof(cut={"bound": 0})
     best, best_chain = np.full(2, np.inf), np.full(most + 1, -1)
     limits, floor = problem.limits.copy(), problem.min_miou
-    for first in terminal.progress(range(candidates), "search", "candidate"):
-        whole = 1 + int(extensions[problem.exit_of[first], most])
-        proof.covered += whole
-        if time.perf_counter() > deadline:
-            proof.open += whole
-            continue
-        scored, cut = kernels.anytime(
-            *(first, problem.exit_of, mious, (resources.kind, resources.prefix, resources.head, resources.decision), limits, floor),
-            *(problem.target, most, horizon, span, extensions, best, best_chain),
-        )
-        proof.scored += scored
-        proof.cut["bound"] += cut
-        if best[0] < math.inf and problem.target >= 0:
-            limits[problem.target] = min(limits[problem.target], best[0])
-        elif best[0] < math.inf:
-            floor = max(floor, -best[0])
+    with terminal.Bar("search", candidates, "candidate", most_s=deadline - time.perf_counter()) as bar:
+        for first in range(candidates):
+            bar.reach(first)
+            whole = 1 + int(extensions[problem.exit_of[first], most])
+            proof.covered += whole
+            if time.perf_counter() > deadline:
+                proof.open += whole
+                continue
+            scored, cut = kernels.anytime(
+                *(first, problem.exit_of, mious, (resources.kind, resources.prefix, resources.head, resources.decision), limits, floor),
+                *(problem.target, most, horizon, span, extensions, best, best_chain),
+            )
+            proof.scored += scored
+            proof.cut["bound"] += cut
+            if best[0] < math.inf and problem.target >= 0:
+                limits[problem.target] = min(limits[problem.target], best[0])
+            elif best[0] < math.inf:
+                floor = max(floor, -best[0])
     proof.bound = float(mious.max()) if problem.target < 0 else 0.0
     return ([int(k) for k in best_chain if k >= 0] or None), proof

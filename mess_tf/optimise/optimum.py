@@ -475,7 +475,8 @@ class Optimiser:
 
     def run(self) -> None:
         """Searches until nothing better is left or the time is up."""
-        with concurrent.futures.ThreadPoolExecutor(CHUNKS) as self.pool, terminal.Bar("search", 1000) as bar:
+        bar = terminal.Bar("search", 1000, most_s=self.deadline - time.perf_counter())
+        with concurrent.futures.ThreadPoolExecutor(CHUNKS) as self.pool, bar:
             self._start()
             heap, ticket = [(-math.inf, i, node) for i, node in enumerate(self._nodes())], itertools.count(1 << 32)
             while heap and time.perf_counter() < self.deadline:

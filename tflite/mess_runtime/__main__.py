@@ -77,11 +77,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if runner.backend != "cpu" and runner.backend not in {each.backend for each in bundle.manifest.verified}:
         command = f"python -m mess_runtime verify {arguments.bundle} --backend={runner.backend}"
         terminal.complain(f"mess_runtime: the manifest records no proof of the masks on {runner.backend}: {command}")
+    options = arguments.setting, arguments.exit, arguments.latency_budget_ms, arguments.deadline_ms
+    runner.plan(*options)  # what is wrong with them is said before any image is read
     failures = 0
     for source, frames in sources:
         try:
             for name, image in frames:
-                result = runner.run(image, arguments.setting, arguments.exit, arguments.latency_budget_ms, arguments.deadline_ms)
+                result = runner.run(image, *options)
                 writer.write(name, image, result.mask)
                 line = {
                     "image": str(source),
@@ -95,7 +97,8 @@ def _run(arguments: argparse.Namespace) -> int:
         except UnreadableError as error:
             terminal.complain(f"mess_runtime: {terminal.one_line(error)}")
             failures += 1
-    print(arguments.output)
+    if writer.written:
+        print(arguments.output)
     return 1 if failures else 0
 
 
@@ -153,7 +156,8 @@ def _describe(manifest: Manifest) -> str:
     ]
     if predicted is not None:
         on = f" on {predicted.backend}" if predicted.backend else ""
-        lines.append(f"predicted  mIoU {100 * predicted.miou:.2f} %, mean {predicted.cost.name} {predicted.cost.mean:.6g}{on}")
+        figures = f"mIoU {100 * predicted.miou:.2f} %, mean {predicted.cost.name} {predicted.cost.mean:.6g}{on}"
+        lines.append(f"predicted  {figures}: by the search, of the device and the day that its latencies were measured")
     table = [("exit", "head", "MMACs", "alone", "mIoU", "leave here", "theta_pix", "theta_img", "edge_aware")]
     rates = ["-"] * len(manifest.segments) if predicted is None else [f"{100 * rate:.1f}%" for rate in predicted.exit_rates]
     for segment, rate in zip(manifest.segments, rates, strict=True):

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import types
 import typing
 from collections.abc import Callable
@@ -343,7 +344,11 @@ def check_writable(argument: str, path: str | os.PathLike, folder: bool = False)
         required = "a folder that can be written to"
     else:
         parent, required = path.absolute().parent, "a file in a folder that exists and can be written to"
-    ok = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and (folder or not path.is_dir())
+    ok = folder or not path.is_dir()
+    try:  # what is allowed need not be possible, as in /proc
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError:
+        ok = False
     check(ok, argument, required, str(path))
 
 

@@ -97,7 +97,11 @@ class CompiledEngine:
         try:
             self._model = CompiledModel.from_file(os.fspath(path), options=options)
         except _REFUSALS as error:
-            raise _cannot_load(path, error) from error
+            cannot = _cannot_load(path, error)
+            if backend == CPU:
+                raise cannot from error
+            needs = "ai-edge-litert 2.1.6 or newer and a GPU with a driver for Vulkan are needed"
+            raise ValueError(f"backend: must be {CPU} on this machine ({needs}), got {backend!r}: {cannot}") from error
         self.fully_accelerated = self._model.is_fully_accelerated()
         signatures = self._model.get_signature_list()
         self._inputs: dict[str, Any] = {}  # of `put`

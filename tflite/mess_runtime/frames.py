@@ -101,8 +101,11 @@ def _video(path: Path, limit: int | None) -> Frames:
 class Writer:
     """Writes masks as palette PNGs, and overlays.
 
+    Attributes:
+      written: number of masks.
+
     Args:
-      folder: where to.
+      folder: where to; made with the first mask.
       palette: RGB by class index.
       overlay: also write NAME.overlay.png.
       sources: what is read, none of which may be overwritten.
@@ -113,6 +116,7 @@ class Writer:
     """
 
     def __init__(self, folder: Path, palette: Sequence[tuple[int, int, int]], overlay: bool, sources: Sequence[Path]):
+        self.written = 0
         self._folder, self._palette, self._overlay = folder, np.array(palette, np.uint8), overlay
         written: dict[str, Path] = {}  # sources by the names they lead to, in small letters, with a \0 for the number of a frame
 
@@ -130,15 +134,16 @@ class Writer:
         for path in {*sources, *(Path(os.path.realpath(source)) for source in sources)}:
             if writer_of(path.name) is not None and os.path.realpath(path.parent) == output:
                 raise ValueError(f"--output: must be a folder where masks do not replace images, got {printable(str(folder))}")
-        folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, image: np.ndarray, mask: np.ndarray) -> None:
         """Writes the mask uint8 [h, w] of an image uint8 [h, w, 3]."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(mask)
         picture.putpalette(self._palette.tobytes())
         self._save(f"{name}.png", picture)
         if self._overlay:
             self._save(f"{name}.overlay.png", Image.blend(Image.fromarray(image), Image.fromarray(self._palette[mask]), 0.5))
+        self.written += 1
 
     def _save(self, name: str, picture: Image.Image) -> None:
         write_atomically(self._folder / name, lambda temporary: picture.save(temporary, format="PNG"))

@@ -189,6 +189,22 @@ class Runner:
         Raises:
           ValueError: the image has another type or shape, or the options do not go together.
         """
+        setting, exit = self.plan(setting, exit, latency_budget_ms, deadline_ms)
+        with self._lock:
+            return self._budgeted(image, exit) if exit else self._in_turn(image, setting, deadline_ms)
+
+    def plan(
+        self,
+        setting: str | None = None,
+        exit: str | None = None,
+        latency_budget_ms: float | None = None,
+        deadline_ms: float | None = None,
+    ) -> tuple[str, str | None]:
+        """What these options of `run` come to for every image: the setting, and for `budgeted` the exit.
+
+        Raises:
+          ValueError: they do not go together.
+        """
         setting = self.manifest.setting if setting is None else setting
         check(setting in SETTINGS, "setting", f"one of {', '.join(SETTINGS)}", setting)
         holds = self._going_on is not None
@@ -205,14 +221,13 @@ class Runner:
                 measured = len(self._exits) == 1 or alone_signature(self._exits[-1]) in self._engine.inputs
                 check(measured, "latency_budget_ms", "left out for a file without alone.EXIT, whose latencies these are", latency_budget_ms)
                 exit = exit_within(self.manifest, self.latency, latency_budget_ms, self.threads, self.backend)
-            with self._lock:
-                return self._budgeted(image, self._exits[-1] if exit is None else exit)
-        if setting == ANYTIME:
+            exit = self._exits[-1] if exit is None else exit
+            check(exit in self._exits, "exit", f"one of {', '.join(self._exits)}", exit)
+        elif setting == ANYTIME:
             check(deadline_ms is not None and deadline_ms > 0, "deadline_ms", f"positive milliseconds for {ANYTIME}", deadline_ms)
         else:
             check(None not in self._needed[:-1], "setting", f"{BUDGETED} or {ANYTIME}, as the bundle has no theta_img", setting)
-        with self._lock:
-            return self._in_turn(image, setting, deadline_ms)
+        return setting, exit
 
     def _in_turn(self, image: np.ndarray, setting: str, deadline_ms: float | None) -> Result:
         """Runs segment after segment until the setting says stop."""
@@ -267,7 +282,6 @@ class Runner:
             yield result
 
     def _budgeted(self, image: np.ndarray, exit: str) -> Result:
-        check(exit in self._exits, "exit", f"one of {', '.join(self._exits)}", exit)
         signature = alone_signature(exit)
         if signature not in self._engine.inputs:
             self._take(image)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import difflib
 import dis
+import itertools
 import os
 import re
 import signal
@@ -200,6 +201,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Knows all arguments, or raises."""
+        self._words = sys.argv[1:] if args is None else list(args)
         namespace, others = super().parse_known_args(args, namespace)
         for word in others:
             if word.startswith("-"):
@@ -208,6 +210,10 @@ class ArgumentParser(argparse.ArgumentParser):
         return namespace, others
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):  # of which one may have been given, with a slip of the pen
+            for word in itertools.takewhile(lambda word: word != "--", self._words):
+                if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                    raise ValueError(unknown_flag(word, self._option_string_actions))
         for pattern, text in self._PATTERNS:
             if re.fullmatch(pattern, message):
                 message = re.sub(pattern, text, message)
@@ -231,7 +237,9 @@ class Bar:
     _display: Any = None  # of rich, for all bars
     _open: int = 0
 
-    def __init__(self, what: str, total: int, unit: str = "", done: int = 0, say: Callable[[str], None] = _say):
+    def __init__(
+        self, what: str, total: int, unit: str = "", done: int = 0, say: Callable[[str], None] = _say, most_s: float | None = None
+    ):
         """Does nothing yet.
 
         Args:
@@ -239,7 +247,9 @@ class Bar:
           total, unit: of how many of what; without a unit, only the share is shown.
           done: how many are done already.
           say: receives the lines where there is no bar.
+          most_s: of work that ends as soon as it can, and at the latest after so many seconds: these are shown instead of the time left.
         """
+        self._most_s = most_s
         self._what, self._total, self._unit, self._say = what, total, unit, say
         self._first = self._done = done
 
@@ -253,10 +263,12 @@ class Bar:
         return self
 
     def _shown(self, display: Any) -> int:
-        return display.add_task(self._what, total=self._total, completed=self._done, count=self._count(), note="")
+        left = self._most_s is None
+        return display.add_task(self._what, total=self._total, completed=self._done, count=self._count(), left=left, note="")
 
     def _count(self) -> str:
-        return f"{self._unit} {self._done} of {self._total}" if self._unit else f"{self._done / max(self._total, 1):.0%}"
+        share = f"{self._unit} {self._done} of {self._total}" if self._unit else f"{self._done / max(self._total, 1):.0%}"
+        return share if self._most_s is None else f"{share}, {time.monotonic() - self._start:.0f} of at most {self._most_s:.0f} s"
 
     def advance(self, note: str | None = None, line: str | None = None) -> None:
         """One more is done, see `reach`."""
@@ -284,7 +296,7 @@ class Bar:
         elif now - self._last >= LINE_S and done > self._first:
             self._last = now
             left = (now - self._start) / (done - self._first) * (self._total - done)
-            self._say(f"{self._what}: {self._count()}, eta {left:.0f} s")
+            self._say(f"{self._what}: {self._count()}" + (f", eta {left:.0f} s" if self._most_s is None else ""))
 
     def __exit__(self, *_: Any) -> None:
         with Bar._lock:
@@ -311,8 +323,13 @@ def _open_display() -> Any:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     except ModuleNotFoundError:
         return None
-    texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[count]", "fields[note]")]
-    display = Progress(texts[0], BarColumn(), texts[1], TimeRemainingColumn(), texts[2], auto_refresh=False, transient=True)
+
+    class Left(TimeRemainingColumn):
+        def render(self, task):
+            return super().render(task) if task.fields["left"] else ""
+
+    what, count, note = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[count]", "fields[note]"))
+    display = Progress(what, BarColumn(), count, Left(), note, auto_refresh=False, transient=True)
     display.start()
     return display
 
