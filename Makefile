@@ -1,12 +1,13 @@
 # make demo: the whole path on synthetic data, in minutes on a CPU.   make test: the test suite.   make lint: style.
 # make notebooks: every notebook from start to end at a small size, and the commands that the pages begin with.
+# make bench DATA_DIR=FOLDER: every benchmark once, small, from the trained work folder in models/.
 # make docs: the pages and the API reference, into runs/docs.
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/ready
 export TF_CPP_MIN_LOG_LEVEL = 2
 
-.PHONY: demo demo-commands test notebooks docs lint
+.PHONY: demo demo-commands test notebooks bench docs lint
 
 demo: $(READY)
 	@start=$$(date +%s) && $(MAKE) --no-print-directory demo-commands && echo "make demo: $$(($$(date +%s) - start)) seconds"
@@ -22,6 +23,9 @@ test: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/python -m pytest -q -m notebook
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run_all.py --workdir=models/voc_lite0 --data_dir=$(DATA_DIR) --output=runs/bench
 
 # Fresh, since warnings of pages that did not change would not come again.
 docs: $(READY)

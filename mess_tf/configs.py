@@ -31,6 +31,7 @@ ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
 # Fields of the data section that older files lack, with what was done then.
 _ADDED_TO_DATA = {"resize": "stretch", "label_values": ""}
+_ADDED_TO_STAGES = {"regions": "none", "region_cell": 16, "region_warmup": 0}
 
 # Sources of the user's own files, whose labels `data.label_values` may explain, and all that read files below `data.data_dir`.
 OWN_LABELS = ("folder", "voc")
@@ -274,6 +275,11 @@ class StageConfig:
         trains=`network`. Empty: no such file.
       initial: weights to start from, checkpoints/STAGE/best.npz of another run of this network with the same first exits; heads that it
         lacks start anew. Empty for the weights that the network comes with.
+      regions: with trains=`network`: whether the layers behind the early exits of a batch also learn to work at cells alone that such an
+        exit is not sure of, and what they see of the others: `none` (they do not), or one of `network.regions.NEIGHBOURS`. The threshold of
+        the confidence and the largest share of the cells are drawn for each batch.
+      region_cell: side of a cell in pixels.
+      region_warmup: steps without regions at the start.
       alpha: weight of distillation against cross-entropy.
       temperature: of both softmaxes in distillation.
       epochs: 0 leaves the stage out, as for a network that comes trained.
@@ -295,6 +301,9 @@ class StageConfig:
     distillation: Literal["none", "all", "filtered"] = "none"
     teacher: str = ""
     initial: str = ""
+    regions: Literal["none", "stale", "nearest", "zeros"] = "none"
+    region_cell: int = 16
+    region_warmup: int = 0
     alpha: float = 0.5
     temperature: float = 1.0
     epochs: int = 10
@@ -318,13 +327,17 @@ class StageConfig:
             ("trains", ("network", "heads")),
             ("exits", ("round_robin", "all", "none")),
             ("distillation", ("none", "all", "filtered")),
+            ("regions", ("none", "stale", "nearest", "zeros")),
             ("class_weights", ("none", "sqrt_median_frequency")),
             ("precision", ("float32", "mixed_bfloat16")),
         ):
             _check(getattr(self, name) in options, name, f"one of {options}", getattr(self, name))
         _check(not self.teacher or self.distillation != "none", "teacher", "empty without distillation", self.teacher)
         _check(self.epochs >= 0, "epochs", "at least 0", self.epochs)
-        for name in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps"):
+        _check(self.region_warmup >= 0, "region_warmup", "at least 0", self.region_warmup)
+        early = self.trains == "network" and self.exits != "none"
+        _check(self.regions == "none" or early, "regions", "none where no network is trained with early exits", self.regions)
+        for name in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps", "region_cell"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("alpha", "label_smoothing"):
             _check(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
@@ -484,6 +497,9 @@ def from_json(text: str | bytes) -> Config:
     _check(received == FORMAT, "config.json: format", str(FORMAT), received)
     if isinstance(document.get("data"), dict):
         document["data"] = _ADDED_TO_DATA | document["data"]
+    for name in ("stage1", "stage2"):
+        if isinstance(document.get(name), dict):
+            document[name] = _ADDED_TO_STAGES | document[name]
     return _from_dict(Config, document, "config.json")
 
 

@@ -30,17 +30,41 @@ def test_a_configuration_with_no_default_value_survives_json():
         BackboneConfig("resnet50", 1.0, 8, "FILE", 0.9, 0.5),
         ExitsConfig(3, ("a", "b"), "fcn-r2-b0", "deeplab-r4-b1-d2", ("fcn-r8-b3-d4",)),
         StageConfig(
-            *("network", "all", "filtered", "soft.npz", "best.npz", 0.1, 2.0, 3, 4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.11, "none", 5, 6, 7, 8),
+            *(
+                "network",
+                "all",
+                "filtered",
+                "soft.npz",
+                "best.npz",
+                "stale",
+                8,
+                9,
+                0.1,
+                2.0,
+                3,
+                4,
+                0.5,
+                0.6,
+                0.7,
+                0.8,
+                0.9,
+                0.11,
+                "none",
+                5,
+                6,
+                7,
+                8,
+            ),
             *("mixed_bfloat16", 9),
         ),
-        StageConfig("heads", "none", "all", "soft.npz", "best.npz", 0.2),
+        StageConfig("heads", "none", "all", "soft.npz", "best.npz", alpha=0.2),
     )
     assert configs.from_json(configs.to_json(config)) == config
 
 
 def test_a_file_of_before_a_field_was_added_means_what_was_done_then():
     document = json.loads(configs.to_json(RECIPES["demo"]))
-    del document["data"]["resize"]
+    del document["data"]["resize"], document["stage1"]["regions"], document["stage2"]["region_cell"]
     assert configs.from_json(json.dumps(document)) == RECIPES["demo"]
 
 
@@ -200,7 +224,10 @@ def test_no_heads_means_all_heads():
         (lambda: ExitsConfig(final_head="x"), "final_head"),
         (lambda: ExitsConfig(plain_head="x"), "plain_head"),
         (lambda: ExitsConfig(heads=("x",)), "heads"),
-        *((lambda field=field: StageConfig(**{field: "x"}), field) for field in ("trains", "exits", "class_weights", "precision")),
+        *(
+            (lambda field=field: StageConfig(**{field: "x"}), field)
+            for field in ("trains", "exits", "regions", "class_weights", "precision")
+        ),
         *(
             (lambda field=field: StageConfig(**{field: 0}), field)
             for field in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps")

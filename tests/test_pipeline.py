@@ -147,7 +147,7 @@ def test_another_constraint_does_the_last_three_steps(again):
 def test_several_precisions_have_candidates_and_statistics_of_their_own(again, monkeypatch):
     """Beside those of one alone, whose bits they have."""
     monkeypatch.setattr(pipeline.report, "run", lambda workdir, *_: workdir)
-    asked = dataclasses.replace(ASKED, precisions=("fp32", "fp16"))
+    asked = Asked(min_miou=0.0, precisions=("fp32", "fp16"))
     assert again(asked=asked) == ["candidates", "calibrate", "measure", "search", "bundle", "report"]
     folder = again.workdir
     one, same = ({path.name: file_sha256(path) for path in (folder / name).iterdir()} for name in ("candidates", "candidates.fp32"))

@@ -28,6 +28,7 @@ from mess_tf.metrics import class_counts, confusion_matrix, miou
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.layers import BatchNormalization
 from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
+from mess_tf.network.regions import ActiveSegment
 from mess_tf.rescale import rescale
 
 SIZE, CLASSES = (32, 64), 8
@@ -207,6 +208,33 @@ def test_stage1_distils_from_the_final_exit_as_the_stage_says():
     assert mixed[early] == pytest.approx(0.25 * distilled[early] + 0.75 * plain[early], rel=1e-5)
     assert plain[FINAL] == pytest.approx(distilled[FINAL], rel=1e-6)
     assert losses_of(distillation="filtered", alpha=1.0)[early] < distilled[early]  # a random teacher is wrong at most pixels
+
+
+def test_stage1_with_regions_also_learns_from_the_cells_that_an_exit_is_not_sure_of():
+    early = "exit1.fcn-r2-b0"
+    behind = f"{FINAL} behind {early}"
+    first = {}
+    for regions in ("stale", "nearest"):
+        step = make_step(make_network(), StageConfig(regions=regions, region_cell=8, region_warmup=2))
+        assert set(step(make_batch(), 0)) == {early, FINAL}
+        values = [step(make_batch(), number) for number in range(2, 12, 2)]
+        assert all(set(each) == {early, FINAL, behind} for each in values)
+        first[regions] = float(values[0][behind])
+        assert 0 < first[regions] < 20
+        assert float(values[-1][behind]) < first[regions]  # one batch again and again
+    assert first["stale"] != pytest.approx(first["nearest"], rel=1e-6)
+
+
+def test_cells_are_drawn_among_those_that_an_exit_is_not_sure_of():
+    segment = ActiveSegment(make_network(), ("exit1.fcn-r2-b0", FINAL), 1, SIZE, cell=1)
+    rows, columns = segment.grid
+    logits = np.zeros((1, *SIZE, CLASSES), np.float32)
+    logits[:, :, SIZE[1] // 2 :, 0] = 20  # the right half is sure
+    left = np.repeat([[i < columns // 2 for i in range(columns)]], rows, 0)
+    np.testing.assert_array_equal(steps.drawn_cells(segment, tf.constant(logits), tf.constant([0.5, 0.999]))[0], left)
+    few = steps.drawn_cells(segment, tf.constant(logits), tf.constant([0.5, 0.01]))[0].numpy()
+    assert few.sum() == 1
+    assert few[left].sum() == 1
 
 
 def test_every_exit_learns_from_a_teacher():

@@ -7,9 +7,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mess_tf.configs import StageConfig
+from mess_tf.configs import IGNORE, StageConfig
 from mess_tf.learning import losses
 from mess_tf.network.model import FINAL, MultiExitNetwork
+from mess_tf.network.regions import ActiveSegment
+
+SURE_SHARE = 0.9  # share of a cell's pixels that must be confident
+REGION_THETA = (0.5, 0.98)
 
 # Images, labels and, with a teacher, its soft targets; the number of the step. Returns the loss of each exit.
 Step = Callable[[tuple[tf.Tensor, ...], int], dict[str, tf.Tensor]]
@@ -114,24 +118,68 @@ def exit_loss(stage: StageConfig, logits: tf.Tensor, teacher: tf.Tensor, target:
     return stage.alpha * distilled + (1 - stage.alpha) * loss
 
 
+def segments_behind(network: MultiExitNetwork, stage: StageConfig, size: tuple[int, int]) -> dict[str, ActiveSegment]:
+    """The layers between each early exit and the final one at active cells, where they have a block that leaves positions out.
+
+    Raises:
+      ValueError: behind no exit they have.
+    """
+    segments, reasons = {}, []
+    for name in network.heads:
+        try:
+            whole = ActiveSegment(network, (name, FINAL), 1, size, neighbours=stage.regions)
+        except ValueError as error:
+            reasons.append(f"behind {name}: {error}")
+            continue
+        cell = max(1, round(stage.region_cell * whole.size[0] / size[0]))
+        segments[name] = ActiveSegment(network, (name, FINAL), 1, size, cell, stage.regions)
+    if not segments:
+        raise ValueError(f"stage1.regions: must be none with this network; {reasons[0]}")
+    return segments
+
+
+def drawn_cells(segment: ActiveSegment, logits: tf.Tensor, dice: tf.Tensor) -> tf.Tensor:
+    """The cells that an exit is not sure of, as a batch draws them.
+
+    Args:
+      segment: behind the exit.
+      logits: float32 [B, R, S, C] of the exit, at sampled pixels.
+      dice: float32 [2] in [0, 1). One draws theta_pix from REGION_THETA, the other the largest share of the cells, the least sure ones.
+
+    Returns:
+      bool [B, rows, columns].
+    """
+    theta = REGION_THETA[0] + (REGION_THETA[1] - REGION_THETA[0]) * dice[0]
+    sure = segment.sure(tf.reduce_max(tf.nn.softmax(logits), -1) >= theta)
+    flat = tf.reshape(sure, (-1, sure.shape[1] * sure.shape[2]))
+    rank = tf.cast(tf.reshape(tf.argsort(tf.argsort(flat, stable=True)), tf.shape(sure)), tf.float32)
+    return (sure < SURE_SHARE) & (rank <= dice[1] * flat.shape[1])
+
+
 def network_step(
     network: MultiExitNetwork, stage: StageConfig, optimizer: keras.optimizers.Optimizer, size: tuple[int, int], weights: np.ndarray
 ) -> Step:
     """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names.
 
-    Departure: exits may learn from the final one or from a teacher here too (the paper distils in stage 2 only).
+    With regions, the final exit's loss counts once more: of the cells that an early exit is not sure of, where the layers behind it work
+    at these cells only. Batch normalisation takes its moving statistics there.
+
+    Departures: exits may learn from the final one or from a teacher here too (the paper distils in stage 2 only); the paper has no regions.
     """
     early = list(network.heads)
 
-    def compiled(candidates: tuple[str, ...]) -> Callable:
-        features_of = network.features([*candidates, FINAL])
+    segments = {} if stage.regions == "none" else segments_behind(network, stage, size)
+
+    def compiled(candidates: tuple[str, ...], regions: bool) -> Callable:
+        behind = {name: segments[name] for name in candidates if name in segments} if regions else {}
+        features_of = network.features([*candidates, FINAL], [name for segment in behind.values() for name in segment.inputs])
         trained = list(network.original.trainable_variables)
         for name in candidates:
             trained += network.heads[name].trainable_variables
 
         @tf.function(autograph=False)
         @safe_convolutions
-        def step(batch, rows, columns):
+        def step(batch, rows, columns, dice):
             images, labels, *soft = batch
             target = pick(labels, rows, columns)
             features = features_of(images, training=True)
@@ -141,6 +189,11 @@ def network_step(
             for name in candidates:
                 logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
                 values[name] = exit_loss(stage, logits, teacher, target, weights)
+                if name in behind:
+                    cells = drawn_cells(behind[name], tf.stop_gradient(logits), dice)
+                    late = losses.upsample_at(behind[name].masked(features, cells)["logits"], size, rows, columns)
+                    there = behind[name].merged(tf.fill(tf.shape(target), IGNORE), tf.cast(target, tf.int32), cells)
+                    values[f"{FINAL} behind {name}"] = losses.cross_entropy(late, there, weights, stage.label_smoothing)
             if soft:
                 values[FINAL] = exit_loss(stage, final, teacher, target, weights)
             else:
@@ -155,13 +208,12 @@ def network_step(
             return ()
         return tuple(early) if stage.exits == "all" else (early[losses.round_robin(step, len(early)) - 1],)
 
-    steps: dict[tuple[str, ...], Callable] = {}
+    compiled = functools.cache(compiled)
 
     def run(batch, step):
-        candidates = chosen(step)
-        if candidates not in steps:
-            steps[candidates] = compiled(candidates)
-        return steps[candidates](batch, *sampled_pixels(stage, size, step))
+        regions = stage.regions != "none" and step >= stage.region_warmup
+        dice = np.random.default_rng([stage.seed, step, 1]).random(2, np.float32)
+        return compiled(chosen(step), regions)(batch, *sampled_pixels(stage, size, step), dice)
 
     return run
 

@@ -129,9 +129,9 @@ class MultiExitNetwork:
             for index, variable in enumerate(model.weights)
         ]
 
-    def features(self, candidates: Iterable[str]) -> keras.Model:
-        """Image to a dict of every tensor that these candidates read, by layer name. Computes nothing deeper than they need."""
-        names = dict.fromkeys(name for candidate in candidates for name in self.taps(candidate))
+    def features(self, candidates: Iterable[str], others: Iterable[str] = ()) -> keras.Model:
+        """Image to a dict of every tensor that these candidates read, and others, by layer name. Computes nothing deeper than they need."""
+        names = dict.fromkeys([*(name for candidate in candidates for name in self.taps(candidate)), *others])
         tensors = {node.name: node.output for node in graph_nodes(self.original)}
         return keras.Model(self.original.input, {name: tensors[name] for name in names})
 

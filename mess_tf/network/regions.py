@@ -152,6 +152,12 @@ class ActiveSegment:
         self.grid = tuple(math.ceil(side / cell) for side in self.size)
         self._where = self._plan(everywhere)
 
+    def shares_of_macs(self) -> tuple[float, float]:
+        """Of the segment's multiply-accumulates: the share that is computed everywhere, and the share at active positions only."""
+        listed = sum(node.macs for node in self._nodes if node.name not in self.inputs and self._where[node.name] != _MAP)
+        total = sum(node.macs for node in self._nodes if node.name not in self.inputs)
+        return 1 - listed / total, listed / total
+
     def _kind(self, node: Node, shapes: Mapping[str, tuple[int, int]]) -> Callable | None:
         """How a layer is computed at listed positions; None if it cannot be."""
         operation, layers = node.operation, keras.layers

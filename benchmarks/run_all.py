@@ -1,0 +1,148 @@
+"""Every benchmark once, small: whether all of them run, what each takes, and the figures that it ends with.
+
+`python benchmarks/run_all.py --workdir W [--data_dir D] --output DIR [--images 48] [--names regions,precision]` copies the trained work
+folder W to DIR/work, takes the first `--images` of its validation split, exports and calibrates them once, and then calls each script with
+few rounds. Figures of so few images and rounds mean nothing: the commands in `benchmarks/README.md` make those. What trains starts from
+nothing on drawn scenes. Every script's output is in DIR/NAME.log. The last line is one JSON object: seconds and result by script; the exit
+status is 1 where one failed.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from mess_runtime.files import write_atomically
+from mess_tf import configs
+
+NEEDS = {"search_vs_peers": ("optuna", "pymoo"), "policy_cost": ("cv2",)}
+
+
+def subset(config: configs.Config, folder: Path, images: int) -> None:
+    """Makes a data folder of links to the first images of every split of a folder source."""
+    root = Path(config.data.data_dir)
+    shutil.copy(root / "classes.txt", folder / "classes.txt")
+    for split in {config.data.train_split, config.data.val_split}:
+        for image in sorted((root / split / "images").iterdir())[:images]:
+            label = root / split / "labels" / f"{image.stem}.png"
+            for path in (image, label):
+                link = folder / split / path.parent.name / path.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+
+
+def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list[str]]:
+    """Words of every benchmark's command, in the order in which they run."""
+    workdir, bundles = f"--workdir={work}", output / "bundles"
+    photos = Path(config.data.data_dir, config.data.val_split, "images")
+    read = [f"--data={config.data.source}", f"--data_dir={config.data.data_dir}", f"--ignore_value={config.data.ignore_value}"]
+    make = [
+        workdir,
+        f"--original={work}",
+        f"--output={bundles}",
+        "--precisions=fp32",
+        "--scales=1",
+        "--rows=no_loss",
+        "--settings=budgeted",
+    ]
+    return {
+        "regions": [workdir, "--cells=16", "--exits=2", "--resamples=100"],
+        "regions_blocks": ["--networks=mobilenet_v2", "--precisions=fp32", "--blocks=1", "--rounds=3"],
+        "gain_policy": [workdir, "--blocks=4"],
+        "precision": [workdir, "--rounds=3"],
+        "policy_cost": [workdir, "--rounds=3", "--images=4", "--threads=1"],
+        "runtime_overhead": [workdir, "--rounds=3"],
+        "anytime": [workdir, "--images=20", "--deadlines=4"],
+        "closed_loop": [workdir, "--rounds=1", "--runs=5"],
+        "make_headline": [*make, "--noanytime", "--noexits"],
+        "headline": [f"--bundle_dir={bundles}", "--rounds=1", *read],
+        "backends": [f"--bundles={bundles}/fp32/original", f"--pythons={sys.executable}", "--backend=xnnpack", "--runs=2"],
+        "rewrite_bundles": [f"--bundles={bundles}/fp32/original", f"--images={photos}"],
+        "statics": [workdir, f"--output={output / 'statics'}", "--names=scale0.5", "--epochs=1", "--precisions=fp32"],
+        "ablations": [f"--workdir={output / 'ablations'}", "--recipe=smoke", "--seeds=1", "--fewer=2"],
+        "input_pipeline": ["--recipe=smoke", "--steps=3", "--rounds=1"],
+        "train_step": ["--steps=6", "--size=64x64", "--batch=2", "--exits=3"],
+        "networks": [f"--output={output / 'networks'}", "--names=unet_xception"],
+        "search_scaling": ["--rows=1_exit"],
+        "search_vs_peers": ["--seeds=1", "--max_early_exits=1", "--time_limit=20"],
+        "guarantee": ["--sets=3"],
+    }
+
+
+def run(name: str, words: list[str], log: Path) -> dict[str, object]:
+    """Calls one script; returns its seconds, and the JSON of its last line or the last words of what went wrong."""
+    start = time.monotonic()
+    with open(log, "w") as file:
+        script = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *words]
+        done = subprocess.run(script, stdout=file, stderr=subprocess.STDOUT, check=False)
+    seconds = time.monotonic() - start
+    last = (log.read_text().strip().splitlines() or [""])[-1]
+    if done.returncode:
+        return {"seconds": seconds, "error": last}
+    try:
+        return {"seconds": seconds, "result": json.loads(last)}
+    except json.JSONDecodeError:  # what makes files ends with their place
+        return {"seconds": seconds, "result": last}
+
+
+def summary(outcome: dict[str, object]) -> str:
+    """The error, or the first figures of a result."""
+    if "error" in outcome:
+        return f"FAILED: {outcome['error']}"
+    result = outcome["result"]
+    if not isinstance(result, dict):
+        return str(result)
+    figures = [f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, float | int)]
+    return ", ".join(figures[:3]) or ", ".join(result)[:100]
+
+
+def prepared(output: Path) -> tuple[Path, configs.Config]:
+    """Copies the work folder, its data cut down, and exports and calibrates it."""
+    work, data = output / "work", output / "data"
+    config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
+    if not work.exists():
+        shutil.copytree(FLAGS.workdir, work, ignore=shutil.ignore_patterns("ckpt-*"))
+        if config.data.source == "folder":
+            subset(config, data, FLAGS.images)
+            config = configs.with_data_dir(config, str(data))
+        write_atomically(work / "config.json", lambda temporary: temporary.write_text(configs.to_json(config)))
+    for command in ("export_tflite", "calibrate"):
+        words = ["--candidates"] if command == "export_tflite" else []
+        subprocess.run([sys.executable, "-m", f"mess_tf.{command}", f"--workdir={work}", *words], check=True)
+    return work, configs.load_config(work)
+
+
+def main(argv) -> None:
+    del argv
+    output = Path(FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    work, config = prepared(output)
+    outcomes = {}
+    for name, words in commands(work, output, config).items():
+        if FLAGS.names and name not in FLAGS.names:
+            continue
+        missing = [module for module in NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]
+        if missing:
+            print(f"{name:<18} left out: needs {', '.join(missing)}, see benchmarks/requirements.txt", flush=True)
+            continue
+        outcomes[name] = run(name, words, output / f"{name}.log")
+        print(f"{name:<18} {outcomes[name]['seconds']:6.0f} s  {summary(outcomes[name])}", flush=True)
+    print(json.dumps(outcomes))
+    sys.exit(any("error" in outcome for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_integer("images", 48, "of each split that are used", lower_bound=8)
+    flags.DEFINE_list("names", [], "scripts to run; default: all")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    app.run(main)
