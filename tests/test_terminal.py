@@ -156,11 +156,24 @@ def test_phones_are_measured_quietly(outputs, plug_in, tool):
     environment = ENVIRONMENT | {name: os.environ[name] for name in os.environ if "ADB" in name}
     words = (f"--workdir={outputs['work']}", f"--tool={tool()}", "--runs=1", "--min_seconds=0", "--repetitions=1")
     table = outputs["work"] / "phones.json"
-    for command, last in (("devices", r"\S+ Pixel\S+: .*"), ("run", re.escape(str(table)))):
-        done = run("android_bench", command, *(() if command == "devices" else (*words, f"--output={table}")), env=environment)
-        assert (done.returncode, done.stderr) == (0, "")
+    row = rf" +{NUMBER} +{NUMBER}"
+    measuring = (r"\S+ Pixel\S+: .*; \d+ files copied", r"\S+ repetition 1/1 \d+/\d+ \S+ p50_ms=.* eta_s=\d+")
+    verified = (
+        r"Pixel\S+ \(.*\), xnnpack, 1 threads",
+        r" +predicted ms +measured ms +error",
+        rf"(bundle|original){row} +[+-]\d+\.\d%",
+        rf"speed-up{row}",
+        rf"prefix \+ head of \S+: {NUMBER} ms, whole {NUMBER} ms, [+-]\d+\.\d%",
+    )
+    asked = {
+        "devices": ((), (), r"\S+ Pixel\S+: .*"),
+        "run": ((*words, f"--output={table}"), (*measuring, r"Pixel\S+: \d+ latencies"), re.escape(str(table))),
+        "verify": (words, (*measuring, *verified), re.escape(str(outputs["work"] / "verification.json"))),
+    }
+    for command, (given, known, last) in asked.items():
+        done = run("android_bench", command, *given, env=environment)
+        assert (done.returncode, done.stderr) == (0, ""), command
         *lines, end = done.stdout.splitlines()
-        known = (r"\S+ Pixel\S+: .*; \d+ files copied", r"\S+ repetition 1/1 \d+/\d+ \S+ p50_ms=.* eta_s=\d+", r"Pixel\S+: \d+ latencies")
         assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in known)] == []
         assert re.fullmatch(last, end)
 
