@@ -39,7 +39,7 @@ def test_every_source_has_its_entry_and_its_root():
 
 @pytest.mark.parametrize("source", ["coco21", "ade20k", "cityscapes", "oxford_iiit_pet"])
 def test_what_labels_mean_is_known(source):
-    with pytest.raises(ValueError, match=r"data\.label_values: must be left out unless data\.source is folder or voc"):
+    with pytest.raises(ValueError, match=r"^label_values: must be left out unless data\.source is folder or voc"):
         DataConfig(source=source, label_values="ade20k")
 
 
