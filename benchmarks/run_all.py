@@ -27,6 +27,7 @@ NEEDS = {"search_vs_peers": ("optuna", "pymoo"), "policy_cost": ("cv2",)}
 def subset(config: configs.Config, folder: Path, images: int) -> None:
     """Makes a data folder of links to the first images of every split of a folder source."""
     root = Path(config.data.data_dir)
+    folder.mkdir(parents=True)
     shutil.copy(root / "classes.txt", folder / "classes.txt")
     for split in {config.data.train_split, config.data.val_split}:
         for image in sorted((root / split / "images").iterdir())[:images]:
@@ -76,15 +77,15 @@ def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list
 
 
 def run(name: str, words: list[str], log: Path) -> dict[str, object]:
-    """Calls one script; returns its seconds, and the JSON of its last line or the last words of what went wrong."""
+    """Calls one script; returns its seconds, and the JSON of its last line, or how it failed."""
     start = time.monotonic()
-    with open(log, "w") as file:
-        script = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *words]
-        done = subprocess.run(script, stdout=file, stderr=subprocess.STDOUT, check=False)
+    script = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *words]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - start
-    last = (log.read_text().strip().splitlines() or [""])[-1]
+    log.write_text(done.stdout + done.stderr)
     if done.returncode:
-        return {"seconds": seconds, "error": last}
+        return {"seconds": seconds, "error": f"status {done.returncode}, see {log}"}
+    last = (done.stdout.strip().splitlines() or [""])[-1]
     try:
         return {"seconds": seconds, "result": json.loads(last)}
     except json.JSONDecodeError:  # what makes files ends with their place
@@ -106,11 +107,13 @@ def prepared(output: Path) -> tuple[Path, configs.Config]:
     """Copies the work folder, its data cut down, and exports and calibrates it."""
     work, data = output / "work", output / "data"
     config = configs.with_data_dir(configs.load_config(FLAGS.workdir), FLAGS.data_dir)
-    if not work.exists():
-        shutil.copytree(FLAGS.workdir, work, ignore=shutil.ignore_patterns("ckpt-*"))
+    if not (work / "config.json").exists():  # it is written last
+        for folder in (work, data):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(FLAGS.workdir, work, ignore=shutil.ignore_patterns("ckpt-*", "config.json"))
         if config.data.source == "folder":
             subset(config, data, FLAGS.images)
-            config = configs.with_data_dir(config, str(data))
+            config = configs.with_data_dir(config, str(data.resolve()))
         write_atomically(work / "config.json", lambda temporary: temporary.write_text(configs.to_json(config)))
     for command in ("export_tflite", "calibrate"):
         words = ["--candidates"] if command == "export_tflite" else []

@@ -24,6 +24,7 @@ from common import Trained, define_flags, interleaved, ratio
 
 from mess_runtime.bundle import BUDGETED, FULL, IMAGE, INPUT_TYPES, Bundle, alone_signature, segment_signature
 from mess_runtime.engines import COMPILED, ENGINES, open_engine
+from mess_runtime.images import fit
 from mess_runtime.runner import Runner
 
 
@@ -74,7 +75,7 @@ def overhead(bundle: Bundle, image: np.ndarray, engine_name: str, threads: int, 
 def main(argv) -> None:
     del argv
     trained = Trained()
-    figures, image = {}, trained.examples.load(0)[0]
+    figures, image = {}, fit(trained.examples.load(0)[0], trained.size, trained.config.data.resize)
     with tempfile.TemporaryDirectory() as folder:
         bundles = {
             name: trained.bundle(Path(folder) / name, trained.exporter(), trained.candidates, input_type=name) for name in INPUT_TYPES
