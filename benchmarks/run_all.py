@@ -63,7 +63,7 @@ def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list
         "closed_loop": [workdir, "--rounds=1", "--runs=5"],
         "make_headline": [*make, "--noanytime", "--noexits"],
         "headline": [f"--bundle_dir={bundles}", "--rounds=1", *read],
-        "backends": [f"--bundles={bundles}/fp32/original", f"--pythons={sys.executable}", "--backend=xnnpack", "--runs=2"],
+        "backends": [f"--bundles={bundles}/fp32/original", f"--pythons={sys.executable}", "--backend=cpu", "--runs=2"],
         "rewrite_bundles": [f"--bundles={bundles}/fp32/original", f"--images={photos}"],
         "statics": [workdir, f"--output={output / 'statics'}", "--names=scale0.5", "--epochs=1", "--precisions=fp32"],
         "ablations": [f"--workdir={output / 'ablations'}", "--recipe=smoke", "--seeds=1", "--fewer=2"],
