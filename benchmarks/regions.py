@@ -1,8 +1,8 @@
 """What one decision per region would gain over one per image, from a trained work folder, without an export.
 
 `python benchmarks/regions.py --workdir W [--split val] [--cells 8,16,32] [--candidates exit1.HEAD,...,final.original]`. The input is cut
-into square cells. A cell leaves at an exit where the share SURE of its pixels is at least as confident as theta, else it goes on; its mask
-is that of the exit where it left. Costs are ideal multiply-accumulates: layers behind an exit and the heads there cost in proportion to the
+into square cells. A cell leaves at an exit where the share SURE_SHARE of its pixels is at least as confident as theta, else it goes on; its
+mask is that of the exit where it left. Costs are ideal multiply-accumulates: layers behind an exit and heads cost in proportion to the
 cells that reach them. mIoU is of whole masks at the photos' own size, speed-up and difference are against the final exit alone.
 
 Printed for every early exit and cell, at every theta: speed-up, difference in mIoU, share that goes on. Then, for each largest loss of
@@ -34,12 +34,12 @@ from mess_tf import metrics
 from mess_tf.configs import IGNORE
 from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.graph.exporter import head_cost, tensor_shapes
+from mess_tf.learning.steps import SURE_SHARE
 from mess_tf.network.costs import model_cost
 from mess_tf.network.model import FINAL
-from mess_tf.network.regions import NEIGHBOURS, STALE, ActiveSegment
+from mess_tf.network.regions import NEIGHBOURS, STALE, segment_with_cells
 
 THETA = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
-SURE = 0.9
 IMAGE_SHARES = (0.0, *np.round(np.concatenate([np.arange(0.3, 0.9, 0.05), np.arange(0.9, 1.0, 0.01)]), 2).tolist())
 
 
@@ -130,7 +130,7 @@ def collect(trained: Trained, sides: Sequence[int]) -> dict[int, Cells]:
     for side, images in parts.items():
         label, tp, predicted, share = zip(*images, strict=True)
         share = np.concatenate(share, -1)  # [K, T, N]
-        bounds = (SURE,) if side else IMAGE_SHARES
+        bounds = (SURE_SHARE,) if side else IMAGE_SHARES
         leaves = np.concatenate([share >= bound for bound in bounds], 1)
         options = tuple(f"{theta:g}" if side else f"{theta:g}/{bound:g}" for bound in bounds for theta in THETA)
         image = np.repeat(np.arange(len(images)), maps[side].max() + 1)
@@ -211,7 +211,7 @@ def random_cells(cells: Cells, costs: Costs) -> list[Choice]:
 
 
 def oracle(cells: Cells, costs: Costs) -> list[Choice]:
-    """One early exit, those cells go on whose mIoU gains most by it, by the tangent of the mIoU, drawn twice."""
+    """One early exit, those cells go on whose mIoU gains most by it, by the tangent of the mIoU, drawn three times."""
     final, label = len(cells.tp) - 1, cells.label.sum(0)
     held = label > 0
     result = []
@@ -261,9 +261,7 @@ def active(trained: Trained, costs: Costs, k: int, side: int, neighbours: str, t
     """Exit k, then the final one at active cells only: a row for each theta."""
     network, names = trained.network, [trained.candidates[k], FINAL]
     first, _ = network.segments(names)
-    segment = ActiveSegment(network, names, 1, trained.size, neighbours=neighbours)
-    pixels = trained.size[0] // segment.size[0]
-    segment = ActiveSegment(network, names, 1, trained.size, cell=max(1, side // pixels), neighbours=neighbours)
+    segment = segment_with_cells(network, names, 1, trained.size, side, neighbours)
 
     def full(logits):
         return tf.image.resize(tf.cast(logits, tf.float32), trained.size)
@@ -276,7 +274,7 @@ def active(trained: Trained, costs: Costs, k: int, side: int, neighbours: str, t
 
     @tf.function(autograph=False)
     def late(tensors, classes, confidence, least):
-        cells = segment.sure(confidence >= least) < SURE
+        cells = segment.sure(confidence >= least) < SURE_SHARE
         logits = segment.masked(tensors, cells)["logits"]
         merged = segment.merged(classes, tf.argmax(full(logits), -1), cells)
         return tf.cast(merged, tf.uint8), tf.reduce_mean(tf.cast(cells, tf.float32))

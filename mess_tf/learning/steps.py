@@ -10,7 +10,7 @@ import tensorflow as tf
 from mess_tf.configs import IGNORE, StageConfig
 from mess_tf.learning import losses
 from mess_tf.network.model import FINAL, MultiExitNetwork
-from mess_tf.network.regions import ActiveSegment
+from mess_tf.network.regions import ActiveSegment, segment_with_cells
 
 SURE_SHARE = 0.9  # share of a cell's pixels that must be confident
 REGION_THETA = (0.5, 0.98)
@@ -127,12 +127,9 @@ def segments_behind(network: MultiExitNetwork, stage: StageConfig, size: tuple[i
     segments, reasons = {}, []
     for name in network.heads:
         try:
-            whole = ActiveSegment(network, (name, FINAL), 1, size, neighbours=stage.regions)
+            segments[name] = segment_with_cells(network, (name, FINAL), 1, size, stage.region_cell, stage.regions)
         except ValueError as error:
             reasons.append(f"behind {name}: {error}")
-            continue
-        cell = max(1, round(stage.region_cell * whole.size[0] / size[0]))
-        segments[name] = ActiveSegment(network, (name, FINAL), 1, size, cell, stage.regions)
     if not segments:
         raise ValueError(f"stage1.regions: must be none with this network; {reasons[0]}")
     return segments

@@ -230,13 +230,12 @@ class ActiveSegment:
         rows, columns = self.grid
         return tf.reshape(tf.reduce_any(tf.equal(cells[:, :, None], tf.range(rows * columns)), 1), (-1, rows, columns))
 
-    def masked(self, tensors: Mapping[str, tf.Tensor], active: tf.Tensor, training: bool = False) -> dict[str, tf.Tensor]:
+    def masked(self, tensors: Mapping[str, tf.Tensor], active: tf.Tensor) -> dict[str, tf.Tensor]:
         """Computes everything, and what active cells do not need only to throw it away: what `gathered` must equal, and for training.
 
         Args:
           tensors: by name, float32 [B, h, w, C].
           active: bool [B, rows, columns], see `grid`.
-          training: of batch normalisation and dropout.
 
         Returns:
           `logits` and the tensors handed on, by name: at positions that have left as they stayed, or filled up (see above).
@@ -252,7 +251,7 @@ class ActiveSegment:
             for name in node.inputs:
                 unknown = self._where[name] == _LISTED and (where == _MAP or self._kinds[node.name] is not _positionwise)
                 read[name] = fill(values[name]) if unknown else values[name]
-            made = _call(node, read, training)
+            made = _call(node, read)
             if node.name in sums and where == _KEPT:
                 made = tf.where(active, made, values[sums[node.name]])
             values[node.name] = made
@@ -264,7 +263,7 @@ class ActiveSegment:
         values = {name: tensors[name] for name in self.inputs}
         for node in self._nodes:
             if node.name not in values:
-                values[node.name] = _call(node, values, False)
+                values[node.name] = _call(node, values)
         return self._results(values)
 
     def gathered(self, tensors: Mapping[str, tf.Tensor], cells: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -285,7 +284,7 @@ class ActiveSegment:
             if name in values:
                 continue
             if where == _MAP:
-                made = _Value(places, whole=_call(node, {source: values[source].whole for source in node.inputs}, False))
+                made = _Value(places, whole=_call(node, {source: values[source].whole for source in node.inputs}))
             else:
                 rows = self._kinds[name](node, values, places)
                 kept = None
@@ -347,15 +346,24 @@ def _same_activation(node: Node, other: Node) -> bool:
     return limits(node.operation) is not None and limits(node.operation) == limits(other.operation)
 
 
-def _call(node: Node, tensors: Mapping[str, tf.Tensor], training: bool) -> tf.Tensor:
+def _call(node: Node, tensors: Mapping[str, tf.Tensor]) -> tf.Tensor:
     """Calls a layer on other tensors than in its graph."""
     operation, place, _ = node.output._keras_history
     call = operation._inbound_nodes[place]
     read = {id(tensor): tensors[name] for tensor, name in zip(call.input_tensors, node.inputs, strict=True)}
     args, kwargs = call.arguments.fill_in(read)
     if isinstance(operation, keras.layers.BatchNormalization | keras.layers.Dropout):
-        kwargs["training"] = training
+        kwargs["training"] = False
     return operation(*args, **kwargs)
+
+
+def segment_with_cells(
+    network: MultiExitNetwork, candidates: Sequence[str], index: int, input_size: tuple[int, int], pixels: int, neighbours: str
+) -> ActiveSegment:
+    """A segment whose cells have so many pixels of the image to a side, as nearly as its positions allow; see `ActiveSegment`."""
+    whole = ActiveSegment(network, candidates, index, input_size, neighbours=neighbours)
+    cell = max(1, round(pixels * whole.size[0] / input_size[0]))
+    return ActiveSegment(network, candidates, index, input_size, cell, neighbours)
 
 
 class _Filler:
@@ -517,7 +525,7 @@ def _with_zeros(rows: tf.Tensor) -> tf.Tensor:
 
 
 def _positionwise(node: Node, values: Mapping[str, _Value], places: _Places) -> tf.Tensor:
-    return _call(node, {name: values[name].rows for name in node.inputs}, False)
+    return _call(node, {name: values[name].rows for name in node.inputs})
 
 
 def _depthwise(node: Node, values: Mapping[str, _Value], places: _Places) -> tf.Tensor:
