@@ -19,11 +19,10 @@ import numpy as np
 from absl import app, flags
 from common import interleaved, invocation, ratio
 
-from mess_runtime.bundle import SIGNATURE
+from mess_runtime.bundle import SIGNATURE, SURE
 from mess_tf.configs import HeadSpec
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import FP32, PRECISIONS
-from mess_tf.graph.policy import SURE
 from mess_tf.graph.regions import SHARES, budgets, segment_graph
 from mess_tf.network.layers import BatchNormalization
 from mess_tf.network.model import FINAL, MultiExitNetwork, convert

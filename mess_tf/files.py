@@ -326,14 +326,16 @@ class Configuration:
       setting: `budgeted` (one exit), `input-dependent` (an image leaves at the first exit that is sure of it) or `anytime` (all chosen
         exits one after another, until the deadline).
       edge_aware: the confidence is edge-aware.
-      exits: the chosen exits, shallow to deep. With `input-dependent`, all but the last have thresholds; otherwise none has.
+      exits: the chosen exits, shallow to deep. With `input-dependent` or `regions`, all but the last have thresholds; otherwise none has.
       horizon: latest deadline of `anytime`, in the unit of the costs; None in the other settings.
+      regions: where every cell leaves for itself: `theta_img` is asked of each, and all exits but the last have thresholds.
     """
 
     setting: str
     edge_aware: bool
     exits: tuple[ExitChoice, ...]
     horizon: float | None
+    regions: bundle.Regions | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         check(self.setting in SETTINGS, "setting", f"one of {', '.join(SETTINGS)}", self.setting)
@@ -341,8 +343,11 @@ class Configuration:
         check(len(names) > 0 and len(set(names)) == len(names), "exits", "distinct exits, at least one", names)
         check(self.setting != BUDGETED or len(names) == 1, "exits", "one exit in the budgeted setting", names)
         decides = [choice.theta_pix is not None for choice in self.exits]
-        expected = [self.setting == INPUT_DEPENDENT] * (len(names) - 1) + [False]
-        check(decides == expected, "exits", "with thresholds in all but the last exit, and only if input-dependent", self.exits)
+        expected = [self.setting == INPUT_DEPENDENT or self.regions is not None] * (len(names) - 1) + [False]
+        required = "with thresholds in all but the last exit, and only if input-dependent or with regions"
+        check(decides == expected, "exits", required, self.exits)
+        if self.regions:
+            bundle.check_with_regions(self.setting, tuple(names))
         check((self.horizon is not None) == (self.setting == ANYTIME), "horizon", "given with anytime and only there", self.horizon)
 
 
@@ -354,7 +359,7 @@ class Predicted:
       miou: 0..1; with `anytime`, the mean over the deadlines.
       cost_name: unit of the cost of an image, `macs` or `latency_ms`.
       cost_mean, cost_p90: over the images.
-      exit_rates: share of the images that leave at each chosen exit.
+      exit_rates: share of the images that leave at each chosen exit; with regions, of the cells that have their answer from it.
       costs: all costs by name.
       miou_interval, cost_interval: of `miou` and `cost_mean`, 95 % bootstrap over the images.
       images: number of calibration images that these figures are of.

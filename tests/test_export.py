@@ -11,7 +11,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from small_network import small_network
 
-from mess_runtime.bundle import SIGNATURE, Bundle, InputSpec, file_sha256
+from mess_runtime.bundle import SIGNATURE, Bundle, InputSpec, Regions, file_sha256
 from mess_runtime.runner import Runner
 from mess_tf import configs, metrics
 from mess_tf.calibrate import calibrate
@@ -50,6 +50,20 @@ def made(tmp_path_factory):
     export_candidates(Exporter(network, SIZE), folder / "candidates")
     stats = calibrate(network, examples, "val", SIZE, folder / "candidates", thetas.tolist())
     return network, examples, folder, stats
+
+
+def test_thresholds_with_regions():
+    """In both settings all exits but the last have them; deployments keep the regions."""
+    regions = Regions("stale", (2, 4), (1, 8))
+    early, last = ExitChoice("exit1", "rest", 0.5, 0.9), ExitChoice("final", "original")
+    for setting, horizon in (("input-dependent", None), ("anytime", 2.0)):
+        assert Configuration(setting, False, (early, last), horizon, regions=regions).regions == regions
+        with pytest.raises(ValueError, match="exits: must be at least two with regions"):
+            Configuration(setting, False, (last,), horizon, regions=regions)
+    with pytest.raises(ValueError, match="exits: must be with thresholds in all but the last exit"):
+        Configuration("anytime", False, (ExitChoice("exit1", "rest"), last), 2.0, regions=regions)
+    with pytest.raises(ValueError, match="setting: must be input-dependent or anytime with regions, got 'budgeted'"):
+        Configuration("budgeted", False, (last,), None, regions=regions)
 
 
 def choices_of(stats, edge_aware: bool) -> list[ExitChoice]:

@@ -28,6 +28,7 @@ from mess_runtime.bundle import (
     Bundle,
     InputSpec,
     Manifest,
+    Regions,
     Segment,
     alone_signature,
     file_sha256,
@@ -429,6 +430,9 @@ def test_held_latency_needs_something_to_hold(copy, images):
 # ---------------------------------------------------------------- manifest and graphs
 
 
+WITH_REGIONS = {"neighbours": "nearest", "grid": [3, 4], "budgets": [2, 6, 12]}
+
+
 def test_manifest_round_trip(folder):
     manifest = Bundle.load(folder).manifest
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
@@ -437,6 +441,9 @@ def test_manifest_round_trip(folder):
     no_search = dataclasses.replace(manifest, predicted=None)
     assert Manifest.from_json(json.loads(json.dumps(no_search.to_json()))) == no_search
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.tflite"]
+    assert "regions" not in manifest.to_json()  # earlier runtimes refuse keys that they do not know
+    with_regions = dataclasses.replace(manifest, regions=Regions("nearest", (3, 4), (2, 6, 12)))
+    assert Manifest.from_json(json.loads(json.dumps(with_regions.to_json()))) == with_regions
 
 
 @pytest.mark.parametrize(
@@ -468,6 +475,12 @@ def test_manifest_round_trip(folder):
         (("classes",), ["sky"], r"palette: must be one colour for each of 1 classes, got 5"),
         (("input", "height"), 0, r"input\.height: must be positive"),
         (("created_by",), [], r"created_by: must be a JSON object"),
+        (("regions",), WITH_REGIONS | {"cell": 2}, r"regions\.cell: unknown key"),
+        (("regions",), WITH_REGIONS | {"neighbours": "none"}, r"regions\.neighbours: must be one of stale, nearest, zeros"),
+        (("regions",), WITH_REGIONS | {"grid": [0, 4]}, r"regions\.grid: must be positive"),
+        (("regions",), WITH_REGIONS | {"budgets": [4, 4, 12]}, r"regions\.budgets: must be positive, each larger"),
+        (("regions",), WITH_REGIONS | {"budgets": [4]}, r"regions\.budgets: must be such that the last is all 12 cells"),
+        (("regions",), WITH_REGIONS | {"grid": [33, 4], "budgets": [132]}, r"regions\.grid: must be of no more cells than 32 x 64 pixels"),
     ],
 )
 def test_manifest_is_strict(copy, keys, received, message):
@@ -496,6 +509,19 @@ def test_thetas_follow_the_setting(copy):
     edit(copy, lambda value: value["segments"][0].update(theta_pix=None, theta_img=None))
     edit(copy, lambda value: value["segments"][1].update(theta_pix=None, theta_img=None))
     with pytest.raises(ValueError, match=r"segments\[0\]\.theta_img: must be given for input-dependent"):
+        Bundle.load(copy)
+    edit(copy, lambda value: value.update(setting="anytime", regions=WITH_REGIONS))
+    with pytest.raises(ValueError, match=r"segments\[0\]\.theta_img: must be given with regions"):
+        Bundle.load(copy)
+    edit(copy, lambda value: value["segments"][0].update(theta_pix=0.9, theta_img=0.5))
+    edit(copy, lambda value: value.update(predicted=None))
+    assert Bundle.load(copy).manifest.regions.cells == 12
+    edit(copy, lambda value: value.update(setting="budgeted"))
+    with pytest.raises(ValueError, match="setting: must be input-dependent or anytime with regions"):
+        Bundle.load(copy)
+    edit(copy, lambda value: value["segments"].pop(0))
+    edit(copy, lambda value: value.update(setting="anytime"))
+    with pytest.raises(ValueError, match="exits: must be at least two with regions"):
         Bundle.load(copy)
 
 

@@ -24,9 +24,8 @@ from typing import get_args
 import numpy as np
 import tensorflow as tf
 
-from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, Fidelity
+from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, SURE, Fidelity
 
-SURE = "sure"
 # What is computed at the size of the image, the rest at that of the logits: everything; the mask only; nothing.
 EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = get_args(Fidelity)
 

@@ -10,14 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 from mess_runtime import bundle as bundles
+from mess_runtime.bundle import GONE, SURE
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import FP32, TOLERANCE, Tensors, check_parity, convert
-from mess_tf.graph.policy import SURE, decide, decide_by_cell
+from mess_tf.graph.policy import decide, decide_by_cell
 from mess_tf.network.model import MultiExitNetwork
 from mess_tf.network.regions import ActiveSegment
 
 CELLS = "cells"
-GONE = 2.0  # how sure a cell is that has left before
 INT8_TOLERANCE = 0.2  # of the largest value, of features and logits
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
 

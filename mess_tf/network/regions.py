@@ -27,12 +27,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mess_runtime.bundle import check
+from mess_runtime.bundle import NEIGHBOURS, check
 from mess_tf.network.costs import Node, graph_nodes, with_input_size
 from mess_tf.network.exits import TAP
 from mess_tf.network.model import FINAL, MultiExitNetwork
 
-STALE, NEAREST, ZEROS = NEIGHBOURS = ("stale", "nearest", "zeros")
+STALE, NEAREST, ZEROS = NEIGHBOURS
 REACH = 4  # positions
 TILE_VALUES = 120_000  # float32 that are gathered at once: they stay in a level 2 cache until they are convolved
 

@@ -7,12 +7,16 @@ The .tflite has these signatures, which share their weights, the last two only w
 * `alone.EXIT`: image to `mask` of one exit, without the heads of those before and without a decision
 * `full`: image to EXIT.mask (and EXIT.confident_pixels) of every exit, at a stretch
 
+Where every part of the image leaves for itself (see `Regions`), `segment.EXIT` of the first exit makes `sure` in the place of
+`confident_pixels`, and there is a `segment.EXIT.BUDGET` of every later exit and budget, which reads `sure` and `mask` of the exit before.
+
 The strict JSON reading and atomic writing here also serve latency.json. This module needs no interpreter.
 """
 
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -36,6 +40,8 @@ ALONE, FULL = EXTRA_SIGNATURES = ("alone", "full")
 IMAGE = "image"
 MASK = "mask"
 CONFIDENT_PIXELS = "confident_pixels"
+SURE = "sure"
+GONE = 2.0  # how sure a cell is that has left before
 
 INPUT_DEPENDENT = "input-dependent"
 BUDGETED = "budgeted"
@@ -45,7 +51,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 INPUT_TYPES = ("uint8", "float32")
 Fidelity = Literal["exact", "low_confidence", "low"]
 RESIZES = ("stretch", "letterbox")
-OPTIONAL = ("backend", "verified")  # keys that earlier manifests do not have
+NEIGHBOURS = ("stale", "nearest", "zeros")
+OPTIONAL = ("backend", "verified", "regions")  # keys that earlier manifests do not have
 
 T = TypeVar("T")
 
@@ -56,9 +63,9 @@ def check(ok: bool, argument: str, required: str, received: Any) -> None:
         raise ValueError(f"{argument}: must be {required}, got {received!r}")
 
 
-def segment_signature(exit: str) -> str:
-    """Name of the signature of the segment that ends at an exit."""
-    return f"segment.{exit}"
+def segment_signature(exit: str, budget: int | None = None) -> str:
+    """Name of the signature of the segment that ends at an exit, where there are any at a budget of cells."""
+    return f"segment.{exit}" if budget is None else f"segment.{exit}.{budget}"
 
 
 def alone_signature(exit: str) -> str:
@@ -212,6 +219,33 @@ class Verification:
 
 
 @dataclasses.dataclass(frozen=True)
+class Regions:
+    """Every cell of the image, a square of it, leaves at the first exit that is sure of it; see `mess_tf.network.regions`.
+
+    Attributes:
+      neighbours: what segments see where cells have left, one of `NEIGHBOURS`.
+      grid: (rows, columns) of cells.
+      budgets: numbers of cells that the segments after the first can work on, rising; the last is all of them, the dense network.
+    """
+
+    neighbours: Literal["stale", "nearest", "zeros"]
+    grid: tuple[int, int]
+    budgets: tuple[int, ...]
+
+    def __post_init__(self):
+        check(self.neighbours in NEIGHBOURS, "neighbours", f"one of {', '.join(NEIGHBOURS)}", self.neighbours)
+        check(min(self.grid) > 0, "grid", "positive numbers of rows and columns", self.grid)
+        rising = all(first < second for first, second in itertools.pairwise((0, *self.budgets)))
+        check(rising, "budgets", "positive, each larger than the one before", self.budgets)
+        check(self.budgets[-1:] == (self.cells,), "budgets", f"such that the last is all {self.cells} cells", self.budgets)
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return math.prod(self.grid)
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Everything about a bundle that is not in its .tflite.
 
@@ -227,6 +261,8 @@ class Manifest:
       predicted: what the search expects, if there was a search.
       segments: in the order of execution; every image that leaves nowhere else leaves at the last.
       verified: where the .tflite was found to give what it gives on the CPU.
+      regions: where every cell of the image leaves for itself, None where the image leaves as a whole. With them, `theta_img` is asked of a
+        cell, all exits but the last have one, and `predicted.exit_rates` are shares of the cells.
     """
 
     created_by: CreatedBy
@@ -241,6 +277,7 @@ class Manifest:
     predicted: Predicted | None
     segments: tuple[Segment, ...]
     verified: tuple[Verification, ...] = ()
+    regions: Regions | None = None
 
     def __post_init__(self):
         check(0 < len(set(self.classes)) == len(self.classes) <= 256, "classes", "1 to 256 different names", self.classes)
@@ -253,9 +290,14 @@ class Manifest:
         check(len(set(self.exits)) == len(self.exits), "segments.exit", "different in every segment", self.exits)
         *early, last = self.segments
         check(last.theta_img is None, f"segments[{len(early)}].theta_img", "null in the last segment", last.theta_img)
-        if self.setting == INPUT_DEPENDENT:
+        if self.setting == INPUT_DEPENDENT or self.regions:
+            reason = "with regions" if self.regions else f"for {INPUT_DEPENDENT}"
             for index, segment in enumerate(early):
-                check(segment.theta_img is not None, f"segments[{index}].theta_img", f"given for {INPUT_DEPENDENT}", segment.theta_img)
+                check(segment.theta_img is not None, f"segments[{index}].theta_img", f"given {reason}", segment.theta_img)
+        if self.regions:
+            check_with_regions(self.setting, self.exits)
+            fits = self.regions.grid[0] <= self.input.height and self.regions.grid[1] <= self.input.width
+            check(fits, "regions.grid", f"of no more cells than {self.input.height} x {self.input.width} pixels", self.regions.grid)
         if self.predicted is not None:
             rates = self.predicted.exit_rates
             check(len(rates) == len(self.segments), "predicted.exit_rates", f"{len(self.segments)} shares, one per segment", rates)
@@ -266,8 +308,11 @@ class Manifest:
         return tuple(segment.exit for segment in self.segments)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the manifest as JSON values."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        """Returns the manifest as JSON values; what has no regions can be read by runtimes that do not know them."""
+        value = {"format": FORMAT, **dataclasses.asdict(self)}
+        if self.regions is None:
+            del value["regions"]
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
@@ -277,6 +322,12 @@ class Manifest:
           ValueError: the format is another one, a key is unknown or missing, or a value is not allowed.
         """
         return decode_versioned(cls, value, "manifest")
+
+
+def check_with_regions(setting: str, exits: tuple[str, ...]) -> None:
+    """Raises ValueError where cells cannot leave: at one exit, or in a setting that takes no decision."""
+    check(setting in (INPUT_DEPENDENT, ANYTIME), "setting", f"{INPUT_DEPENDENT} or {ANYTIME} with regions", setting)
+    check(len(exits) > 1, "exits", "at least two with regions", exits)
 
 
 def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> Path:
