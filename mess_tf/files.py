@@ -497,6 +497,13 @@ class Asked:
             check(name in COSTS, "minimise" if name == self.minimise else "limit", f"of costs {', '.join(COSTS)}", name)
 
     @property
+    def flag(self) -> str:
+        """The constraint as the flag that asks for it."""
+        names = ("min_miou", "max_drop_pp", "max_cost", "cost_share", "max_risk")
+        ((name, value),) = ((name, getattr(self, name)) for name in names if getattr(self, name) is not None)
+        return f"--{name}={value:g}"
+
+    @property
     def constraint(self) -> dict[str, Any]:
         """The keyword arguments of `optimise.search.resolve_objective`."""
         names = ("min_miou", "max_drop_pp", "max_cost", "cost_share", "limits", "minimise")

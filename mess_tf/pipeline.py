@@ -31,7 +31,7 @@ from absl import flags
 
 from android_bench import __main__ as android
 from mess_runtime import benchmark
-from mess_runtime.bundle import check, check_writable, file_sha256, read_json
+from mess_runtime.bundle import check, check_writable, file_sha256
 from mess_runtime.engines import MAX_THREADS
 from mess_runtime.files import locked
 from mess_runtime.terminal import is_answer, one_line
@@ -169,7 +169,7 @@ class Pipeline:
 
     def rows(self) -> tuple[benchmark.LatencyRow, ...]:
         """Of the table, none if there is no such file yet."""
-        return read_json(self.table, benchmark.LatencyTable.from_json).rows if self.latency or self.table.exists() else ()
+        return benchmark.LatencyTable.load(self.table).rows if self.latency or self.table.exists() else ()
 
     def is_measured(self) -> bool:
         """Whether there are candidates, and the table has a row for each on all backends that are asked for.

@@ -22,7 +22,7 @@ from absl import flags
 from PIL import Image
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, check_writable, read_json
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, check_writable
 from mess_runtime.files import write_atomically
 from mess_runtime.images import mask_at, placed
 from mess_runtime.terminal import progress
@@ -466,7 +466,7 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     if deployment.predicted.cost_name == "macs":
         check(not latency, "latency", "left out where the search counted MACs", latency)
     else:
-        latencies = read_json(latency or workdir / "latency.json", LatencyTable.from_json)
+        latencies = LatencyTable.load(latency or workdir / "latency.json")
     config = configs.with_data_dir(configs.load_config(workdir), data_dir)
     examples = open_split(config.data, stats.split)
     network = load_network(workdir, config, examples.info.num_classes)

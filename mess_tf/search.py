@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, read_json
+from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256
 from mess_runtime.files import safe_name
 from mess_tf import terminal
 from mess_tf.files import DEPLOYMENT, RISKS, STATS, VERIFICATION, Asked, Combination, Deployment, Stats, of_precision
@@ -103,7 +103,7 @@ def overview(rows: Sequence[tuple[str, Asked, Deployment | None]]) -> str:
 def _rows(latency: str | os.PathLike) -> list[dict[str, Any]]:
     from mess_runtime.benchmark import LatencyTable  # needs an interpreter
 
-    rows = [dataclasses.asdict(row) for row in read_json(latency, LatencyTable.from_json).rows]
+    rows = [dataclasses.asdict(row) for row in LatencyTable.load(latency).rows]
     check(bool(rows), f"{latency}: rows", "at least one", rows)
     return rows
 

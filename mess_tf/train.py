@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,10 @@ from absl import flags
 
 from mess_runtime.bundle import FORMAT, check, check_writable, decode_versioned, file_sha256, read_json, write_json
 from mess_runtime.files import locked, temporary_beside, write_atomically
-from mess_runtime.terminal import complain
+from mess_runtime.terminal import complain, first_few
 from mess_tf import configs, terminal
 from mess_tf.configs import Config, HeadSpec
-from mess_tf.data.examples import DataError, Examples, first_few
+from mess_tf.data.examples import DataError, Examples
 from mess_tf.data.sources import open_split, open_training
 from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
@@ -31,6 +32,7 @@ from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
 from mess_tf.network.originals import check_flags, define_flags, load_original
 
 CONFIG, RECORD, DATA_RECORD = "config.json", "training.json", "data.json"
+SHOWN_DIFFERENCES = 3
 
 
 def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "both") -> MultiExitNetwork:
@@ -169,7 +171,9 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
         fields = _differences(kept, config)
         differs = bool((recipe or data or overrides) and fields)
         if differs and os.path.isdir(os.path.join(workdir, "checkpoints")):
-            other = "; ".join(f"{field} {old!r}, not {new!r}" for field, (old, new) in fields.items())
+            shown = [f"{field} {reprlib.repr(old)}, not {reprlib.repr(new)}" for field, (old, new) in fields.items()]
+            more = [f"{len(shown) - SHOWN_DIFFERENCES} more"] if len(shown) > SHOWN_DIFFERENCES else []
+            other = "; ".join([*shown[:SHOWN_DIFFERENCES], *more])
             raise ValueError(f"workdir: {path} was made with {other}; leave the flags out to go on with it, or choose another folder")
         if not differs:
             return configs.with_data_dir(kept, data_dir)

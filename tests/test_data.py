@@ -9,10 +9,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from pngs import png
 
+from mess_runtime import terminal
 from mess_runtime.images import GREY, mask_at, placed
 from mess_tf.configs import IGNORE, RECIPES, DataConfig
 from mess_tf.data import examples as examples_module
-from mess_tf.data.examples import DataError, first_few, palette
+from mess_tf.data.examples import DataError, palette
 from mess_tf.data.pipelines import augment, evaluation_batches, network_input, training_batches
 from mess_tf.data.sources import open_split, open_training
 from mess_tf.learning.losses import class_weights
@@ -192,11 +193,21 @@ def test_several_problems_are_reported_together(tmp_path):
     with pytest.raises(DataError) as caught:
         open_split(config, "train")
     missing, values = str(caught.value).splitlines()
-    assert missing.endswith("images/0.jpg is missing; likewise 1.png, 2.png, 3.png, 4.png, 5.png and 1 more, 7 in all")
+    assert missing.endswith(
+        "images/0.jpg is missing; likewise 1.png, 2.png, 3.png, 4.png, 5.png and 1 more (--verbose names all), 7 in all"
+    )
     assert values.endswith("got [100]; data.label_values tells what they mean; likewise 8.png, 2 in all") and "labels/7.png: " in values
     kinds = [f"{name}.png: {sentence}" for sentence in ("one", "two", "three", "four", "five", "six", "seven") for name in "ab"]
-    lines = first_few(kinds).splitlines()
-    assert lines[0] == "a.png: one; likewise b.png, 2 in all" and len(lines) == 6 and lines[-1] == "... and 2 more"
+    lines = terminal.first_few(kinds).splitlines()
+    assert lines[0] == "a.png: one; likewise b.png, 2 in all" and len(lines) == 6
+    assert lines[-1] == "... and 2 more, 14 problems in all (--verbose names all)"
+
+
+def test_all_problems_are_named_where_asked(monkeypatch):
+    monkeypatch.setattr("mess_runtime.terminal._verbose", True)
+    kinds = [f"{name}.png: {sentence}" for sentence in ("one", "two", "three", "four", "five", "six", "seven") for name in "abcdefgh"]
+    lines = terminal.first_few(kinds).splitlines()
+    assert len(lines) == 7 and lines[6] == "a.png: seven; likewise b.png, c.png, d.png, e.png, f.png, g.png, h.png, 8 in all"
 
 
 def test_truncated_image_is_named_when_read(tmp_path):
@@ -636,13 +647,14 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     config = folder_config(tmp_path)
     for name in ("3.heic", "._0.jpg", "Thumbs.db"):
         (tmp_path / "train/images" / name).write_bytes(b"")
-    write_image(tmp_path / "train/labels/3.png", np.zeros((40, 60), np.uint8))
+    for name in ("3", "5", "6"):
+        write_image(tmp_path / f"train/labels/{name}.png", np.zeros((40, 60), np.uint8))
     write_image(tmp_path / "train/images/4.tif", np.zeros((40, 60, 3), np.uint8))
     write_image(tmp_path / "train/labels/4.PNG", np.zeros((40, 60), np.uint8))
     assert open_split(config, "train").names == ("0", "1", "2", "4")
     images, labels = capsys.readouterr().err.splitlines()
     assert "images/3.heic: left out, the suffix must be one of" in images
-    assert "labels/3.png: left out, there is no image of this name" in labels
+    assert labels.endswith("labels/3.png: left out, there is no image of this name; likewise 5.png, 6.png, 3 in all")
 
 
 @pytest.mark.parametrize("content", ["a\nb\n".encode("utf-8-sig"), b"a\r\n\r\nb\r\n", "a\nb\n".encode("utf-16"), b"a\nb"])

@@ -805,7 +805,8 @@ def test_run_writes_masks_and_goes_on_after_a_broken_image(folder, net, images, 
     (sources / "1.jpg").write_bytes(b"not an image")
     (sources / "notes.txt").write_text("left alone")
     lines, errors = program("run", folder, sources, f"--output={output}", "--setting=budgeted", "--exit=exit2", code=1)
-    assert len(errors) == 1 and "1.jpg: not a readable image" in errors[0]
+    assert "1.jpg: not a readable image" in errors[0]
+    assert errors[1:] == ["mess_runtime: 1 of 3 sources could not be read: a line above for each"]
     assert lines[-1] == str(output)
     records = [json.loads(line) for line in lines[:-1]]
     assert [record["image"] for record in records] == [str(sources / "0.png"), str(sources / "5.png")]
@@ -818,6 +819,35 @@ def test_run_writes_masks_and_goes_on_after_a_broken_image(folder, net, images, 
             np.testing.assert_array_equal(np.asarray(mask), masks[1])
             np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), np.array(PALETTE)[masks[1]])
     assert sorted(path.name for path in output.iterdir()) == ["0.png", "5.png"]
+
+
+def test_run_says_where_a_deadline_was_missed(command, folder, images, tmp_path):
+    for index in (0, 1):
+        Image.fromarray(images[index]).save(tmp_path / f"{index}.png")
+    for deadline, missed in (("1e-6", True), ("1e6", False)):
+        words = (tmp_path / "0.png", tmp_path / "1.png", f"--output={tmp_path / 'masks'}", "--setting=anytime", f"--deadline_ms={deadline}")
+        lines, errors = command("run", folder, *words)
+        assert [json.loads(line)["deadline_missed"] for line in lines[:-1]] == [missed, missed]
+        assert errors == ["mess_runtime: 2 of 2 masks came after the deadline of 1e-06 ms"] * missed
+    lines, _ = command("run", folder, tmp_path / "0.png", f"--output={tmp_path / 'masks'}")
+    assert "deadline_missed" not in json.loads(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [(None, "No such file or directory"), ("{", "must be JSON, got Expecting"), ('{"format": 9}', "latency.format: must be 1")],
+)
+def test_a_latency_file_that_is_none_is_named_with_its_flag(command, folder, tmp_path, text, got):
+    table = tmp_path / "latency.json"
+    if text is not None:
+        table.write_text(text)
+    words = ("x.png", f"--output={tmp_path}", "--setting=budgeted", f"--latency={table}", "--latency_budget_ms=5")
+    _, (error,) = command("run", folder, *words, code=1)
+    made = "a latency.json, which `python -m mess_runtime benchmark` or `android_bench run` makes"
+    assert error.startswith(f"mess_runtime: --latency: must be {made}, got {table}: {got}")
+    if text is not None:
+        _, (error,) = command("benchmark", folder / "model.tflite", f"--output={table}", code=1)
+        assert error.startswith(f"mess_runtime: --output: must be {made}, got {table}: {got}")
 
 
 def test_run_never_loses_a_file(command, folder, images, tmp_path):
@@ -964,11 +994,16 @@ def test_inspect_prints_the_segments(command, folder, thetas):
     assert expected in lines
 
 
+BUNDLE_MADE = "the folder that `python -m mess_tf.export_tflite --deployment=FILE` or the pipeline makes"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nowhere"], "manifest.json"),
-        (["run", "nowhere", "x.png", "--output=out"], "manifest.json"),
+        (["inspect", "nowhere"], f"nowhere: must be a bundle, {BUNDLE_MADE}, got no folder"),
+        (["inspect", "."], f".: must be a bundle, {BUNDLE_MADE}, got a folder without manifest.json"),
+        (["verify", ".", "--backend=cpu"], f".: must be a bundle, {BUNDLE_MADE}, got a folder without manifest.json"),
+        (["run", "nowhere", "x.png", "--output=out"], f"nowhere: must be a bundle, {BUNDLE_MADE}, got no folder"),
         (["benchmark", "nowhere.tflite", "--output=out.json"], "nowhere.tflite"),
         (["benchmark", ".", "--output=out.json"], "must hold files with the suffix .tflite, got none"),
         (["run", "nowhere"], "sources, --output: must be given, got nothing"),

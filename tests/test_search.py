@@ -426,6 +426,21 @@ def test_names_of_costs_are_those_of_the_statistics():
     assert set(latency_costs(stats, latency_rows(stats)).names) == set(COSTS)
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"max_drop_pp": -30.0}, r"^--max_drop_pp=-30: min_miou=0\.\d+ is out of reach; the highest mIoU is at "),
+        ({"cost_share": 1e-3}, r"^--cost_share=0\.001: macs<=0\.\d+ is out of reach; the least macs is at "),
+    ],
+)
+def test_what_is_out_of_reach_is_named_by_its_flag(asked, message):
+    options = options_of({"": dataclasses.replace(two_images(), fp=two_images().fp + 1)}, None)
+    with pytest.raises(InfeasibleError, match=message):
+        choose(options, Asked(**asked))
+    with pytest.raises(ValueError, match=r"^max_drop_pp: must be at least -\d+\.?\d*, which is an mIoU of 100 %, got -99"):
+        choose(options, Asked(max_drop_pp=-99.0))
+
+
 def test_infeasible_names_the_nearest_on_each_axis():
     stats = dataclasses.replace(two_images(), fp=two_images().fp + 1)
     costs = macs_costs(stats)
@@ -662,7 +677,7 @@ def test_the_best_of_all_backends_and_precisions_equals_brute_force(setting):
                         scored.append((*(round(value, 9) for value in rank), round(values["latency_ms"], 9), key))
             options = options_of(stats, rows)
             if not scored:
-                with pytest.raises(InfeasibleError, match=r"^fp16 on gpu: .*; fp16 on xnnpack: .*; int8 on gpu: "):
+                with pytest.raises(InfeasibleError, match=r"^--\w+=\S+: fp16 on gpu: .*; fp16 on xnnpack: .*; int8 on gpu: "):
                     choose(options, asked)
                 continue
             deployment = choose(options, asked)

@@ -244,11 +244,13 @@ def test_an_answer_is_one_line_and_verbose_shows_where_it_comes_from(noisy):
             "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
             "noisy: stopped\n",
         ),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", "noisy: stopped\n"),
     ],
 )
 def test_what_the_system_says_is_one_line(noisy, body, line):
     done = noisy(body)
-    assert (done.returncode, done.stdout, done.stderr) == (130 if "SIGINT" in body else 1, "", line)
+    code = 130 if "SIGINT" in body else 143 if "SIGTERM" in body else 1
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", line)
 
 
 @pytest.mark.parametrize("body", ["assert False", "int('a')", "{}['a']", "None.a", "raise ValueError('not of this project')", "1 / 0"])

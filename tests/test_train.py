@@ -566,6 +566,15 @@ def test_a_folder_keeps_its_configuration(tmp_path):
         train.resolve_config(str(tmp_path), "camvid_lite0", "synthetic", "", ["stage1.epochs=3"])
 
 
+def test_another_recipe_is_told_in_a_short_line(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(configs.to_json(configs.RECIPES["camvid_lite0"]))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"; \d+ more; leave the flags out to go on with it, or choose another folder$") as error:
+        train.resolve_config(str(tmp_path), "demo", "", "", [])
+    assert len(str(error.value).replace(str(path), "")) < 400 and str(error.value).count(", not ") == train.SHOWN_DIFFERENCES
+
+
 def test_a_trained_network_at_another_input_size(tmp_path):
     network, old, new = make_network(), tmp_path / "old", tmp_path / "new" / "0.5"
     config = train.resolve_config(str(old), "camvid_lite0", "", "", ["data.input_size=[64,64]"])

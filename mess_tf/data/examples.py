@@ -11,16 +11,13 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from mess_runtime.terminal import Bar
+from mess_runtime.terminal import Bar, first_few
 
 CACHE_BYTES = 2**30
-_SHOWN_PROBLEMS = 5
 
 
 class DataError(ValueError):
@@ -139,22 +136,6 @@ class Examples:
                 counts += np.bincount(self.load(index)[1].ravel(), minlength=256)
             self._class_pixels = counts[: self.info.num_classes]
         return self._class_pixels
-
-
-def first_few(problems: Sequence[str]) -> str:
-    """Some of many problems `FILE: SENTENCE`, a line each; those that differ in the file and in what was found share one."""
-    kinds: dict[str, list[str]] = {}
-    for problem in problems:
-        name, _, sentence = problem.partition(": ")
-        kind = re.sub(rf"\bgot .*?(?=;|$)|(?<!\w){re.escape(Path(name).stem)}(?!\w)", "", sentence)
-        kinds.setdefault(kind, []).append(problem)
-    lines = []
-    for first, *others in kinds.values():
-        names = [Path(each.partition(": ")[0]).name for each in others[:_SHOWN_PROBLEMS]]
-        more = f" and {len(others) - len(names)} more" if len(others) > len(names) else ""
-        lines.append(first + (f"; likewise {', '.join(names)}{more}, {1 + len(others)} in all" if others else ""))
-    more = [f"... and {len(lines) - _SHOWN_PROBLEMS} more"] if len(lines) > _SHOWN_PROBLEMS else []
-    return "\n".join([*lines[:_SHOWN_PROBLEMS], *more])
 
 
 def palette(num_classes: int) -> np.ndarray:

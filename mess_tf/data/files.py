@@ -12,9 +12,9 @@ import numpy as np
 
 from mess_runtime.files import printable
 from mess_runtime.images import SUFFIXES, UnreadableError, files_in, photo_size, read_photo
-from mess_runtime.terminal import Bar, complain
+from mess_runtime.terminal import Bar, complain, first_few
 from mess_tf.configs import IGNORE, OWN_LABELS, DataConfig
-from mess_tf.data.examples import DataError, DatasetInfo, Examples, first_few
+from mess_tf.data.examples import DataError, DatasetInfo, Examples
 from mess_tf.data.labels import LabelReader
 
 
@@ -61,8 +61,7 @@ def open_folder(config: DataConfig, split: str) -> Examples:
     folder = root / split / "labels"
     labels = by_stem(folder, {".png"})
     if surplus := sorted(labels.keys() - images.keys()):
-        more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
-        complain(f"{printable(str(labels[surplus[0]]))}{more}: left out, there is no image of this name")
+        complain(first_few([f"{printable(str(labels[stem]))}: left out, there is no image of this name" for stem in surplus]))
     reader = LabelReader(config.label_values, config.ignore_value, len(classes))
     pairs = [(path, LabelFile(labels.get(stem, folder / f"{stem}.png"), path, reader)) for stem, path in images.items()]
     return open_pairs(config, classes, pairs, root / split)

@@ -114,7 +114,7 @@ def choose(options: Sequence[Option], asked: Asked) -> Deployment:
     """The best deployment of all options.
 
     Raises:
-      InfeasibleError, TimeoutError: nothing meets the constraint with any option; with a single one, see `search.search`.
+      InfeasibleError, TimeoutError: nothing meets the constraint with any option; the message begins with its flag.
       ValueError: a guarantee is asked of several options; it would be void, as they are compared on the images that check.
     """
     if asked.max_risk is not None:
@@ -136,12 +136,11 @@ def choose(options: Sequence[Option], asked: Asked) -> Deployment:
             try:
                 found[index] = search(option.stats, option.costs, objective, asked.setting, horizon=against.cost, **asked.space)
             except (InfeasibleError, TimeoutError) as error:
-                if len(options) == 1:
-                    raise
                 problems[index] = error
     if not found:
         kind = TimeoutError if any(isinstance(error, TimeoutError) for error in problems.values()) else InfeasibleError
-        raise kind("; ".join(f"{options[index].name}: {error}" for index, error in problems.items()))
+        told = [f"{options[index].name}: {error}" if len(options) > 1 else str(error) for index, error in problems.items()]
+        raise kind(f"{asked.flag}: {'; '.join(told)}")
     best = min(found, key=lambda index: _rank(found[index]))
     option, deployment = options[best], found[best]
     checks = guarantee.split(option.stats, asked.check_share)[1] if asked.check_share else option.stats

@@ -359,6 +359,7 @@ def resolve_objective(
         if setting == ANYTIME:
             raise ValueError("max_drop_pp: must be left out with anytime, whose mIoU is a mean over deadlines; use --min_miou")
         min_miou = max(0.0, reference.miou - max_drop_pp / 100)
+        check(min_miou <= 1, "max_drop_pp", f"at least {100 * (reference.miou - 1):.4g}, which is an mIoU of 100 %", max_drop_pp)
     if min_miou is not None:
         return Objective(minimise or costs.name, min_miou, limits)
     check(minimise is None, "minimise", "left out where the cost is limited and mIoU maximised", minimise)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mess_runtime import terminal
-from mess_runtime.bundle import PRECISIONS, SETTINGS, Bundle, Manifest, check, check_writable, read_json
+from mess_runtime.bundle import PRECISIONS, SETTINGS, Bundle, Manifest, check, check_writable
 
 
 def _parser() -> terminal.ArgumentParser:
@@ -72,14 +72,14 @@ def _run(arguments: argparse.Namespace) -> int:
     check(arguments.frames is None or films, "--frames", "left out without a video or camera", arguments.frames)
     check(arguments.frames is None or arguments.frames > 0, "--frames", "at least 1", arguments.frames)
     writer = Writer(arguments.output, bundle.manifest.palette, arguments.overlay, [path for path, _ in sources])
-    rows = read_json(arguments.latency, LatencyTable.from_json).rows if arguments.latency else ()
+    rows = LatencyTable.load(arguments.latency).rows if arguments.latency else ()
     runner = Runner(bundle, arguments.threads, arguments.engine, rows, arguments.hold_latency, arguments.backend)
     if runner.backend != "cpu" and runner.backend not in {each.backend for each in bundle.manifest.verified}:
         command = f"python -m mess_runtime verify {arguments.bundle} --backend={runner.backend}"
         terminal.complain(f"mess_runtime: the manifest records no proof of the masks on {runner.backend}: {command}")
     options = arguments.setting, arguments.exit, arguments.latency_budget_ms, arguments.deadline_ms
     runner.plan(*options)  # what is wrong with them is said before any image is read
-    failures = 0
+    broken, late = [], 0
     for source, frames in sources:
         try:
             for name, image in frames:
@@ -91,15 +91,21 @@ def _run(arguments: argparse.Namespace) -> int:
                     "exit": result.exit,
                     "confidence": next(step.confidence for step in result.trace if step.exit == result.exit),
                     "latency_ms": result.latency_ms,
+                    **({} if arguments.deadline_ms is None else {"deadline_missed": result.latency_ms > arguments.deadline_ms}),
                     "segments": [step._asdict() for step in result.trace],
                 }
+                late += line.get("deadline_missed", False)
                 print(json.dumps(line), flush=True)
         except UnreadableError as error:
             terminal.complain(f"mess_runtime: {terminal.one_line(error)}")
-            failures += 1
+            broken.append(source)
+    if late:
+        terminal.complain(f"mess_runtime: {late} of {writer.written} masks came after the deadline of {arguments.deadline_ms:g} ms")
+    if broken and len(sources) > 1:
+        terminal.complain(f"mess_runtime: {len(broken)} of {len(sources)} sources could not be read: a line above for each")
     if writer.written:
         print(arguments.output)
-    return 1 if failures else 0
+    return 1 if broken else 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -105,6 +105,20 @@ class LatencyTable:
         """
         return decode_versioned(cls, value, "latency")
 
+    @classmethod
+    def load(cls, path: str | os.PathLike, flag: str = "--latency") -> Self:
+        """Reads a latency.json.
+
+        Args:
+          path: of the file.
+          flag: that names another one.
+
+        Raises:
+          ValueError: there is no such file, or it is none; the message begins with the flag.
+        """
+        with terminal.reading(flag, "a latency.json, which `python -m mess_runtime benchmark` or `android_bench run` makes"):
+            return read_json(path, cls.from_json)
+
     def merged(self, rows: Sequence[LatencyRow]) -> Self:
         """Returns a table of this program with `rows` in it, and of the rows here those that none of them replaces."""
         merged = {row.key: row for row in (*self.rows, *rows)}
@@ -147,7 +161,7 @@ def measure(
     """
 
     def table() -> LatencyTable:
-        return read_json(output, LatencyTable.from_json) if os.path.exists(output) else LatencyTable({}, ())
+        return LatencyTable.load(output, "--output") if os.path.exists(output) else LatencyTable({}, ())
 
     table()  # a broken file is found before the work
     rows = benchmark_files(paths, threads, runs=runs, min_seconds=min_seconds, rounds=rounds, progress=True)

@@ -352,6 +352,10 @@ class Bundle:
           FileNotFoundError: the manifest or the .tflite is missing.
           ValueError: the manifest breaks the schema or the .tflite is not the one that it describes.
         """
+        if not (Path(folder) / MANIFEST).exists():
+            got = f"a folder without {MANIFEST}" if Path(folder).is_dir() else "no folder"
+            made = "`python -m mess_tf.export_tflite --deployment=FILE` or the pipeline makes"
+            raise FileNotFoundError(f"{folder}: must be a bundle, the folder that {made}, got {got}")
         bundle = cls(Path(folder), read_json(Path(folder) / MANIFEST, Manifest.from_json))
         if not bundle.path.is_file():
             raise FileNotFoundError(f"{bundle.path}: missing, described by {MANIFEST} beside it")

@@ -120,6 +120,8 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"must be JSON, got {error}") from error
 
 
 def safe_name(text: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mess_runtime.files import printable
-from mess_runtime.terminal import complain
+from mess_runtime.terminal import complain, first_few
 
 # What is opened, whatever a file's name says: Pillow would hand others to decoders of doubtful safety, EPS even to Ghostscript.
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
@@ -64,8 +64,8 @@ def files_in(folder: Path, suffixes: set[str]) -> list[Path]:
     files = [path for path in entries if path.suffix.lower() in suffixes and not path.is_dir()]
     others = [path for path in entries if path.suffix.lower() in OTHER_SUFFIXES - suffixes]
     if others and suffixes & SUFFIXES:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        complain(f"{printable(str(others[0]))}{more}: left out, the suffix must be one of {', '.join(sorted(suffixes))}")
+        reason = f"left out, the suffix must be one of {', '.join(sorted(suffixes))}"
+        complain(first_few([f"{printable(str(path))}: {reason}" for path in others]))
     if not files:
         nested = [path.name for path in entries if path.is_dir() and any(each.suffix.lower() in suffixes for each in path.iterdir())]
         hint = f"; its folder {printable(nested[0])} does, they must lie in the folder itself" if nested else ""

@@ -13,6 +13,7 @@ import difflib
 import dis
 import itertools
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -20,12 +21,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Self, TypeVar
 
 OURS = ("mess_runtime", "mess_tf", "android_bench")
 # Where a `raise` of this project made one of these, it answers the user. From anywhere else it is a fault, as every other exception.
 ANSWERS = (ValueError, ImportError, FloatingPointError)
+SHOWN_PROBLEMS = 5  # of each kind, and kinds
 LINE_S = 10.0  # seconds between two lines of progress
 REFRESH_S = 0.1  # between two pictures of a bar; no thread draws it, since that would disturb what is measured
 
@@ -115,22 +117,45 @@ def complain(line: str) -> None:
 # === Errors ===
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as `kill` and `timeout` send it: a command ends as with Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Makes SIGTERM the exception; signals are handled in the main thread only."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(name: str, command: Callable[[], int | None]) -> int:
     """Runs a command, which returns its exit code or None for 0.
 
     An error that answers the user is one line on stderr, `NAME: ARGUMENT: must be REQUIRED, got RECEIVED`. A fault of this program is its
-    traceback, after what other libraries wrote, and a line that says so. Both end with 1, an interruption with 130.
+    traceback, after what other libraries wrote, and a line that says so. Both end with 1, an interruption with 130, by SIGTERM with 143.
     """
     global _verbose
     _verbose = False
     error, lines, show = None, [], False
     try:
-        code = command() or 0
-        sys.stdout.flush()
+        with _terminable():
+            code = command() or 0
+            sys.stdout.flush()
     except SystemExit as end:
         code = end.code
-    except KeyboardInterrupt:
-        code, lines = 130, [f"{name}: stopped"]
+    except KeyboardInterrupt as end:
+        number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
+        code, lines = 128 + number, [f"{name}: stopped"]
     except BrokenPipeError:  # the reader of stdout, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -168,6 +193,36 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return "; ".join(" ".join(line.split()) for line in str(error).splitlines() if line.strip()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(flag: str, required: str) -> Iterator[None]:
+    """While a file is read that a flag names: begins the message of what is wrong with it with the flag, and what the file must be."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag}: must be {required}, got {one_line(error)}") from error
+
+
+def first_few(problems: Sequence[str]) -> str:
+    """Some of many problems `FILE: SENTENCE`, a line each; those that differ in the file and in what was found share one.
+
+    With --verbose all of them are named.
+    """
+    shown = len(problems) if _verbose else SHOWN_PROBLEMS
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        name, _, sentence = problem.partition(": ")
+        kind = re.sub(rf"\bgot .*?(?=;|$)|(?<!\w){re.escape(pathlib.Path(name).stem)}(?!\w)", "", sentence)
+        kinds.setdefault(kind, []).append(problem)
+    lines = []
+    for first, *others in kinds.values():
+        names = [pathlib.Path(each.partition(": ")[0]).name for each in others[:shown]]
+        more = f" and {len(others) - len(names)} more (--verbose names all)" if len(others) > len(names) else ""
+        lines.append(first + (f"; likewise {', '.join(names)}{more}, {1 + len(others)} in all" if others else ""))
+    if len(lines) > shown:
+        lines[shown:] = [f"... and {len(lines) - shown} more, {len(problems)} problems in all (--verbose names all)"]
+    return "\n".join(lines)
 
 
 # === Arguments ===
