@@ -1,5 +1,6 @@
 """The device side against a TensorFlow reference, on three small segments whose arithmetic is exact in float32."""
 
+import ctypes.util
 import dataclasses
 import importlib.util
 import itertools
@@ -1072,35 +1073,62 @@ def cpp_runner(tmp_path_factory):
     return path
 
 
-def test_cpp_runner_decides_like_the_python_runner(cpp_runner, folder, images, thetas, tmp_path):
-    run = Runner(Bundle.load(folder))
-    needed = [math.ceil(theta * PIXELS - 1e-9) for theta in thetas]
-    exits = [f"exit1={needed[0]}", f"exit2={needed[1]}", "final"]
-    seen = set()
-    for image in images[:8]:
-        image.astype(np.float32).tofile(tmp_path / "image.rgb")
-        words = [cpp_runner, folder / MODEL, tmp_path / "image.rgb", tmp_path / "mask.raw", *exits]
-        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
-        expected, lines = run.run(image), [line.split() for line in done.stdout.splitlines()]
+def run_cpp(runner, backend, model, thetas, images, dtype, folder, environment=None):
+    """By image: the words of its lines, and its mask. All are run by one process."""
+    exits = ",".join([*(f"{name}={math.ceil(theta * PIXELS - 1e-9)}" for name, theta in zip(EXITS, thetas, strict=False)), EXITS[-1]])
+    files = [(folder / f"{index}.rgb", folder / f"{index}.raw") for index in range(len(images))]
+    for (pixels, _), image in zip(files, images, strict=True):
+        image.astype(dtype).tofile(pixels)
+    words = [str(word) for word in (runner, backend, model, exits, *itertools.chain(*files))]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "not on a GPU" not in done.stderr
+    lines = iter([line.split() for line in done.stdout.splitlines() if not line.startswith("INFO: ")])  # LiteRT's, of GPUs
+    for _, mask in files:
+        seen = [next(lines)]
+        while seen[-1][-1] != "leaves":
+            seen.append(next(lines))
+        yield seen, np.fromfile(mask, np.uint8).reshape(HEIGHT, WIDTH)
+    assert next(lines, None) is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_cpp_runner_decides_like_the_python_runner(cpp_runner, folder, images, thetas, tmp_path, backend):
+    driver = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
+    if backend == "gpu" and not (driver.exists() and ctypes.util.find_library("vulkan")):
+        pytest.skip(f"needs a Vulkan driver: {driver} of the Debian package chromium, and libvulkan1")
+    run, seen = Runner(Bundle.load(folder)), set()
+    environment = os.environ | {"VK_ICD_FILENAMES": str(driver)}
+    images = images[:8] if backend == "cpu" else images[:4]
+    made = run_cpp(cpp_runner, backend, folder / MODEL, thetas, images, np.float32, tmp_path, environment)
+    for image, (lines, mask) in zip(images, made, strict=True):
+        expected = run.run(image)
         assert [line[0] for line in lines] == [step.exit for step in expected.trace]
         counts = [int(line[4]) / PIXELS if len(line) > 4 and line[3] == "confident_pixels" else None for line in lines]
         assert counts == confidences(expected)
-        assert [line[-1] == "leaves" for line in lines] == [False] * (len(lines) - 1) + [True]
-        np.testing.assert_array_equal(np.fromfile(tmp_path / "mask.raw", np.uint8).reshape(HEIGHT, WIDTH), expected.mask)
+        np.testing.assert_array_equal(mask, expected.mask)
         seen.add(expected.exit)
     assert len(seen) > 1
 
 
 def test_cpp_runner_names_what_is_wrong(cpp_runner, folder, images, tmp_path):
     images[0].tofile(tmp_path / "uint8.rgb")
-    for model, image, exits, message in (
-        ("nowhere.tflite", "uint8.rgb", ["final"], "loading nowhere.tflite failed"),
-        (folder / MODEL, "uint8.rgb", ["exit1=3", "final"], f"the image must have {HEIGHT * WIDTH * 12} bytes, got {HEIGHT * WIDTH * 3}"),
-        (folder / MODEL, "uint8.rgb", ["exit9"], "the model has no signature segment.exit9"),
+    model, usage = folder / MODEL, "usage: mess_runner cpu|gpu model.tflite"
+    for words, message in (
+        (["cpu", "nowhere.tflite", "final", "uint8.rgb", "o"], "loading nowhere.tflite failed"),
+        (["cpu", model, "exit1=3,final", "uint8.rgb", "o"], "segment.final reads feature_2, which no segment before it makes"),
+        (
+            ["cpu", model, "exit1=3,exit2=3,final", "uint8.rgb", "o"],
+            f"the image must have {HEIGHT * WIDTH * 12} bytes, got {HEIGHT * WIDTH * 3}",
+        ),
+        (["cpu", model, "exit9", "uint8.rgb", "o"], "the model has no signature segment.exit9"),
+        (["cpu", model, "exit1=3", "uint8.rgb", "o"], "the last exit must be given without a number"),
+        (["cpu", model, "exit1,final", "uint8.rgb", "o"], "only the last exit has no number"),
+        (["npu", model, "final", "uint8.rgb", "o"], usage),
+        (["cpu", model, "final", "uint8.rgb"], usage),
     ):
-        words = [str(word) for word in (cpp_runner, model, image, "mask.raw", *exits)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 1 and message in done.stderr
+        done = subprocess.run([str(word) for word in (cpp_runner, *words)], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1 and message in done.stderr, words
 
 
 def test_importing_the_device_side_needs_no_tensorflow():

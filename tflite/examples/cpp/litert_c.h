@@ -24,13 +24,25 @@ typedef struct {
 } LiteRtRankedTensorType;
 
 enum { kLockRead = 0, kLockWrite = 1 };
-enum { kHardwareCpu = 1 };
+enum { kHardwareCpu = 1, kHardwareGpu = 2 };
 
-LiteRtStatus LiteRtCreateEnvironment(int num_options, const void* options, LiteRtEnvironment* environment);
+enum { kRuntimeLibraryDir = 22 };
+enum { kString = 8 };
+
+typedef struct {
+  int tag;
+  struct {
+    int type;
+    const char* string;
+  } value;
+} LiteRtEnvOption;
+
+LiteRtStatus LiteRtCreateEnvironment(int num_options, const LiteRtEnvOption* options, LiteRtEnvironment* environment);
 LiteRtStatus LiteRtCreateModelFromFile(LiteRtEnvironment environment, const char* filename, LiteRtModel* model);
 LiteRtStatus LiteRtCreateOptions(LiteRtOptions* options);
 LiteRtStatus LiteRtSetOptionsHardwareAccelerators(LiteRtOptions options, int accelerators);
 LiteRtStatus LiteRtCreateCompiledModel(LiteRtEnvironment environment, LiteRtModel model, LiteRtOptions options, LiteRtCompiledModel* compiled);
+LiteRtStatus LiteRtCompiledModelIsNonCpuFullyAccelerated(LiteRtCompiledModel compiled, bool* accelerated);
 LiteRtStatus LiteRtGetNumModelSignatures(LiteRtModel model, size_t* count);
 LiteRtStatus LiteRtGetModelSignature(LiteRtModel model, size_t index, LiteRtSignature* signature);
 LiteRtStatus LiteRtGetSignatureKey(LiteRtSignature signature, const char** key);
