@@ -107,6 +107,9 @@ class Deployed:
         chosen = Deployment.load(deployment)
         name = chosen.predicted.cost_name
         check(name == "latency_ms", f"{deployment}: predicted.cost_name", "latency_ms (search with --latency)", name)
+        check(
+            chosen.regions is None, f"{deployment}: regions", "null, as phones are measured where images leave as a whole", chosen.regions
+        )
         bundle, original = Bundle.load(workdir / "bundle"), Bundle.load(workdir / "bundle_original")
         wanted = [(each.exit, each.head, each.theta_pix, each.theta_img) for each in chosen.exits]
         got = [(each.exit, each.head, each.theta_pix, each.theta_img) for each in bundle.manifest.segments]

@@ -10,7 +10,7 @@ are there.
 * WORKDIR/bundle/: one .tflite with a signature per segment, sharing weights, and those of --extra_signatures; manifest; and, once all else
   is there, the deployment.json that all this was made from
 * WORKDIR/bundle_original/: the same of the original network alone
-* WORKDIR/submodels/: one network per file, for benchmark tools: `alone.EXIT` (image to mask), `segment.EXIT` (as in the bundle) and
+* WORKDIR/submodels/: one network per file, for benchmark tools: `alone.EXIT` (image to mask), the segments as in the bundle and
   `logits.EXIT` (image to low-resolution logits, for delegates that know no argmax); `original`
 * WORKDIR/examples/: some validation images to try them on
 
@@ -44,7 +44,7 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
 from mess_tf.network.originals import check_flags, define_flags
-from mess_tf.targets import mediapipe, web
+from mess_tf.targets import check_whole_images, mediapipe, web
 
 WEIGHTS = "weights.sha256"
 TARGETS = {"web": web, "mediapipe": mediapipe}
@@ -98,7 +98,8 @@ def export_deployment(
     """Writes WORKDIR/bundle, WORKDIR/bundle_original and WORKDIR/submodels; see `Exporter.bundle`.
 
     Raises:
-      ValueError: the deployment is of another network, or its thresholds were chosen for another precision or a policy of another fidelity.
+      ValueError: the deployment is of another network, or its thresholds were chosen for another precision or a policy of another fidelity,
+        or a segment cannot be computed at some cells only, see `RegionChain`.
     """
     for choice in deployment.exits:
         known = exporter.network.candidates
@@ -107,6 +108,7 @@ def export_deployment(
     bundles.check(exporter.fidelity == deployment.fidelity, "fidelity", required, exporter.fidelity)
     required = f"{deployment.precision}, the precision of the statistics that the thresholds were chosen on"
     bundles.check(deployment.precision in ("", exporter.precision), "precision", required, exporter.precision)
+    exporter.regions_of(deployment)  # says what cannot be done before work starts
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
     predicted = bundles.Predicted(deployment.original.miou, cost, (1.0,), deployment.backend)
@@ -242,6 +244,8 @@ def main() -> None:
     target, output, packages = TARGETS.get(FLAGS.target), Path(FLAGS.output), [Path(FLAGS.litertjs)] if FLAGS.litertjs else []
     if target:
         target.check(output, *packages)
+        deployed = bundles.Bundle.load(FLAGS.bundle).manifest if FLAGS.bundle else Deployment.load(FLAGS.deployment)
+        check_whole_images(deployed.regions)
     bundle = FLAGS.bundle
     if FLAGS.deployment:
         how = (FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures, FLAGS.verify)

@@ -1,22 +1,37 @@
-"""Segments at active cells against the dense network, and against the masked one."""
+"""Segments at active cells against the dense network, and against the masked one; files and bundles of them."""
+
+import dataclasses
+import json
+import types
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
+from PIL import Image
 from small_network import small_network
 
+from mess_runtime import runner
+from mess_runtime.__main__ import main
+from mess_runtime.bundle import Bundle, Cost, Predicted, Regions
+from mess_runtime.engines import ENGINES
+from mess_runtime.runner import Runner
+from mess_tf import files
 from mess_tf.configs import BackboneConfig, HeadSpec
+from mess_tf.export_tflite import export_deployment
+from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original
 from mess_tf.graph import flatbuffer
-from mess_tf.graph.conversion import FP32, PRECISIONS, ExportError
+from mess_tf.graph.conversion import FP16, FP32, INT8, PRECISIONS, ExportError
+from mess_tf.graph.exporter import Exporter
 from mess_tf.graph.policy import decide, decide_by_cell
-from mess_tf.graph.regions import budgets, check_segment, region_graphs, segment_graph
+from mess_tf.graph.regions import RegionChain, budgets, check_segment, segment_graph
 from mess_tf.network import regions
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.layers import BatchNormalization
 from mess_tf.network.model import FINAL, MultiExitNetwork, convert
-from mess_tf.network.regions import NEAREST, NEIGHBOURS, STALE, ActiveSegment, _Filler
+from mess_tf.network.regions import NEAREST, NEIGHBOURS, STALE, ActiveSegment, _Filler, segments_on_grid
+from mess_tf.targets import mediapipe, web
 
 LAYERS = keras.layers
 SIZE, CLASSES = (80, 112), 4
@@ -219,35 +234,305 @@ def test_sure_cells_of_an_exit(networks, edge_aware):
         np.testing.assert_allclose(made["sure"], segment.sure(confident), atol=1e-6)
 
 
-def test_a_file_whose_cells_leave(networks, monkeypatch):
-    """Three exits in turn: the mask of Keras' masked segment at the least sure cells, the one before elsewhere."""
-    monkeypatch.setattr(regions, "TILE_VALUES", 2 * 4 * 4 * 192)  # of three cells, two are gathered first
-    network = convert(networks("small").original, ["block_3_add", "block_4_add"], SIZE)
-    network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
-    candidates = ["exit1.fcn-r2-b0", "exit2.fcn-r2-b0", FINAL]
-    segments = [ActiveSegment(network, candidates, index, SIZE, 2, NEAREST) for index in (1, 2)]
-    graphs = region_graphs(network, candidates, segments, SIZE, [(0.3, False)] * 2, shares=(1 / 4, 1))
-    assert [*graphs] == ["segment.exit1", "segment.exit2.3", "segment.exit2.12", "segment.final.3", "segment.final.12"]
-    interpreter = Interpreter(model_content=flatbuffer.write(graphs))
+CANDIDATES = ["exit1.fcn-r2-b0", "exit2.fcn-r2-b0", FINAL]
+CELLS = Regions(NEAREST, (3, 4), (3, 12))
 
-    def run(signature: str, **tensors) -> dict[str, np.ndarray]:
+
+THETAS = (0.43, 0.36)  # near the medians of the confidence at the first two exits
+
+
+def noise(seed: int) -> np.ndarray:
+    """An image of patches."""
+    generator = np.random.default_rng(seed)
+    patches = generator.integers(0, 256, (SIZE[0] // 16, SIZE[1] // 16, 3)).repeat(16, 0).repeat(16, 1)
+    return np.clip(patches + generator.integers(-40, 41, (*SIZE, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def three_exits():
+    """The blocks of the small network behind exit 2 and of the final exit can leave cells alone; there are none behind exit 3."""
+    keras.utils.set_random_seed(0)
+    network = convert(small_network(CLASSES), ["block_3_add", "block_4_add", "block_5_add"], SIZE)
+    network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
+    run = tf.function(network.submodel(network.candidates), autograph=False)
+    images = np.stack([noise(seed) for seed in range(7)]).astype(np.float32)
+    for _ in range(40):  # moving statistics of the batch normalisation, without which random weights make constant logits
+        run(images, training=True)
+    return network
+
+
+def same(made: np.ndarray, expected: tf.Tensor) -> None:
+    assert (made != np.asarray(expected)).mean() < 1e-3  # where two classes tie
+
+
+def run_of(content: bytes):
+    interpreter = Interpreter(model_content=content)
+
+    def run(signature: str, tensors) -> dict[str, np.ndarray]:
         runner = interpreter.get_signature_runner(signature)
         return runner(**{name: tensors[name] for name in runner.get_input_details()})
 
-    def same(made: np.ndarray, expected: tf.Tensor) -> None:
-        assert (made != expected.numpy()).mean() < 1e-3  # where two classes tie
+    return run
 
-    made = run("segment.exit1", image=np.random.default_rng(1).uniform(0, 255, (1, *SIZE, 3)).astype(np.float32))
-    for segment, name in zip(segments, ("exit2", "final"), strict=True):
+
+def test_a_file_whose_cells_leave(three_exits, monkeypatch):
+    """Three exits in turn: the mask of Keras' masked segment at the least sure cells, the one before elsewhere."""
+    monkeypatch.setattr(regions, "TILE_VALUES", 2 * 4 * 4 * 192)  # of three cells, two are gathered first
+    image = noise(1)[None].astype(np.float32)
+    chain = RegionChain(three_exits, CANDIDATES, CELLS, SIZE, [(theta, False) for theta in THETAS], images=[image])
+    graphs = chain.signatures("float32")
+    assert [*graphs] == ["segment.exit1", "segment.exit2.3", "segment.exit2.12", "segment.final.3", "segment.final.12"]
+    content = flatbuffer.write(graphs)
+    chain.check(content, "float32")
+    run = run_of(content)
+    made = run("segment.exit1", {"image": image})
+    for segment, name in zip(chain.segments, ("exit2", "final"), strict=True):
         before, cells = made, segment.most_unsure(made["sure"], 3)
         active = segment.active(cells)
         expected = segment.masked({tensor: before[tensor] for tensor in segment.inputs}, active)
-        made = run(f"segment.{name}.3", **before)
+        made = run(f"segment.{name}.3", before)
         same(made["mask"], segment.merged(before["mask"], decide(expected["logits"], SIZE, ())["mask"], active))
         assert (made["mask"] != before["mask"]).any()
         if "sure" in made:
             close(made["block_4_add"], expected["block_4_add"])
             assert (made["sure"] == 2).tolist() == (~active.numpy()).tolist()
-    dense = segments[1].dense({name: before[name] for name in segments[1].inputs})["logits"]
-    everything = run("segment.final.12", **before)["mask"]  # changes what had not left
-    same(everything, segments[1].merged(before["mask"], decide(dense, SIZE, ())["mask"], before["sure"] < 2))
+    dense = chain.segments[1].dense({name: before[name] for name in chain.segments[1].inputs})["logits"]
+    everything = run("segment.final.12", before)["mask"]  # changes what had not left
+    same(everything, chain.segments[1].merged(before["mask"], decide(dense, SIZE, ())["mask"], before["sure"] < 2))
+    wrong = graphs | {"segment.exit2.3": graphs["segment.exit2.12"]}
+    with pytest.raises(ExportError, match=r"segment\.exit2\.3: mask: changed where a cell was left alone"):
+        chain.check(flatbuffer.write(wrong), "float32")
+    other = RegionChain(
+        three_exits, CANDIDATES, CELLS, SIZE, [(THETAS[0], False), (0.4, False)], images=[noise(1)[None].astype(np.float32)]
+    )
+    with pytest.raises(ExportError, match=r"segment\.exit2\.3: sure: differs from Keras by .* as a mean over the cells"):
+        other.check(content, "float32")
+
+
+@pytest.mark.parametrize("precision", [FP16, INT8])
+def test_a_segment_without_blocks_is_always_dense(three_exits, precision):
+    candidates = ["exit1.fcn-r2-b0", "exit3.fcn-r2-b0", FINAL]
+    assert segments_on_grid(three_exits, candidates, SIZE, CELLS)[1] is None
+    images = [noise(seed)[None].astype(np.float32) for seed in (1, 2)]
+    chain = RegionChain(three_exits, candidates, CELLS, SIZE, [(theta, True) for theta in THETAS], precision, images)
+    graphs = chain.signatures()
+    assert [*graphs] == ["segment.exit1", "segment.exit3.3", "segment.exit3.12", "segment.final.12"]
+    assert filters(graphs["segment.exit3.3"]) == filters(graphs["segment.exit3.12"])
+    content = flatbuffer.write(graphs, precision != FP32)
+    chain.check(content)
+    run = run_of(content)
+    before = run("segment.exit1", {"image": noise(1)[None]})
+    made = run("segment.exit3.3", before)
+    left = made["sure"] == 2
+    assert left.sum() == 9
+    last = run("segment.final.12", made)["mask"]
+    for row, column in zip(*np.nonzero(left[0]), strict=True):
+        place = np.s_[0, 32 * row : 32 * (row + 1), 32 * column : 32 * (column + 1)]
+        np.testing.assert_array_equal(last[place], before["mask"][place])
+
+
+def test_regions_that_cannot_be(three_exits):
+    with pytest.raises(ValueError, match="regions: must leave out work in one segment at least, got only dense ones; final"):
+        segments_on_grid(three_exits, ["exit3.fcn-r2-b0", FINAL], SIZE, CELLS)
+    with pytest.raises(ValueError, match=r"regions\.grid: must be of squares of the 5 x 7 positions of final.original, got \(4, 4\)"):
+        segments_on_grid(three_exits, ["exit1.fcn-r2-b0", FINAL], SIZE, Regions(STALE, (4, 4), (16,)))
+    exporter = Exporter(three_exits, SIZE, fidelity="low")
+    with pytest.raises(ValueError, match="fidelity: must be exact with regions, got 'low'"):
+        exporter.region_chain(CANDIDATES, CELLS, [(0.3, False)] * 2)
+
+
+def test_a_deployment_that_cannot_be_is_refused_before_work(three_exits, tmp_path):
+    early, last = ExitChoice("exit3", "fcn-r2-b0", 0.5, 0.5), ExitChoice(*FINAL.split("."))
+    deployment = Deployment(
+        "anytime",
+        False,
+        (early, last),
+        9.0,
+        regions=CELLS,
+        constraint=Objective("macs", 0.0),
+        predicted=files.Predicted(0.5, "macs", 1.0, 1.0, (0.5, 0.5), {}, (0.5, 0.5), (1.0, 1.0), 1),
+        original=Original(0.6, 2.0),
+        certificate=Certificate(1, 1, {}, 0, 1.0, 0.0, 0.1, None),
+        guarantee=None,
+        stats_sha256="",
+        fidelity="exact",
+        made_by={},
+    )
+    deployment.save(tmp_path / "deployment.json")
+    assert Deployment.load(tmp_path / "deployment.json") == deployment
+    work = tmp_path / "work"
+    with pytest.raises(ValueError, match="regions: must leave out work in one segment at least"):
+        export_deployment(Exporter(three_exits, SIZE), deployment, "abcd", work)
+    assert not work.exists()
+
+
+def test_submodels_to_measure(three_exits, tmp_path):
+    """A first exit, and a pair at every budget: together what a chain of the two is."""
+    exporter = Exporter(three_exits, SIZE)
+    exporter.region_first(tmp_path, CANDIDATES[0], CELLS)
+    graphs = exporter.region_pair(tmp_path, CANDIDATES[0], FINAL, CELLS)
+    assert [*graphs] == [3, 12] and flatbuffer.macs(graphs[3]) < flatbuffer.macs(graphs[12])
+    names = [f"region.{CANDIDATES[0]}", *(f"region.{CANDIDATES[0]}.{FINAL}.{budget}" for budget in (12, 3))]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == names
+    run = {name: run_of((tmp_path / f"{name}.tflite").read_bytes()) for name in names}
+    first = run[names[0]]("serve", {"image": noise(1)[None]})
+    assert {"mask", "sure"} < {*first}
+    assert [*run[names[2]]("serve", first)] == ["mask"]
+
+
+# === A bundle, run ===
+
+
+@pytest.fixture(scope="module")
+def bundle(three_exits, tmp_path_factory) -> Bundle:
+    folder = tmp_path_factory.mktemp("regions") / "bundle"
+    early = (ExitChoice(*name.split(".", 1), theta, 0.5) for name, theta in zip(CANDIDATES, THETAS, strict=False))
+    exits = (*early, ExitChoice(*FINAL.split(".")))
+    configuration = Configuration("input-dependent", False, exits, None, regions=CELLS)
+    predicted = Predicted(0.5, Cost("macs", 1.0), (0.5, 0.25, 0.25))
+    Exporter(three_exits, SIZE).bundle(folder, configuration, predicted, "abcd", extra_signatures=["alone"])
+    return Bundle.load(folder)
+
+
+def asking(bundle: Bundle, *thetas: float) -> Bundle:
+    """The bundle, whose cells leave its early exits from other shares on."""
+    *early, last = bundle.manifest.segments
+    segments = [dataclasses.replace(each, theta_img=theta) for each, theta in zip(early, thetas, strict=True)]
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, segments=(*segments, last)))
+
+
+def keras_run(network: MultiExitNetwork, bundle: Bundle, image: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The mask, and budget and active cells of every segment, by `masked`."""
+    segments = segments_on_grid(network, CANDIDATES, SIZE, CELLS)
+    tensors = dict(network.segments(CANDIDATES)[0]({"image": image[None].astype(np.float32)}, training=False))
+    alive, mask, steps = tf.ones((1, *CELLS.grid), tf.bool), None, [(12, 12)]
+    for index, choice in enumerate(bundle.manifest.segments):
+        logits = tensors.pop("logits")
+        made = decide(logits, SIZE, ())["mask"]
+        mask = made if mask is None else segments[0].merged(mask, made, alive)
+        if choice.theta_img is None:
+            break
+        confident = tf.reduce_max(tf.nn.softmax(tf.image.resize(logits, SIZE)), -1) >= choice.theta_pix
+        sure = np.where(alive, segments[0].sure(confident), 2)
+        unsure = int((sure < choice.theta_img - 1e-5).sum())
+        if not unsure:
+            break
+        budget = next(each for each in CELLS.budgets if each >= unsure)
+        steps.append((budget, unsure))
+        active = segments[index].active(segments[index].most_unsure(sure, budget))
+        alive &= active
+        tensors = dict(segments[index].masked({name: tensors[name] for name in segments[index].inputs}, active))
+    return mask.numpy()[0], steps
+
+
+def steps_of(result) -> list[tuple[int, int]]:
+    return [(step.budget, step.active) for step in result.trace]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bundle_runs_as_keras_masks(three_exits, bundle, engine):
+    assert Bundle.load(bundle.folder).manifest.regions == CELLS
+    seen = set()
+    for thetas in ((0.05, 0.5), (0.3, 0.2)):
+        asked = asking(bundle, *thetas)
+        run = Runner(asked, engine=engine)
+        for seed in range(1, 7):
+            result = run.run(noise(seed))
+            mask, steps = keras_run(three_exits, asked, noise(seed))
+            assert steps_of(result) == steps
+            same(result.mask, mask)
+            seen.add(tuple(budget for budget, _ in steps))
+            assert [step.exit for step in result.trace] == ["exit1", "exit2", "final"][: len(steps)]
+            assert result.trace[-1].confidence in (None, 1)
+    assert len(seen) > 2  # images that leave, and small and large budgets
+
+
+def test_nothing_active_is_the_first_exit_and_everything_the_dense_network(bundle):
+    image = noise(7)
+    file = run_of(bundle.path.read_bytes())
+    run = Runner(asking(bundle, 0.0, 0.0))
+    result = run.run(image)
+    assert steps_of(result) == [(12, 12)] and result.exit == "exit1" and result.trace[0].confidence == 1
+    np.testing.assert_array_equal(result.mask, file("segment.exit1", {"image": image[None]})["mask"][0])
+    run = Runner(only_dense(asking(bundle, 1.0, 1.0)))
+    result = run.run(image)
+    assert [step.budget for step in result.trace] == [12] * 3 and 0 < result.trace[0].confidence < 1
+    alone = file("alone.final", {"image": image[None]})["mask"][0]
+    same(result.mask, alone)
+    np.testing.assert_array_equal(run.run(image, setting="budgeted").mask, alone)
+    *_, refined = run.refine(image)
+    np.testing.assert_array_equal(refined.mask, result.mask)
+
+
+def only_dense(bundle: Bundle) -> Bundle:
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, regions=Regions(NEAREST, (3, 4), (12,))))
+
+
+def test_budgeted_without_signatures_alone_is_the_dense_chain(bundle, monkeypatch):
+    image = noise(7)
+    expected = Runner(only_dense(asking(bundle, 1.0, 1.0)), engine="interpreter").run(image).mask
+    run = Runner(asking(bundle, 0.0, 0.0), engine="interpreter")
+    monkeypatch.delitem(run._engine.inputs, "alone.final")
+    result = run.run(image, setting="budgeted")
+    assert steps_of(result) == [(12, 12)] * 3
+    np.testing.assert_array_equal(result.mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("deadline_ms", "budgets", "exit"),
+    [(19, [12], "exit1"), (20, [12, 3], "exit2"), (39, [12, 3, 3], "final"), (50, [12, 12], "exit2"), (90, [12, 12, 12], "final")],
+)
+def test_anytime_takes_the_largest_budget_in_time(bundle, monkeypatch, deadline_ms, budgets, exit):
+    """The first exit and 3 cells take 10 ms, 12 cells 40 ms; more than 3 are unsure at the first two exits."""
+    clock = [0]
+    monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter_ns=lambda: clock[0]))
+    run = Runner(asking(bundle, 1.0, 1.0), engine="interpreter")
+    original = run._engine.run
+
+    def advancing(signature, inputs):
+        clock[0] += round(run._fastest_ms[signature] * 1e6)
+        return original(signature, inputs)
+
+    monkeypatch.setattr(run._engine, "run", advancing)
+    run._fastest_ms = {name: 40.0 if name.endswith(".12") else 10.0 for name in run._fastest_ms}
+    result = run.run(noise(7), "anytime", deadline_ms=deadline_ms)
+    assert ([step.budget for step in result.trace], result.exit) == (budgets, exit)
+    assert Runner(asking(bundle, 0.0, 0.0)).run(noise(7), "anytime", deadline_ms=1e3).exit == "exit1"  # no cell is left
+
+
+def test_held_latency_limits_the_cells_that_go_on(bundle):
+    """Half of the cells may go on behind exit 1, a quarter behind exit 2: of all images that is the share that does."""
+    run = Runner(asking(bundle, 1.0, 1.0), hold_latency=True)
+    taken = [[step.budget for step in run.run(noise(7)).trace[1:]] for _ in range(8)]
+    beyond = np.array([[*each, 0, 0][:2] for each in taken]).cumsum(0)
+    assert (beyond <= np.outer(np.arange(1, 9), (6, 3))).all()
+    assert beyond[-1].tolist() == [2 * (3 + 3 + 12) + 3 + 3, 8 * 3]
+    assert {budget for each in taken for budget in each} == {3, 12}
+
+
+def test_commands_on_a_bundle_with_regions(bundle, tmp_path, monkeypatch, capsys):
+    Image.fromarray(noise(3)).save(tmp_path / "a.png")
+
+    def command(*words) -> str:
+        monkeypatch.setattr("sys.argv", ["mess_runtime", *map(str, words)])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    lines = command("run", bundle.folder, tmp_path / "a.png", f"--output={tmp_path / 'masks'}").splitlines()
+    trace = Runner(bundle).run(noise(3)).trace
+    segments = json.loads(lines[0])["segments"]
+    assert [(each["exit"], each["budget"], each["active"]) for each in segments] == [
+        (step.exit, step.budget, step.active) for step in trace
+    ]
+    assert "3 x 4 cells leave each for itself, segments work on 3, 12 of them; neighbours nearest" in command("inspect", bundle.folder)
+    report = json.loads(command("verify", bundle.folder, "--backend=cpu", "--runs=1").splitlines()[-1])
+    assert report["ok"] and report["decisions"] == 0
+    compared = {(each["signature"], each["output"]) for each in report["differences"]}
+    assert {("segment.exit2.3", "sure"), ("segment.exit2.12", "block_4_add"), ("segment.final.3", "mask")} < compared
+
+
+def test_other_runtimes_refuse_regions(bundle, tmp_path):
+    for target, output in ((web, tmp_path / "web"), (mediapipe, tmp_path / "mediapipe")):
+        with pytest.raises(ValueError, match="--target: must be left out for a deployment with regions"):
+            target.write(bundle, output)
+        assert not output.exists()

@@ -128,11 +128,20 @@ def check_parity(content: bytes, inputs: Tensors, expected: Tensors, logits: Ten
     Args:
       content: the .tflite.
       inputs: by name.
+      expected, logits, tolerance: see `check_outputs`.
+    """
+    check_outputs(run_signature(content, inputs), expected, logits, tolerance)
+
+
+def check_outputs(got: Tensors, expected: Tensors, logits: Tensors, tolerance: float = TOLERANCE[FP32]) -> None:
+    """Raises ExportError if outputs are not what Keras computes.
+
+    Args:
+      got: outputs of a file, by name.
       expected: outputs of Keras, by name.
       logits: the logits float32 [1, h, w, C] behind each mask, by the mask's name.
       tolerance: see TOLERANCE.
     """
-    got = run_signature(content, inputs)
     for name, value in expected.items():
         if name in logits:
             best = np.sort(tf.image.resize(logits[name], value.shape[1:]).numpy(), axis=-1)

@@ -21,7 +21,7 @@ from mess_runtime.images import mask_at
 from mess_runtime.verify import verify
 from mess_tf.data.examples import Examples, palette
 from mess_tf.data.pipelines import network_input
-from mess_tf.files import Configuration, made_by
+from mess_tf.files import Configuration, ExitChoice, made_by
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import (
     FP32,
@@ -36,12 +36,14 @@ from mess_tf.graph.conversion import (
     pixels,
     run_signature,
 )
+from mess_tf.graph.regions import RegionChain
 from mess_tf.network.costs import Cost, graph_nodes, model_cost, with_input_size
 from mess_tf.network.evaluation import accuracies, confusion_matrices
 from mess_tf.network.exits import TAP
 from mess_tf.network.model import FINAL, MultiExitNetwork
 
 VERIFIED_IMAGES = 3
+REGION_THRESHOLD = (0.9, False)  # of submodels, whose latency does not depend on it
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -178,6 +180,45 @@ class Exporter:
                     content = self.save(folder / f"{name}.tflite", self.policy(*size, thresholds))
                     self._check(content, {"logits": example}, {bundles.MASK: (tf.constant(example), thresholds)}, {})
 
+    def region_chain(self, candidates: Sequence[str], regions: bundles.Regions, thresholds: Sequence[tuple[float, bool]]) -> RegionChain:
+        """Candidates of which every cell leaves for itself.
+
+        Args:
+          candidates: one per exit, shallow to deep.
+          regions: cells and budgets.
+          thresholds: of all but the last, see `RegionChain`.
+
+        Raises:
+          ValueError: the policy is not exact, operations are to stay in float32, or a segment cannot be computed at some cells only.
+        """
+        bundles.check(self.fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", self.fidelity)
+        bundles.check(not self.float_operations, "float_operations", "left out with regions", self.float_operations)
+        return RegionChain(self.network, candidates, regions, self.size, thresholds, self.precision, self.images)
+
+    def region_first(self, folder: Path, candidate: str, regions: bundles.Regions) -> flatbuffer.Graph:
+        """`region.CANDIDATE`: image, uint8, to the mask of a first exit, how sure its cells are, and what the final exit needs.
+
+        What another exit would be handed instead of that is a copy more or less.
+        """
+        with _named(f"region.{candidate}"):
+            graph = self.region_chain([candidate, FINAL], regions, [REGION_THRESHOLD]).first()
+            self.save(folder / f"region.{candidate}.tflite", graph)
+        return graph
+
+    def region_pair(self, folder: Path, first: str, second: str, regions: bundles.Regions) -> dict[int, flatbuffer.Graph]:
+        """`region.FIRST.SECOND.BUDGET`, a file for every budget: what the first exit hands on to the mask of the second, the last one.
+
+        In the middle of a longer chain it also says how sure its cells are, and copies features that are handed on.
+
+        Raises:
+          ValueError: all between the two can only be computed as a whole, or not at all.
+        """
+        with _named(f"region.{first}.{second}"):
+            graphs = self.region_chain([first, second], regions, [REGION_THRESHOLD]).later(1)
+        for budget, graph in graphs.items():
+            self.save(folder / f"region.{first}.{second}.{budget}.tflite", graph)
+        return graphs
+
     def _check(
         self, content: bytes, inputs: Tensors, exits: Mapping[str, tuple[tf.Tensor, Sequence[tuple[float, bool]]]], features: Tensors
     ) -> None:
@@ -231,7 +272,7 @@ class Exporter:
             whole = flatbuffer.join(pixels(self.shapes[bundles.IMAGE]), whole, {bundles.IMAGE: bundles.IMAGE})
         for choice in choices:
             name = f"{choice.exit}.logits"
-            thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
+            thresholds = () if configuration.regions else _thresholds(configuration, choice)
             decision = self.policy(*whole.outputs[name].shape[1:3], thresholds)
             whole = flatbuffer.join(whole, decision, {"logits": name}, f"{choice.exit}.")
         image = dict(whole.inputs)
@@ -241,8 +282,9 @@ class Exporter:
             names = (bundles.MASK, bundles.CONFIDENT_PIXELS)
             return {name: whole.outputs[f"{exit_name}.{name}"] for name in names if f"{exit_name}.{name}" in whole.outputs}
 
-        signatures = {}
-        for choice, model in zip(choices, models, strict=True):
+        chain = self.regions_of(configuration)
+        signatures = chain.signatures(input_type) if chain else {}
+        for choice, model in () if chain else zip(choices, models, strict=True):
             handed = {name: features[name] for name in model.output if name != "logits"}
             given = {name: (image | features)[name] for name in model.input}
             signatures[bundles.segment_signature(choice.exit)] = flatbuffer.cut(whole, given, results(choice.exit) | handed)
@@ -253,6 +295,14 @@ class Exporter:
         everything = {f"{choice.exit}.{name}": tensor for choice in choices for name, tensor in results(choice.exit).items()}
         signatures[bundles.FULL] = flatbuffer.cut(whole, image, everything)
         return signatures
+
+    def regions_of(self, configuration: Configuration) -> RegionChain | None:
+        """The chain of a configuration with regions, see `region_chain`; None without."""
+        if configuration.regions is None:
+            return None
+        candidates = [f"{choice.exit}.{choice.head}" for choice in configuration.exits]
+        thresholds = [each for choice in configuration.exits for each in _thresholds(configuration, choice)]
+        return self.region_chain(candidates, configuration.regions, thresholds)
 
     def bundle(
         self,
@@ -293,13 +343,14 @@ class Exporter:
             self._check_bundle(content, configuration, everything, input_spec.dtype)
         mious = measured_miou(self.content({bundles.FULL: everything[bundles.FULL]}), examples, input_spec) if examples else {}
         segments = []
-        for choice in configuration.exits:
+        for index, choice in enumerate(configuration.exits):
             alone = everything[bundles.alone_signature(choice.exit)]
+            dense = configuration.regions.cells if configuration.regions and index else None
             segments.append(
                 bundles.Segment(
                     exit=choice.exit,
                     head=choice.head,
-                    macs=flatbuffer.macs(everything[bundles.segment_signature(choice.exit)]),
+                    macs=flatbuffer.macs(everything[bundles.segment_signature(choice.exit, dense)]),
                     alone_macs=flatbuffer.macs(alone),
                     alone_sha256=bundles.sha256(self.content({bundles.SIGNATURE: alone})),
                     theta_pix=choice.theta_pix,
@@ -324,6 +375,7 @@ class Exporter:
             size_bytes=len(content),
             predicted=predicted,
             segments=tuple(segments),
+            regions=configuration.regions,
         )
 
         def write(fresh: Path) -> None:
@@ -347,12 +399,18 @@ class Exporter:
         at_a_stretch = self.content({bundles.FULL: everything[bundles.FULL]})
         full = run_signature(at_a_stretch, {bundles.IMAGE: image})
         interpreter, tensors = Interpreter(model_content=content, num_threads=os.cpu_count()), {bundles.IMAGE: image}
+        chain = self.regions_of(configuration)
+        if chain:
+            chain.check(content, input_type)
         for choice in configuration.exits:
             alone = self.content({bundles.SIGNATURE: everything[bundles.alone_signature(choice.exit)]})
             mask = run_signature(alone, {bundles.IMAGE: image})[bundles.MASK]
-            segment = interpreter.get_signature_runner(bundles.segment_signature(choice.exit))
-            made = segment(**{name: tensors[name] for name in segment.get_input_details()})
-            tensors |= made
+            if chain:  # whose segments are converted each for itself, and in int8 quantised so
+                made = {bundles.MASK: mask}
+            else:
+                segment = interpreter.get_signature_runner(bundles.segment_signature(choice.exit))
+                made = segment(**{name: tensors[name] for name in segment.get_input_details()})
+                tensors |= made
             for name, value in made.items():
                 same = np.array_equal(value, full.get(f"{choice.exit}.{name}", value))
                 if not same or (name == bundles.MASK and not np.array_equal(mask, value)):
@@ -364,9 +422,14 @@ class Exporter:
                 logits = logits_of[name]
                 to_logits = self.content({bundles.SIGNATURE: everything[f"logits.{choice.exit}"]})
                 check_parity(to_logits, {bundles.IMAGE: image}, {"logits": logits.numpy()}, {}, TOLERANCE[self.precision])
-                thresholds = () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
+                thresholds = () if configuration.regions else _thresholds(configuration, choice)
                 exits[f"{choice.exit}.{bundles.MASK}"] = (logits, thresholds)
             self._check(at_a_stretch, {bundles.IMAGE: image}, exits, {})
+
+
+def _thresholds(configuration: Configuration, choice: ExitChoice) -> tuple[tuple[float, bool], ...]:
+    """What `policy.decide` takes of an exit."""
+    return () if choice.theta_pix is None else ((choice.theta_pix, configuration.edge_aware),)
 
 
 @contextlib.contextmanager

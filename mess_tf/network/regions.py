@@ -18,6 +18,7 @@ Cells whose answer stands have left; the others are active. A segment computes i
 With everything active, each of the three is the network itself. Layers on other maps than that of the deepest blocks are always dense.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -27,7 +28,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mess_runtime.bundle import NEIGHBOURS, check
+from mess_runtime.bundle import NEIGHBOURS, Regions, check
 from mess_tf.network.costs import Node, graph_nodes, with_input_size
 from mess_tf.network.exits import TAP
 from mess_tf.network.model import FINAL, MultiExitNetwork
@@ -84,6 +85,10 @@ def residual_blocks(nodes: Sequence[Node]) -> list[ResidualBlock]:
     return found
 
 
+class NoBlockError(ValueError):
+    """A segment in which no block adds its own input: it can only be computed as a whole."""
+
+
 class ActiveSegment:
     """A segment of a network between chosen exits (see `MultiExitNetwork.segments`), with its layers and their weights, at active cells.
 
@@ -93,7 +98,6 @@ class ActiveSegment:
       blocks: the residual blocks that are computed at active positions only.
       size: (height, width) of the map on which cells lie.
       cell: side of a cell in positions of that map.
-      grid: (rows, columns) of cells.
       neighbours: see above.
     """
 
@@ -117,7 +121,8 @@ class ActiveSegment:
           neighbours: see above.
 
         Raises:
-          ValueError: if no residual block of the segment can be computed at some positions only; the message names the layer.
+          NoBlockError: if the segment has no residual block.
+          ValueError: if one cannot be computed at some positions only; the message names the layer.
         """
         check(0 < index < len(candidates), "index", f"of a segment after the first, below {len(candidates)}", index)
         check(cell >= 1, "cell", "at least 1", cell)
@@ -133,7 +138,7 @@ class ActiveSegment:
         blocks = [block for block in residual_blocks(nodes) if {block.output, *block.branch} <= {node.name for node in inside}]
         if not blocks:
             reason = f"{candidates[index]}: must have a block that adds its own input, after what it reads ({', '.join(self.inputs)})"
-            raise ValueError(f"{reason}, got {[node.name for node in inside if node.macs][:6]}")
+            raise NoBlockError(f"{reason}, got {[node.name for node in inside if node.macs][:6]}")
         work: dict[tuple[int, int], int] = {}
         for block in blocks:
             size = tuple(everywhere[block.output].output.shape[1:3])
@@ -149,8 +154,18 @@ class ActiveSegment:
                         f"{candidates[index]}: the branch of {block.output} must work position by position or on neighbours, "
                         f"with stride 1; {name} ({type(everywhere[name].operation).__name__}) does not"
                     )
-        self.grid = tuple(math.ceil(side / cell) for side in self.size)
         self._where = self._plan(everywhere)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of cells."""
+        return tuple(math.ceil(side / self.cell) for side in self.size)
+
+    def with_cell(self, cell: int) -> "ActiveSegment":
+        """The same segment with cells of another side."""
+        other = copy.copy(self)
+        other.cell = cell
+        return other
 
     def shares_of_macs(self) -> tuple[float, float]:
         """Of the segment's multiply-accumulates: the share that is computed everywhere, and the share at active positions only."""
@@ -361,9 +376,36 @@ def segment_with_cells(
     network: MultiExitNetwork, candidates: Sequence[str], index: int, input_size: tuple[int, int], pixels: int, neighbours: str
 ) -> ActiveSegment:
     """A segment whose cells have so many pixels of the image to a side, as nearly as its positions allow; see `ActiveSegment`."""
-    whole = ActiveSegment(network, candidates, index, input_size, neighbours=neighbours)
-    cell = max(1, round(pixels * whole.size[0] / input_size[0]))
-    return ActiveSegment(network, candidates, index, input_size, cell, neighbours)
+    segment = ActiveSegment(network, candidates, index, input_size, neighbours=neighbours)
+    return segment.with_cell(max(1, round(pixels * segment.size[0] / input_size[0])))
+
+
+def segments_on_grid(
+    network: MultiExitNetwork, candidates: Sequence[str], input_size: tuple[int, int], regions: Regions
+) -> list[ActiveSegment | None]:
+    """The segments after the first, with the cells of a deployment; None for those that have no residual block and are always dense.
+
+    Raises:
+      ValueError: a segment cannot be computed at some positions only, all can only be dense, or the cells do not fit.
+    """
+    found: list[ActiveSegment | None] = []
+    for index in range(1, len(candidates)):
+        try:
+            segment = ActiveSegment(network, candidates, index, input_size, neighbours=regions.neighbours)
+        except NoBlockError as error:
+            if index + 1 == len(candidates) and not any(found):
+                raise ValueError(f"regions: must leave out work in one segment at least, got only dense ones; {error}") from error
+            found.append(None)
+            continue
+        fitting = [each for each in map(segment.with_cell, range(1, max(segment.size) + 1)) if each.grid == regions.grid]
+        positions = " x ".join(map(str, segment.size))
+        check(len(fitting) > 0, "regions.grid", f"of squares of the {positions} positions of {candidates[index]}", regions.grid)
+        found.append(fitting[0])
+    first, *others = filter(None, found)
+    for axis, side in enumerate(input_size):
+        same = all(np.array_equal(first.cells_of(side, axis), each.cells_of(side, axis)) for each in others)
+        check(same, "regions.grid", "such that the cells of all segments are the same pixels", regions.grid)
+    return found
 
 
 class _Filler:

@@ -21,7 +21,7 @@ from mess_runtime.files import replace_folder
 from mess_runtime.runner import Runner, needed_pixels
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, TOLERANCE, convert, pixels, run_signature
-from mess_tf.targets import check_output
+from mess_tf.targets import check_output, check_whole_images
 
 DESCRIPTION = "early_exit.json"
 CONFIDENCE, LOGITS = "confidence", "logits"
@@ -42,6 +42,7 @@ def write(bundle: bundles.Bundle, output: Path) -> None:
     Raises:
       ValueError: the output is something else, or a file differs from the bundle: in its confidence, or in the mask beyond ties.
     """
+    check_whole_images(bundle.manifest.regions)
     check(output)
     manifest = bundle.manifest
     count = manifest.input.height * manifest.input.width

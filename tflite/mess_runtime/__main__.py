@@ -92,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     "confidence": next(step.confidence for step in result.trace if step.exit == result.exit),
                     "latency_ms": result.latency_ms,
                     **({} if arguments.deadline_ms is None else {"deadline_missed": result.latency_ms > arguments.deadline_ms}),
-                    "segments": [step._asdict() for step in result.trace],
+                    "segments": [step.to_json() for step in result.trace],
                 }
                 late += line.get("deadline_missed", False)
                 print(json.dumps(line), flush=True)
@@ -160,6 +160,10 @@ def _describe(manifest: Manifest) -> str:
         f"classes    {len(manifest.classes)}: {', '.join(manifest.classes)}",
         f"setting    {manifest.setting}",
     ]
+    if (regions := manifest.regions) is not None:
+        rows, columns = regions.grid
+        cells = f"{rows} x {columns} cells leave each for itself, segments work on {', '.join(map(str, regions.budgets))} of them"
+        lines.append(f"regions    {cells}; neighbours {regions.neighbours}")
     if predicted is not None:
         on = f" on {predicted.backend}" if predicted.backend else ""
         figures = f"mIoU {100 * predicted.miou:.2f} %, mean {predicted.cost.name} {predicted.cost.mean:.6g}{on}"

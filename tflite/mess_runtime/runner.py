@@ -16,10 +16,12 @@ from mess_runtime.bundle import (
     ANYTIME,
     BUDGETED,
     CONFIDENT_PIXELS,
+    GONE,
     IMAGE,
     INPUT_DEPENDENT,
     MASK,
     SETTINGS,
+    SURE,
     Bundle,
     Manifest,
     alone_signature,
@@ -33,6 +35,8 @@ from mess_runtime.images import fit, mask_at
 WARMUP_RUNS = 2
 # What is not used of the share that may go on is kept for as many images as this.
 HELD_IMAGES = 100
+# Of how sure a cell is: a sum of as many float32 as it has pixels.
+SURE_ROUNDING = 1e-5
 
 
 class LatencyRow(Protocol):
@@ -50,13 +54,22 @@ class StepTrace(NamedTuple):
 
     Attributes:
       exit: name of the exit at its end.
-      confidence: share of confident pixels in 0..1, None where they are not counted.
+      confidence: share of confident pixels in 0..1, with regions of the cells that are sure; None where neither is known.
       latency_ms: of the signature, from its inputs (the image at the network's size, features) to the mask at that size.
+      budget: with regions, how many cells it worked on; None without.
+      active: with regions, how many cells had no answer yet, at the first exit all; None without.
     """
 
     exit: str
     confidence: float | None
     latency_ms: float
+    budget: int | None = None
+    active: int | None = None
+
+    def to_json(self) -> dict[str, str | float | None]:
+        """As JSON values; what is only known with regions is left out without them."""
+        of_regions = () if self.budget is not None else ("budget", "active")
+        return {name: value for name, value in self._asdict().items() if name not in of_regions}
 
 
 class Result(NamedTuple):
@@ -95,6 +108,9 @@ def _open(bundle: Bundle, threads: int, engine: str | None, backend: str | None)
 class Runner:
     """Executes a bundle, image after image. Threads may share it: one image is worked on at a time.
 
+    With regions, each cell of the image leaves at the first exit that is sure of it. The next segment takes the smallest budget that holds
+    the other cells, and its mask counts where it worked. When no cell is left, the image is done, in the anytime setting too.
+
     Attributes:
       backend: that it runs on.
     """
@@ -117,7 +133,8 @@ class Runner:
           latency: rows of latency.json, for `latency_budget_ms`.
           hold_latency: in the input-dependent setting, lets no more images go on than the search expected. Thresholds alone keep the
             accuracy when images get harder, as in the dark, and the latency rises; with this it is the other way round. Of any first T
-            images, at most T times the expected share go on beyond an exit; of any T in a row, 100 times that share more.
+            images, at most T times the expected share go on beyond an exit; of any T in a row, 100 times that share more. With regions,
+            parts of images count: the budget is the largest one that keeps this, and what it has no room for leaves.
           backend: see `engines.open_engine`; None for the one that the search chose, or with a warning the CPU where it is not there.
             On a GPU the features stay in its memory; the host reads a count per segment and a mask.
 
@@ -134,7 +151,9 @@ class Runner:
         self._shape = (1, self._input.height, self._input.width, 3)
         self._lock = threading.Lock()
         self._exits = manifest.exits
-        self._signatures = [segment_signature(name) for name in self._exits]
+        self._regions = manifest.regions
+        self._forms = [self._forms_of(index) for index in range(len(self._exits))]
+        self._signatures = [[*forms.values()][-1] for forms in self._forms]  # of the whole image
         self._needed = needed_pixels(manifest)
         self._going_on: list[float] | None = None  # expected shares, by segment
         if hold_latency:
@@ -146,12 +165,22 @@ class Runner:
         self._outputs: dict[str, dict[str, object]] = {}  # by signature
         self._turn = 0
         made = {IMAGE: Tensor(self._input.dtype, self._shape)}
+        own = () if self._regions else (MASK, CONFIDENT_PIXELS)
         with self._loading():
-            for signature, needed in zip(self._signatures, self._needed, strict=True):
-                self._prepare(signature, needed is not None, made)
-                made |= {name: tensor for name, tensor in self._engine.outputs[signature].items() if name not in (MASK, CONFIDENT_PIXELS)}
+            for forms, needed in zip(self._forms, self._needed, strict=True):
+                for signature in forms.values():
+                    self._prepare(signature, needed is not None, made)
+                made |= {name: tensor for name, tensor in self._engine.outputs[signature].items() if name not in own}
             self._image = np.zeros(self._shape, self._input.dtype)  # not before the file has agreed to its size
-            self._warm_up(self._signatures)
+            self._warm_up([signature for forms in self._forms for signature in forms.values()])
+
+    def _forms_of(self, index: int) -> dict[int, str]:
+        """The signatures of a segment by number of cells, rising; one that can only be dense has no other budgets in the file."""
+        exit = self._exits[index]
+        if not self._regions or not index:
+            return {self._regions.cells if self._regions else 0: segment_signature(exit)}
+        named = {budget: segment_signature(exit, budget) for budget in self._regions.budgets}
+        return {budget: name for budget, name in named.items() if name in self._engine.inputs or budget == self._regions.cells}
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
@@ -176,12 +205,13 @@ class Runner:
         Args:
           image: uint8 [h, w, 3], RGB, any size; fitted to the network as the manifest says, and the mask back by nearest neighbours.
           setting: `input-dependent` leaves at the first exit with enough confident pixels, `budgeted` runs to one exit, without
-            the heads before it where the file has `alone.EXIT`, `anytime` gives the latest result that was finished by the deadline; by
-            default what the manifest says.
+            the heads before it where the file has `alone.EXIT` and in any case on the whole image, `anytime` gives the latest result that
+            was finished by the deadline; by default what the manifest says.
           exit: the exit for `budgeted`; by default the last.
           latency_budget_ms: instead of `exit`: takes the best exit whose latency.json median keeps it, see `exit_within`.
           deadline_ms: for `anytime`, counted like the latency in the result. A segment that cannot make it even in the least time it
             ever took is not started; one that turns out late is in the trace, but its mask does not count. The first exit always counts.
+            With regions, the largest budget that can make it is taken where the one that holds all cells cannot.
 
         Returns:
           The mask, with what was run for it.
@@ -235,18 +265,44 @@ class Runner:
             self._credit = [min(had + share, HELD_IMAGES * share) for had, share in zip(self._credit, self._going_on, strict=True)]
 
         self._take(image)
-        trace, spent_ms, stands = [], 0.0, 0
-        for index, signature in enumerate(self._signatures):
-            if index and deadline_ms is not None and spent_ms + self._fastest_ms[signature] > deadline_ms:
+        trace, spent_ms, stands, active = [], 0.0, "", self._regions.cells if self._regions else 0
+        for index, forms in enumerate(self._forms):
+            able = forms
+            if index and deadline_ms is not None:
+                able = {budget: name for budget, name in able.items() if spent_ms + self._fastest_ms[name] <= deadline_ms}
+            if index and self._regions and self._going_on is not None:
+                able = {budget: name for budget, name in able.items() if self._share(stands, budget) <= self._credit[index - 1] + 1e-9}
+            if not able:
                 break
-            trace.append(self._step(signature))
+            budget = next((budget for budget in able if budget >= active), max(able))
+            if index and self._regions and self._going_on is not None:
+                self._credit[index - 1] -= self._share(stands, budget)
+            trace.append(self._step(able[budget], budget, active))
             spent_ms += trace[-1].latency_ms
             if index and deadline_ms is not None and spent_ms > deadline_ms:
                 break
-            stands = index
-            if setting == INPUT_DEPENDENT and self._leaves(index):
+            stands = able[budget]
+            if self._regions:
+                active = self._unsure(stands)
+                if not active:
+                    break
+            elif setting == INPUT_DEPENDENT and self._leaves(index):
                 break
-        return self._result(self._signatures[stands], trace, image)
+        return self._result(stands, trace, image)
+
+    def _unsure(self, signature: str) -> int:
+        """Number of cells that have no answer yet behind a signature; the last exit answers all."""
+        if SURE not in self._outputs[signature]:
+            return 0
+        theta = self.manifest.segments[self._exits.index(_exit_of(signature))].theta_img
+        return int(np.count_nonzero(self._sure(signature) < theta - SURE_ROUNDING))
+
+    def _share(self, signature: str, budget: int) -> float:
+        """Share of the image that a budget would give another answer, behind a signature."""
+        return min(budget, int(np.count_nonzero(self._sure(signature) < GONE))) / self._regions.cells
+
+    def _sure(self, signature: str) -> np.ndarray:
+        return self._engine.get(signature, SURE, self._outputs[signature][SURE])
 
     def _leaves(self, index: int) -> bool:
         """Whether the image that has reached a segment's exit leaves there."""
@@ -261,7 +317,8 @@ class Runner:
         return False
 
     def refine(self, image: np.ndarray) -> Iterator[Result]:
-        """Yields a result after each segment, the last one being the best; stop iterating to save the rest.
+        """Yields a result after each segment, the last one being the best; stop iterating to save the rest. With regions, it ends when no
+        cell is left.
 
         Args:
           image: uint8 [h, w, 3], RGB, any size.
@@ -272,21 +329,26 @@ class Runner:
         """
         with self._lock:
             self._take(image)
-            turn, trace = self._turn, []
-        for signature in self._signatures:
+            turn, trace, active = self._turn, [], self._regions.cells if self._regions else 0
+        for forms in self._forms:
             with self._lock:
                 if self._turn != turn:
                     raise RuntimeError("refine: the runner was given another image, whose features have replaced this one's")
-                trace.append(self._step(signature))
-                result = self._result(signature, trace, image)
+                budget = next(budget for budget in forms if budget >= active)
+                trace.append(self._step(forms[budget], budget, active))
+                result = self._result(forms[budget], trace, image)
+                active = self._unsure(forms[budget]) if self._regions else 0
             yield result
+            if self._regions and not active:
+                break
 
     def _budgeted(self, image: np.ndarray, exit: str) -> Result:
         signature = alone_signature(exit)
         if signature not in self._engine.inputs:
             self._take(image)
-            trace = [self._step(segment) for segment in self._signatures[: self._exits.index(exit) + 1]]
-            return self._result(segment_signature(exit), trace, image)
+            cells = self._regions.cells if self._regions else 0
+            trace = [self._step(segment, cells, cells) for segment in self._signatures[: self._exits.index(exit) + 1]]
+            return self._result(self._signatures[len(trace) - 1], trace, image)
         if signature not in self._fastest_ms:
             with self._loading():
                 self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._shape)})
@@ -303,7 +365,9 @@ class Runner:
         for name, tensor in engine.inputs[signature].items():
             check(available.get(name) == tensor, f"{where}: input {name!r}", f"one of {available}", tensor)
         expected = {MASK: Tensor("uint8", self._shape[:3])}
-        if decides or CONFIDENT_PIXELS in engine.outputs[signature]:
+        if self._regions:
+            expected |= {SURE: Tensor("float32", (1, *self._regions.grid))} if decides else {}
+        elif decides or CONFIDENT_PIXELS in engine.outputs[signature]:
             expected[CONFIDENT_PIXELS] = Tensor("int32", (1,))
         for name, tensor in expected.items():
             received = engine.outputs[signature].get(name)
@@ -328,8 +392,8 @@ class Runner:
         self._tensors = {IMAGE: self._engine.put(self._signatures[0], IMAGE, pixels)}
         self._turn += 1
 
-    def _step(self, signature: str) -> StepTrace:
-        """Runs one signature; what it reads must have been made from the same image."""
+    def _step(self, signature: str, budget: int = 0, active: int = 0) -> StepTrace:
+        """Runs one signature; what it reads must have been made from the same image. 0 cells: they do not leave."""
         engine, tensors = self._engine, self._tensors
         inputs = {name: tensors[name] for name in engine.inputs[signature]}
         start = time.perf_counter_ns()
@@ -340,7 +404,9 @@ class Runner:
         if latency_ms < self._fastest_ms[signature]:
             self._fastest_ms[signature] = latency_ms
         confidence = self._confident_pixels(signature) / self._pixels if CONFIDENT_PIXELS in outputs else None
-        return StepTrace(signature.partition(".")[2], confidence, latency_ms)
+        if SURE in outputs:
+            confidence = 1 - self._unsure(signature) / self._regions.cells
+        return StepTrace(_exit_of(signature), confidence, latency_ms, budget or None, active if budget else None)
 
     def _confident_pixels(self, signature: str) -> int:
         return int(self._engine.get(signature, CONFIDENT_PIXELS, self._outputs[signature][CONFIDENT_PIXELS])[0])
@@ -348,7 +414,12 @@ class Runner:
     def _result(self, signature: str, trace: list[StepTrace], image: np.ndarray) -> Result:
         mask = self._engine.get(signature, MASK, self._outputs[signature][MASK])[0]
         mask = mask_at(mask, image.shape[:2], self._input.resize)
-        return Result(mask, signature.partition(".")[2], tuple(trace), sum(step.latency_ms for step in trace))
+        return Result(mask, _exit_of(signature), tuple(trace), sum(step.latency_ms for step in trace))
+
+
+def _exit_of(signature: str) -> str:
+    """Name of the exit at the end of `segment.EXIT`, `segment.EXIT.BUDGET` or `alone.EXIT`."""
+    return signature.split(".")[1]
 
 
 def exit_within(manifest: Manifest, rows: Sequence[LatencyRow], latency_budget_ms: float, threads: int, backend: str = CPU) -> str:

@@ -3,10 +3,13 @@
 A delegate may compute nonsense and say nothing, or be right at its first inference only. The features between segments are compared too,
 each segment reading what the one before made on the same backend, and what the backend's libraries write to stderr counts: LiteRT reports
 shaders that do not compile nowhere else. The backend runs in a process of its own, which it may crash.
+
+Segments that work on the least sure cells get the same ones on both, drawn at random: which come first of equally sure ones is no result.
 """
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 import subprocess
@@ -20,9 +23,22 @@ import numpy as np
 from PIL import Image
 
 from mess_runtime import engines
-from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, Bundle, InputSpec, Verification, check, file_sha256, write_manifest
+from mess_runtime.bundle import (
+    CONFIDENT_PIXELS,
+    IMAGE,
+    MASK,
+    SURE,
+    Bundle,
+    InputSpec,
+    Manifest,
+    Verification,
+    check,
+    file_sha256,
+    segment_signature,
+    write_manifest,
+)
 from mess_runtime.images import fit, mask_at
-from mess_runtime.runner import needed_pixels
+from mess_runtime.runner import SURE_ROUNDING, needed_pixels
 
 # By the file's precision: root mean square error of a tensor over that of its values, share of the pixels of a mask. GPUs compute in half
 # precision if the file leaves it to them, and int8 by other roundings than XNNPACK.
@@ -64,7 +80,7 @@ class Difference:
     Attributes:
       signature, output: of the file.
       first, last: at the first and at the last run of the first image: root mean square error over that of the CPU's values, or the share
-        of the image's pixels that have another class, or that are counted more or less.
+        of the image's pixels that have another class, or that are counted more or less, with regions as a mean over the cells.
       worst: over all runs and images.
       largest: difference of a single value, of a mask 1 where anything differs.
       limit: of `worst` for the file's precision.
@@ -95,9 +111,9 @@ class Report:
       accelerated: share of the operations that did not stay on the CPU, None where it is not told.
       images, runs: how many, and how often the first of them ran.
       differences: of every output.
-      decisions: images that leave at another exit, None without a decision.
-      mious: by exit, and where there is a decision of the `POLICY`, which takes each image where it leaves; of the CPU and of the
-        backend, where there were labels.
+      decisions: images that leave at another exit, with regions of which other cells leave at one; None without a decision.
+      mious: by exit, and where there is a decision for the whole image of the `POLICY`, which takes each image where it leaves; of the CPU
+        and of the backend, where there were labels.
       faults: what the backend's libraries wrote of errors.
     """
 
@@ -269,7 +285,11 @@ def _outputs(engine: Any, images: Sequence[np.ndarray], runs: int) -> Iterator[t
         for signature, tensors in engine.inputs.items():
             inputs = {}
             for name, tensor in tensors.items():
-                if name == IMAGE or name not in made:
+                if name == SURE:
+                    count = math.prod(tensor.shape)
+                    sure = np.random.default_rng(0).permutation(count).reshape(tensor.shape) / count
+                    inputs[name] = engine.put(signature, name, sure.astype(tensor.dtype))
+                elif name == IMAGE or name not in made:
                     value = image if name == IMAGE else np.random.default_rng(len(name)).normal(0, 3, tensor.shape).astype(tensor.dtype)
                     inputs[name] = engine.put(signature, name, value)
                 else:
@@ -328,7 +348,7 @@ def _differences(expected: Sequence[Outputs], got: Sequence[Outputs], runs: int,
             pairs = [(expected[max(0, turn - runs + 1)][signature][name], outputs[signature][name]) for turn, outputs in enumerate(got)]
             errors = [_error(name, cpu, here, size) for cpu, here in pairs]
             largest = max(float(np.abs(cpu.astype(np.float64) - here.astype(np.float64)).max()) for cpu, here in pairs)
-            whole = name.endswith((MASK, CONFIDENT_PIXELS))
+            whole = name == SURE or name.endswith((MASK, CONFIDENT_PIXELS))
             yield Difference(
                 signature,
                 name,
@@ -344,6 +364,8 @@ def _error(name: str, cpu: np.ndarray, here: np.ndarray, pixels: int) -> float:
     if name.endswith(MASK):
         return float((cpu != here).mean())
     cpu, here = cpu.astype(np.float64), here.astype(np.float64)
+    if name == SURE:
+        return float(np.abs(cpu - here).mean())
     if name.endswith(CONFIDENT_PIXELS):
         return float(np.abs(cpu - here).max() / pixels)
     if not np.isfinite(here).all():
@@ -353,8 +375,8 @@ def _error(name: str, cpu: np.ndarray, here: np.ndarray, pixels: int) -> float:
 
 
 def _exits(bundle: Bundle | None, outputs: Sequence[Outputs]) -> list[str] | None:
-    """Where each image leaves, None without a decision."""
-    needed = needed_pixels(bundle.manifest) if bundle else []
+    """Where each image leaves as a whole, None without a decision."""
+    needed = needed_pixels(bundle.manifest) if bundle and not bundle.manifest.regions else []
     if all(count is None for count in needed):
         return None
 
@@ -368,8 +390,22 @@ def _exits(bundle: Bundle | None, outputs: Sequence[Outputs]) -> list[str] | Non
 
 
 def _decisions(bundle: Bundle | None, expected: Sequence[Outputs], got: Sequence[Outputs]) -> int | None:
-    cpu, here = _exits(bundle, expected), _exits(bundle, got)
+    decide = _leaving if bundle and bundle.manifest.regions else _exits
+    cpu, here = decide(bundle, expected), decide(bundle, got)
     return None if cpu is None else sum(there != other for there, other in zip(cpu, here, strict=True))
+
+
+def _whole(manifest: Manifest) -> dict[str, str]:
+    """By exit, the signature of the segment that works on the whole image."""
+    later = manifest.regions and manifest.regions.cells
+    return {exit: segment_signature(exit, later if index else None) for index, exit in enumerate(manifest.exits)}
+
+
+def _leaving(bundle: Bundle, outputs: Sequence[Outputs]) -> list[list[list[bool]]]:
+    """Of each image, by exit, which cells leave there, if all have come so far."""
+    signatures = _whole(bundle.manifest)
+    early = [(signatures[each.exit], each.theta_img - SURE_ROUNDING) for each in bundle.manifest.segments[:-1]]
+    return [[(each[signature][SURE] >= theta).ravel().tolist() for signature, theta in early] for each in outputs]
 
 
 def _mious(
@@ -378,7 +414,7 @@ def _mious(
     """By exit, at the labels' size. Classes that the bundle does not have are ignored."""
     if bundle is None or not any(label is not None for label in labels):
         return {}
-    classes, result = len(bundle.manifest.classes), {}
+    classes, signatures, result = len(bundle.manifest.classes), _whole(bundle.manifest), {}
     left = [_exits(bundle, outputs) for outputs in (expected, got)]
     for name in (*bundle.manifest.exits, *([POLICY] if left[0] else [])):
         counts = np.zeros((2, classes, classes), np.int64)
@@ -386,7 +422,7 @@ def _mious(
             exits = left[side] if name == POLICY else [name] * len(outputs)
             for label, exit, each in zip(labels, exits, outputs, strict=True):
                 if label is not None:
-                    mask = mask_at(each[f"segment.{exit}"][MASK][0], label.shape, bundle.manifest.input.resize)
+                    mask = mask_at(each[signatures[exit]][MASK][0], label.shape, bundle.manifest.input.resize)
                     known = label < classes
                     pairs = label[known].astype(np.int64) * classes + mask[known]
                     counts[side] += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
