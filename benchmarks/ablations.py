@@ -93,6 +93,9 @@ def accuracy(workdir: Path) -> Accuracies:
 # === Deployment ===
 
 
+CONSTANT = ("images", "classes", "pixels", "theta_pix", "image_of_pair", "class_of_pair", "labelled")  # whatever the candidates
+
+
 def narrowed(stats: Stats, keep: np.ndarray) -> Stats:
     """Statistics of some candidates (bool [K], the last one among them); their exits are numbered anew."""
     exits = np.unique(stats.exit_of_candidate[keep])
@@ -102,7 +105,7 @@ def narrowed(stats: Stats, keep: np.ndarray) -> Stats:
         value = getattr(stats, field.name)
         if field.name.startswith("prefix_"):
             rows = exits
-        elif isinstance(value, str) or field.name in ("images", "classes", "pixels", "theta_pix"):
+        elif isinstance(value, str) or field.name in CONSTANT:
             continue
         else:
             rows = np.flatnonzero(keep)

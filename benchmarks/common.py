@@ -119,7 +119,7 @@ def searched(workdir: Path, output: Path, *words: str) -> Deployment | None:
 
 def most_accurate(stats: Stats) -> list[ExitChoice]:
     """The head of each exit with the highest mIoU on the images of the statistics."""
-    accuracy = metrics.miou(stats.tp.sum(1), stats.fp.sum(1), stats.fn.sum(1))
+    accuracy = [metrics.miou(*(counts.sum(0) for counts in stats.counts(k))) for k in range(len(stats.candidates))]
     best = {}
     for candidate in np.argsort(accuracy).tolist():  # the last one of an exit stays
         choice = ExitChoice(*stats.candidates[candidate].split("."))

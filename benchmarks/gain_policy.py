@@ -30,18 +30,19 @@ PENALTIES = (3.0, 30.0, 300.0)
 
 def miou_pct(stats: Stats, candidate: np.ndarray) -> float:
     """mIoU % of a mixture; candidate: int [I], where each image leaves."""
-    images = np.arange(candidate.size)
-    return 100 * float(metrics.miou(*(counts[candidate, images].sum(0) for counts in (stats.tp, stats.fp, stats.fn))))
+    return 100 * float(metrics.miou(*(counts.sum(0) for counts in stats.counts(candidate))))
 
 
 def gains(stats: Stats, early: int, final: int) -> np.ndarray:
     """What each image adds to mIoU by leaving at the final exit, by the tangent in the middle of both: float64 [I]."""
-    tp, fp = (counts[[early, final]].mean(0).sum(0) for counts in (stats.tp, stats.fp))
-    union = (stats.tp[early] + stats.fn[early]).sum(0) + fp
+    counts = {k: stats.counts(k) for k in (early, final)}
+    tp, fp = (np.mean([counts[k][which].sum(0) for k in counts], axis=0) for which in (0, 1))
+    union = stats.labelled_of_class + fp
     held = union > 0
 
     def worth(candidate: int) -> np.ndarray:
-        return (stats.tp[candidate] / np.maximum(union, 1) - tp / np.maximum(union, 1) ** 2 * stats.fp[candidate])[:, held].mean(1)
+        here, wrong, _ = counts[candidate]
+        return (here / np.maximum(union, 1) - tp / np.maximum(union, 1) ** 2 * wrong)[:, held].mean(1)
 
     return worth(final) - worth(early)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mess_tf.files import Stats
+from mess_tf.files import Stats, packed
 
 
 def drawn_stats(exits: int = 5, heads: int = 80, images: int = 500, classes: int = 21, thetas: int = 10, seed: int = 0) -> Stats:
@@ -46,8 +46,8 @@ def drawn_stats(exits: int = 5, heads: int = 80, images: int = 500, classes: int
 
     theta_pix = np.round(np.linspace(0.4, 0.99, thetas), 4)
     tp = np.zeros((exit_of.size, images, classes), np.int64)
-    fp, changed = np.zeros_like(tp), np.zeros(tp.shape[:2], np.int64)
-    confident = np.zeros((exit_of.size, images, thetas, 2), np.int64)
+    fp, changed = np.zeros_like(tp), np.zeros(tp.shape[:2], np.int32)
+    confident = np.zeros((exit_of.size, images, thetas, 2), np.int32)
     for k, e in enumerate(exit_of):
         noise = rng.normal(0, 0.25, (images, 1)) + rng.normal(0, 0.25, (images, classes))
         noise *= 2 - depth[e] / depth[-1]
@@ -79,9 +79,7 @@ def drawn_stats(exits: int = 5, heads: int = 80, images: int = 500, classes: int
         images=tuple(f"image{i}" for i in range(images)),
         classes=tuple(f"class{c}" for c in range(classes)),
         pixels=np.full(images, pixels),
-        tp=tp,
-        fp=fp,
-        fn=labelled - tp,
+        **packed(tp, fp, labelled),
         theta_pix=theta_pix,
         confident=np.minimum.accumulate(confident, axis=2),
         changed=changed,

@@ -41,8 +41,9 @@ class Space:
 
     def __init__(self, stats: Stats, costs: Costs, max_early_exits: int, limit: float):
         self.costs, self.limit, self.most = costs, limit, max_early_exits
-        self.tp, self.fp = stats.tp.astype(np.float64), stats.fp.astype(np.float64)
-        self.labelled = (stats.tp[-1] + stats.fn[-1]).sum(0).astype(np.float64)
+        dense = [stats.counts(k)[:2] for k in range(len(stats.candidates))]
+        self.tp, self.fp = (np.array([each[which] for each in dense], np.float64) for which in (0, 1))
+        self.labelled = stats.labelled_of_class.astype(np.float64)
         self.exit_of = stats.exit_of_candidate
         self.first = np.searchsorted(self.exit_of, np.arange(len(stats.exits) + 1))
         self.shares = stats.confident / stats.pixels[:, None, None]

@@ -1,5 +1,8 @@
 """One pass over the calibration split: everything the search needs, per image, exit and head, in WORKDIR/stats.npz.
 
+The split is counted in shards, each a file in WORKDIR/shards that is left as it is when the command starts again after a kill; all of them
+together are the statistics, whatever the shards were.
+
 `python -m mess_tf.calibrate --workdir=W [--data_dir=D]`, after `export_tflite --candidates`: the submodels are what runs, so the statistics
 are those of their precision and name the files whose latencies belong to them. The exit policy runs as the .tflite that devices run,
 so a threshold means the same there. With --precisions, as given to `export_tflite`, stats.fp16.npz and so on, one for each.
@@ -7,9 +10,11 @@ so a threshold means the same there. With --precisions, as given to `export_tfli
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +31,7 @@ from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.data.sources import open_split
 from mess_tf.export_tflite import WEIGHTS
-from mess_tf.files import CANDIDATES, STATS, Stats, check_theta_pix, made_by, of_precision
+from mess_tf.files import CANDIDATES, STATS, Stats, check_theta_pix, joined, made_by, map_arrays, of_precision, packed, write_arrays
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, PRECISIONS, convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
@@ -36,6 +41,8 @@ from mess_tf.network.originals import check_flags, define_flags
 
 THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
+SHARD = 64  # images whose counts are written at once
+SHARDS = "shards"  # in a work folder
 
 EXPORT_AGAIN = "`python -m mess_tf.export_tflite --candidates` makes them anew"
 
@@ -75,113 +82,185 @@ def logits_of_files(prefixes: Mapping[str, Path], heads: Mapping[str, Path]) -> 
     return run
 
 
-def calibrate(
-    network: MultiExitNetwork,
-    examples: Examples,
-    split: str,
-    size: tuple[int, int],
-    folder: str | Path,
-    theta_pix: Sequence[float] = THETA_PIX,
-    fidelity: str = policy.EXACT,
-    resize: str = "stretch",
-) -> Stats:
-    """Runs every exit and head once over a split.
+class Calibration:
+    """What counts the images of a split: the same for all of them, so that they can be counted in any parts, in any order, anywhere."""
 
-    Args:
-      network: with all heads trained.
-      examples: the calibration split. Images are fitted to `size`, masks brought back to the image, as on the device.
-      split: its name.
-      size: (height, width) in pixels of the exported network.
-      folder: of the exported candidates, which are run. If there are none, the network itself is, in float32; the hashes stay empty then,
-        and the search knows MACs only.
-      theta_pix: thresholds of the pixel confidence, increasing.
-      fidelity: of the policy, see `policy.decide`.
-      resize: how images are fitted, see `images.fit`.
+    def __init__(
+        self,
+        network: MultiExitNetwork,
+        examples: Examples,
+        split: str,
+        size: tuple[int, int],
+        folder: str | Path,
+        theta_pix: Sequence[float] = THETA_PIX,
+        fidelity: str = policy.EXACT,
+        resize: str = "stretch",
+    ):
+        """Looks at what will be run; see `calibrate`."""
+        check_theta_pix(theta_pix)
+        self.network, self.examples, self.split, self.size = network, examples, split, size
+        self.folder, self.fidelity, self.resize = Path(folder), fidelity, resize
+        self.theta_pix = np.array(theta_pix, np.float64)
+        self.exits = [point.name for point in network.exit_points] + ["final"]
+        prefixes = {name: self.folder / f"prefix.{name}.tflite" for name in self.exits}
+        heads = {name: self.folder / f"{head_name(name, fidelity)}.tflite" for name in network.candidates}
+        weights, of_network, self.precision = self.folder / WEIGHTS, network.weights_sha256(), FP32
+        self.shapes = tensor_shapes(network, size)
+        self.hashes = {"prefix": ("",) * len(self.exits)} | dict.fromkeys(("head", "mask", "plain", "edge"), ("",) * len(heads))
+        if exported := weights.exists():
+            of_files, self.precision, *_ = (*weights.read_text().split(" "), "")
+            check(of_files == of_network, str(weights), f"{of_network}, as of this network; {EXPORT_AGAIN}", of_files)
+            there = all(path.exists() for path in heads.values())
+            check(there, "fidelity", f"one that the candidates were exported with; {EXPORT_AGAIN}", fidelity)
+            files = {"prefix": prefixes.values(), "head": heads.values()}
+            for mode in ("mask", "plain", "edge"):
+                names = (policy_name(name, self.shapes, mode, fidelity) for name in heads)
+                files[mode] = [self.folder / f"{name}.tflite" for name in names]
+            self.hashes = {kind: tuple(map(file_sha256, paths)) for kind, paths in files.items()}
+        self.logits_of = logits_of_files(prefixes, heads) if exported else logits_of_keras(network)
+        about = (self.hashes, self.precision, fidelity, of_network, self.theta_pix.tolist(), split, size, resize, examples.info.classes)
+        self._sha256 = hashlib.sha256(json.dumps([network.candidates, *about]).encode())
 
-    Returns:
-      The statistics, see `Stats`.
+    @functools.cached_property
+    def _decide(self) -> Callable[[np.ndarray], Mapping[str, np.ndarray]]:
+        """Logits float32 [1, h, w, C] to the mask and the confident pixels of all thresholds."""
+        thresholds = [(theta, edge_aware) for theta in self.theta_pix.tolist() for edge_aware in (False, True)]
 
-    Raises:
-      ValueError: the candidates were exported with other weights, or without this fidelity; thresholds do not increase.
-    """
-    check_theta_pix(theta_pix)
-    candidates = network.candidates
-    exits = [point.name for point in network.exit_points] + ["final"]
-    prefixes = {name: Path(folder) / f"prefix.{name}.tflite" for name in exits}
-    heads = {name: Path(folder) / f"{head_name(name, fidelity)}.tflite" for name in candidates}
-    weights, of_network, precision = Path(folder) / WEIGHTS, network.weights_sha256(), FP32
-    if exported := weights.exists():
-        of_files, precision, *_ = (*weights.read_text().split(" "), "")
-        check(of_files == of_network, str(weights), f"{of_network}, as of this network; {EXPORT_AGAIN}", of_files)
-        there = all(path.exists() for path in heads.values())
-        check(there, "fidelity", f"one that the candidates were exported with; {EXPORT_AGAIN}", fidelity)
-    logits_of = logits_of_files(prefixes, heads) if exported else logits_of_keras(network)
-    thresholds = [(theta, edge_aware) for theta in theta_pix for edge_aware in (False, True)]
+        @functools.cache
+        def runner(shape: tuple[int, ...]):
+            graph = convert(lambda logits: policy.decide(logits, self.size, thresholds, self.fidelity), {"logits": shape})
+            content = flatbuffer.write({SIGNATURE: graph})
+            return Interpreter(model_content=content, num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
 
-    @functools.cache
-    def policy_runner(shape: tuple[int, ...]):
-        graph = convert(lambda logits: policy.decide(logits, size, thresholds, fidelity), {"logits": shape})
-        return Interpreter(model_content=flatbuffer.write({SIGNATURE: graph}), num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
+        return lambda logits: runner(logits.shape)(logits=logits)
 
-    num_classes = examples.info.num_classes
-    counts = np.zeros((3, len(candidates), len(examples), num_classes), np.int64)
-    confident = np.zeros((len(candidates), len(examples), len(theta_pix), 2), np.int64)
-    changed = np.zeros(confident.shape[:2], np.int64)
-    batches = enumerate(evaluation_batches(examples).as_numpy_iterator())
-    with Bar("calibrate", len(examples) * len(candidates), "mask") as bar:
+    def count(self, images: range, advance: Callable[[str], None] = lambda _: None) -> dict[str, np.ndarray]:
+        """Runs every exit and head once over some images.
+
+        Args:
+          images: positions in the split, one after another.
+          advance: is called with the candidate after each mask.
+
+        Returns:
+          The arrays of `files.packed`, `confident` and `changed` of these images, see `Stats`.
+        """
+        candidates, num_classes = self.network.candidates, self.examples.info.num_classes
+        counts = np.zeros((3, len(candidates), len(images), num_classes), np.int64)
+        confident = np.zeros((len(candidates), len(images), self.theta_pix.size, 2), np.int32)
+        changed = np.zeros(confident.shape[:2], np.int32)
+        batches = enumerate(evaluation_batches(self.examples, images).as_numpy_iterator())
         while chunk := list(itertools.islice(batches, CHUNK)):
             final_masks: dict[int, np.ndarray] = {}
-            for candidate, logits in logits_of([network_input(image, size, resize) for _, (image, _) in chunk]):
+            for candidate, logits in self.logits_of([network_input(image, self.size, self.resize) for _, (image, _) in chunk]):
                 k = candidates.index(candidate)
                 for (i, (_, label)), each in zip(chunk, logits, strict=True):
-                    outputs = policy_runner(each.shape)(logits=each)
-                    confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(len(theta_pix), 2)
-                    prediction = mask_at(outputs[MASK], label.shape[1:3], resize)
+                    outputs = self._decide(each)
+                    confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(confident.shape[2:])
+                    prediction = mask_at(outputs[MASK], label.shape[1:3], self.resize)
                     counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label, prediction, num_classes))
                     if candidate == FINAL:
                         final_masks[i] = outputs[MASK]
                     changed[k, i] = (outputs[MASK] != final_masks[i]).sum()
-                    bar.advance(candidate)
+                    advance(candidate)
+        tp, fp, fn = counts
+        return packed(tp, fp, (tp + fn)[-1]) | {"confident": confident, "changed": changed}
 
-    def sha256(path: Path) -> str:
-        return file_sha256(path) if exported else ""
+    def shard(self, images: range, folder: Path, advance: Callable[[str], None] = lambda _: None) -> Path:
+        """The file with the `count` of some images, made unless it is there and of the same images, files and thresholds.
 
-    of_exit = [[name for name in candidates if name.startswith(f"{exit_name}.")] for exit_name in exits]
+        Args:
+          images, advance: see `count`.
+          folder: of the file.
+        """
+        digest = self._sha256.copy()
+        digest.update(json.dumps([(self.examples.names[i], self.examples.digest(i)) for i in images]).encode())
+        path, key = folder / f"{images.start}-{images.stop}.npz", np.array(digest.hexdigest())
+        if not _is_of(path, key):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_arrays(path, key=key, **self.count(images, advance))
+        return path
 
-    prefix = [model_cost(network.features(names), size) for names in of_exit]
-    shapes = tensor_shapes(network, size)
-    head = [head_cost(network, name, shapes) for name in candidates]
-    costs = {
-        f"{part}_{field.name}": np.array([getattr(cost, field.name) for cost in of_part], np.int64)
-        for part, of_part in (("prefix", prefix), ("head", head))
-        for field in dataclasses.fields(Cost)
-    }
+    def stats(self, parts: Sequence[Mapping[str, np.ndarray]]) -> Stats:
+        """The statistics of the split, of the `count` of each of its parts, in order."""
+        network, candidates = self.network, self.network.candidates
+        of_exit = [[name for name in candidates if name.startswith(f"{exit_name}.")] for exit_name in self.exits]
+        prefix = [model_cost(network.features(names), self.size) for names in of_exit]
+        head = [head_cost(network, name, self.shapes) for name in candidates]
+        costs = {
+            f"{part}_{field.name}": np.array([getattr(cost, field.name) for cost in of_part], np.int64)
+            for part, of_part in (("prefix", prefix), ("head", head))
+            for field in dataclasses.fields(Cost)
+        }
+        return Stats(
+            split=self.split,
+            fidelity=self.fidelity,
+            candidates=tuple(candidates),
+            images=self.examples.names,
+            classes=self.examples.info.classes,
+            pixels=np.full(len(self.examples), self.size[0] * self.size[1], np.int64),
+            theta_pix=self.theta_pix,
+            **joined(parts),
+            **costs,
+            **{f"{kind}_sha256": hashes for kind, hashes in self.hashes.items()},
+            made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
+            precision=self.precision,
+        )
 
-    def policy_sha256(mode: str) -> tuple[str, ...]:
-        return tuple(sha256(Path(folder) / f"{policy_name(name, shapes, mode, fidelity)}.tflite") for name in candidates)
+    def shards(self, images: int = SHARD) -> list[range]:
+        """The split in parts of so many images."""
+        return [range(len(self.examples))[start : start + images] for start in range(0, len(self.examples), images)]
 
-    return Stats(
-        split=split,
-        fidelity=fidelity,
-        candidates=tuple(candidates),
-        images=examples.names,
-        classes=examples.info.classes,
-        pixels=np.full(len(examples), size[0] * size[1], np.int64),
-        tp=counts[0],
-        fp=counts[1],
-        fn=counts[2],
-        theta_pix=np.array(theta_pix, np.float64),
-        confident=confident,
-        changed=changed,
-        **costs,
-        prefix_sha256=tuple(map(sha256, prefixes.values())),
-        head_sha256=tuple(map(sha256, heads.values())),
-        mask_sha256=policy_sha256("mask"),
-        plain_sha256=policy_sha256("plain"),
-        edge_sha256=policy_sha256("edge"),
-        made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
-        precision=precision,
-    )
+
+def _is_of(path: Path, key: np.ndarray) -> bool:
+    try:
+        return bool(map_arrays(path)["key"] == key)
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def calibrate(*args, **kwargs) -> Stats:
+    """The statistics of a whole split, made in memory; arguments as of `Calibration`."""
+    calibration = Calibration(*args, **kwargs)
+    return calibration.stats([calibration.count(range(len(calibration.examples)))])
+
+
+def calibrations(
+    workdir: str,
+    data_dir: str = "",
+    split: str = "",
+    theta_pix: Sequence[float] = THETA_PIX,
+    fidelity: str = policy.EXACT,
+    precisions: Sequence[str | None] = (None,),
+) -> dict[str | None, Calibration]:
+    """What counts the images of a work folder, by precision; the split is the validation split if none is named."""
+    config = configs.with_data_dir(configs.load_config(workdir), data_dir)
+    split = split or config.data.val_split
+    examples = open_split(config.data, split)
+    network = load_network(workdir, config, examples.info.num_classes)
+    folders = {precision: Path(workdir, of_precision(CANDIDATES, precision)) for precision in precisions}
+    fixed = config.data.input_size, theta_pix, fidelity, config.data.resize
+    return {precision: Calibration(network, examples, split, fixed[0], folder, *fixed[1:]) for precision, folder in folders.items()}
+
+
+def count_shards(shards: Sequence[range], workdir: str, precision: str | None = None, **kwargs) -> list[Path]:
+    """A task of its own, files in and files out: some shards of a split. What an earlier try has finished is left as it is.
+
+    Args:
+      shards: some of `Calibration.shards`.
+      workdir, kwargs: see `calibrations`.
+      precision: of the candidates.
+
+    Returns:
+      The files, for `merge`.
+    """
+    calibration = calibrations(workdir, precisions=(precision,), **kwargs)[precision]
+    return [calibration.shard(images, Path(workdir, of_precision(SHARDS, precision))) for images in shards]
+
+
+def merge(calibration: Calibration, shards: Sequence[Path], path: Path) -> None:
+    """Writes the statistics of a split, of the files of all its shards, in order, and deletes the folder of the shards."""
+    calibration.stats([map_arrays(shard) for shard in shards]).save(path)
+    shutil.rmtree(shards[0].parent)
 
 
 def run(
@@ -192,21 +271,22 @@ def run(
     fidelity: str = policy.EXACT,
     precisions: Sequence[str] = (),
 ) -> list[Path]:
-    """The command: see `calibrate`; the split is the validation split if none is named. Returns the paths of the statistics."""
-    config = configs.with_data_dir(configs.load_config(workdir), data_dir)
+    """The command: see `calibrations`. Returns the paths of the statistics."""
     check_theta_pix(theta_pix)
     check_writable("workdir", workdir, folder=True)
     check(set(precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(precisions))
     for folder in (Path(workdir, of_precision(CANDIDATES, each)) for each in precisions):
         command = f"`python -m mess_tf.export_tflite --candidates --precisions={','.join(precisions)}`"
         check((folder / WEIGHTS).exists(), "precisions", f"those of exported candidates; {command} makes them", str(folder))
-    split = split or config.data.val_split
-    examples = open_split(config.data, split)
-    network = load_network(workdir, config, examples.info.num_classes)
     paths = []
-    for precision in precisions or (None,):
-        folder, path = Path(workdir, of_precision(CANDIDATES, precision)), Path(workdir, of_precision(STATS, precision))
-        calibrate(network, examples, split, config.data.input_size, folder, theta_pix, fidelity, config.data.resize).save(path)
+    for precision, calibration in calibrations(workdir, data_dir, split, theta_pix, fidelity, precisions or (None,)).items():
+        folder, path = (Path(workdir, of_precision(name, precision)) for name in (SHARDS, STATS))
+        with Bar("calibrate", len(calibration.examples) * len(calibration.network.candidates), "mask") as bar:
+            done = []
+            for images in calibration.shards():
+                done.append(calibration.shard(images, folder, bar.advance))
+                bar.reach(images.stop * len(calibration.network.candidates))  # of a shard that was there, too
+        merge(calibration, done, path)
         paths.append(path)
     return paths
 

@@ -8,11 +8,13 @@ import dataclasses
 import functools
 import json
 import math
+import mmap
 import os
 import platform
+import struct
 import subprocess
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -41,6 +43,9 @@ MAX_PIXELS = 2**22
 
 # Of an .npz file, unpacked: more is no file of ours, but one that is made to fill the memory.
 MAX_ARRAYS_BYTES = 8 * 2**30
+
+# Of stats.npz, which has other readers than the rest and so a number of its own.
+STATS_FORMAT = 2
 
 # Names in a work folder.
 CANDIDATES, STATS, DEPLOYMENT, VERIFICATION = "candidates", "stats.npz", "deployment.json", "verification.json"
@@ -71,30 +76,67 @@ def candidate_files(workdir: str | os.PathLike, precisions: Sequence[str | None]
     return [path for name in names for path in sorted(Path(workdir, name).glob("*.tflite"))]
 
 
-def read_arrays(path: str | os.PathLike, required: Collection[str] | None = None, optional: Collection[str] = ()) -> dict[str, np.ndarray]:
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads an .npz file without objects in it.
-
-    Args:
-      path: of the file.
-      required: names of the arrays that it must hold, and no others; None for any. Names and sizes are looked at before anything is read.
-      optional: those of them that may be missing.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is another or a broken file, has other arrays, or is larger than `MAX_ARRAYS_BYTES` unpacked.
+      ValueError: it is another or a broken file, or is larger than `MAX_ARRAYS_BYTES` unpacked.
     """
-    with _unpacking(path), zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    names, where = [member.filename.removesuffix(".npy") for member in members], f"{os.fspath(path)}: arrays"
-    check(len(set(names)) == len(names), where, "of different names", names)
-    if required is not None:
-        missing = set(required) - set(optional) - set(names)
-        for problem, keys in (("missing", missing), ("unknown", set(names) - set(required))):
-            check(not keys, where, ", ".join(sorted(required)), f"{problem} {', '.join(sorted(keys))}")
-    size = sum(member.file_size for member in members)
-    check(size <= MAX_ARRAYS_BYTES, where, f"of at most {MAX_ARRAYS_BYTES} bytes", size)
+    size = sum(member.file_size for member in _members(path).values())
+    check(size <= MAX_ARRAYS_BYTES, f"{os.fspath(path)}: arrays", f"of at most {MAX_ARRAYS_BYTES} bytes", size)
     with _unpacking(path), np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def map_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file as `write_arrays` writes it, read-only. They stay in the file until they are used.
+
+    The check sums are compared first, in pieces, so that what is used later is what was written.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is another or a broken file, or what is in it is compressed.
+    """
+    members, arrays = _members(path), {}
+    with _unpacking(path), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        if (broken := archive.testzip()) is not None:
+            raise ValueError(f"{broken} is damaged")
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for name, member in members.items():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed")
+            with archive.open(member) as array:
+                if (version := np.lib.format.read_magic(array)) != (1, 0):
+                    raise ValueError(f"{name} has the version {version}")
+                shape, by_column, kind = np.lib.format.read_array_header_1_0(array)
+                header = array.tell()
+            # The archive's own header tells how long its two texts are that stand between it and the content.
+            begin = member.header_offset + 30 + sum(struct.unpack_from("<HH", content, member.header_offset + 26)) + header
+            if by_column or kind.hasobject or min(shape, default=0) < 0 or header + math.prod(shape) * kind.itemsize != member.file_size:
+                raise ValueError(f"{name} is no plain array")
+            arrays[name] = np.ndarray(shape, kind, content, begin)
+    return arrays
+
+
+def write_arrays(path: str | os.PathLike, **arrays: Any) -> None:
+    """Writes an .npz file that `map_arrays` reads, atomically. Equal arrays make equal bytes."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **{name: np.asarray(array, order="C") for name, array in arrays.items()})
+
+    write_atomically(path, write)
+
+
+def _members(path: str | os.PathLike) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of an .npz file by name."""
+    with _unpacking(path), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    named = {member.filename.removesuffix(".npy"): member for member in members}
+    names = [member.filename for member in members]
+    check(len(named) == len(names), f"{os.fspath(path)}: arrays", "of different names", names)
+    return named
 
 
 @contextlib.contextmanager
@@ -123,11 +165,51 @@ def check_theta_pix(values: Sequence[float]) -> None:
     check(bool(ok), "theta_pix", "increasing numbers in [0, 1]", grid.tolist())
 
 
+def _of_format(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a `stats.npz` but its format, which says whether this version can read it."""
+    told = _members(path).get("format")
+    with _unpacking(path), np.load(path, allow_pickle=False) as arrays:
+        found = arrays["format"].tolist() if told is not None and told.file_size < 1024 else "none"
+    required = f"{STATS_FORMAT}; `python -m mess_tf.calibrate` makes the file anew"
+    check(found == STATS_FORMAT, f"{os.fspath(path)}: format", required, found)
+    return {name: array for name, array in map_arrays(path).items() if name != "format"}
+
+
+def packed(tp: np.ndarray, fp: np.ndarray, labelled: np.ndarray) -> dict[str, np.ndarray]:
+    """The counts of `Stats`, by name, of dense ones.
+
+    Args:
+      tp, fp: integers [K, I, C].
+      labelled: integers [I, C].
+
+    Raises:
+      ValueError: one is larger than an int32.
+    """
+    most = max(int(each.max(initial=0)) for each in (tp, fp, labelled))
+    check(most < 2**31, "labelled", f"below {2**31} pixels of a class in each image", most)
+    pairs = np.nonzero((labelled > 0) | (fp > 0).any(axis=0))
+    arrays = dict(zip(("image_of_pair", "class_of_pair"), pairs, strict=True))
+    arrays |= {"labelled": labelled[pairs], "tp": tp[:, *pairs], "fp": fp[:, *pairs]}
+    return {name: array.astype(np.int32, order="C") for name, array in arrays.items()}
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `Stats` keeps of all images, of what it keeps of some of them each: the arrays of `packed`, `confident` and `changed`."""
+    before = np.cumsum([0, *(part["changed"].shape[1] for part in parts)])
+    images = [part["image_of_pair"] + first for part, first in zip(parts, before, strict=False)]
+    arrays = {"image_of_pair": np.concatenate(images).astype(np.int32)}
+    for name, axis in (("class_of_pair", 0), ("labelled", 0), ("tp", 1), ("fp", 1), ("confident", 1), ("changed", 1)):
+        arrays[name] = np.concatenate([part[name] for part in parts], axis=axis)
+    return arrays
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stats:
     """What the search needs to know of a trained network: counts per image and candidate, and costs that need no device.
 
-    A candidate is one head at one exit. K candidates, E exits, I images, C classes, T pixel thresholds.
+    A candidate is one head at one exit. K candidates, E exits, I images, C classes, T pixel thresholds. An image holds few of many
+    classes, so counts are kept for P pairs of an image and a class, at least those that the label or any candidate has a pixel of; all
+    other counts are 0.
 
     Attributes:
       split: name of the calibration split.
@@ -136,10 +218,12 @@ class Stats:
       images: I names.
       classes: C names.
       pixels: int64 [I], pixels of the mask (H·W), ignored ones included.
-      tp, fp, fn: int64 [K, I, C], predicted against labelled pixels, ignored ones not counted; tp + fn is the same for every candidate.
+      image_of_pair, class_of_pair: int32 [P], by image, then by class, each pair once.
+      labelled: int32 [P], labelled pixels; ignored ones are not counted, here and in the next two.
+      tp, fp: int32 [K, P], predicted against labelled pixels; what `labelled` has more than `tp` is FN.
       theta_pix: float64 [T], increasing, in [0, 1].
-      confident: int64 [K, I, T, 2], pixels with a confidence of at least theta_pix; last axis: plain, edge-aware.
-      changed: int64 [K, I], pixels of the mask whose class is not the final exit's.
+      confident: int32 [K, I, T, 2], pixels with a confidence of at least theta_pix; last axis: plain, edge-aware.
+      changed: int32 [K, I], pixels of the mask whose class is not the final exit's.
       prefix_macs, prefix_parameters, prefix_memory_bytes: int64 [E], from the image to all that the exit's heads read; memory is the most
         that is alive at once.
       head_macs, head_parameters, head_memory_bytes: int64 [K].
@@ -148,7 +232,7 @@ class Stats:
       mask_sha256, plain_sha256, edge_sha256: K hashes each, likewise, of the submodels from a candidate's logits to its mask, and to
         its mask and plain or edge-aware confidence; candidates with logits of one size share them.
       made_by: JSON object, the versions and the git commit that made it.
-      precision: of the candidates, empty in files of earlier versions, which did not say.
+      precision: of the candidates.
 
     Raises:
       ValueError: naming the key that does not fit.
@@ -160,9 +244,11 @@ class Stats:
     images: tuple[str, ...]
     classes: tuple[str, ...]
     pixels: np.ndarray
+    image_of_pair: np.ndarray
+    class_of_pair: np.ndarray
+    labelled: np.ndarray
     tp: np.ndarray
     fp: np.ndarray
-    fn: np.ndarray
     theta_pix: np.ndarray
     confident: np.ndarray
     changed: np.ndarray
@@ -192,27 +278,34 @@ class Stats:
         ok = list(self.exits) == expected and grouped and alone and all("." in name for name in self.candidates)
         check(ok, "candidates", "EXIT.HEAD names grouped by exit: exit1 to exitN-1, then one `final.HEAD`", self.candidates)
 
-        k, e, i, c = len(self.candidates), len(self.exits), len(self.images), len(self.classes)
+        k, e, i, p = len(self.candidates), len(self.exits), len(self.images), self.image_of_pair.size
         check(self.theta_pix.ndim == 1 and self.theta_pix.size > 0, "theta_pix", "a vector of at least one threshold", self.theta_pix.shape)
         t = self.theta_pix.size
-        shapes = {"pixels": (i,), "tp": (k, i, c), "fp": (k, i, c), "fn": (k, i, c), "confident": (k, i, t, 2), "changed": (k, i)}
+        shapes = {"image_of_pair": (p,), "class_of_pair": (p,), "labelled": (p,), "tp": (k, p), "fp": (k, p)}
+        shapes |= {"confident": (k, i, t, 2), "changed": (k, i)}
+        kinds = dict.fromkeys(shapes, np.int32)
+        shapes |= {"pixels": (i,)}
         for cost in ("macs", "parameters", "memory_bytes"):
             shapes |= {f"prefix_{cost}": (e,), f"head_{cost}": (k,)}
         for key, shape in shapes.items():
-            array = getattr(self, key)
-            check(array.dtype == np.int64, key, "int64", array.dtype.name)
+            array, kind = getattr(self, key), np.dtype(kinds.get(key, np.int64))
+            check(array.dtype == kind, key, kind.name, array.dtype.name)
             check(array.shape == shape, key, f"of shape {shape}", array.shape)
-            check(not (array < 0).any(), key, "without negative values", array.min())
+            check(array.min(initial=0) >= 0, key, "without negative values", array.min(initial=0))
         check(self.theta_pix.dtype == np.float64, "theta_pix", "float64", self.theta_pix.dtype.name)
         check_theta_pix(self.theta_pix)
         ok = self.pixels.min() >= 1 and self.pixels.max() <= MAX_PIXELS
         check(ok, "pixels", f"between 1 and {MAX_PIXELS} in each image", (self.pixels.min(), self.pixels.max()))
-        for key, above in (("confident", self.confident > self.pixels[:, None, None]), ("changed", self.changed > self.pixels)):
-            check(not above.any(), key, "at most the pixels of the image", f"{above.sum()} larger counts")
+        for key, most in (("image_of_pair", i), ("class_of_pair", len(self.classes))):
+            check(getattr(self, key).max(initial=0) < most, key, f"below {most}", getattr(self, key).max(initial=0))
+        rising = np.diff(self.image_of_pair.astype(np.int64) * len(self.classes) + self.class_of_pair) > 0
+        check(rising.all(), "class_of_pair", "rising within an image, and images rising", f"{(~rising).sum()} pairs that are not")
+        for key, most in (("tp", self.labelled), ("confident", self.pixels[:, None, None]), ("changed", self.pixels)):
+            above = sum(np.count_nonzero(of_candidate > most) for of_candidate in getattr(self, key))
+            required = "at most the labelled pixels" if key == "tp" else "at most the pixels of the image"
+            check(not above, key, required, f"{above} larger counts")
         check(not self.changed[-1].any(), "changed", "0 at the final exit", self.changed[-1].max())
-        differs = ((self.tp + self.fn) != (self.tp[-1] + self.fn[-1])).any(axis=(1, 2))
-        check(not differs.any(), "fn", "labelled pixels less tp, the same sum for every candidate", [*np.array(self.candidates)[differs]])
-        check(self.tp[-1].sum() + self.fn[-1].sum() > 0, "fn", "counted on at least one labelled pixel, with tp", 0)
+        check(self.labelled.any(), "labelled", "those of at least one labelled pixel", 0)
         check(len(self.prefix_sha256) == e, "prefix_sha256", f"{e} strings", len(self.prefix_sha256))
         for key in ("head_sha256", "mask_sha256", "plain_sha256", "edge_sha256"):
             check(len(getattr(self, key)) == k, key, f"{k} strings", len(getattr(self, key)))
@@ -232,19 +325,28 @@ class Stats:
         """int64 [K], the position in `exits` of each candidate's exit."""
         return np.array([self.exits.index(name.partition(".")[0]) for name in self.candidates])
 
+    @functools.cached_property
+    def labelled_of_class(self) -> np.ndarray:
+        """int64 [C], labelled pixels of all images."""
+        return np.bincount(self.class_of_pair, self.labelled, len(self.classes)).astype(np.int64)
+
+    def counts(self, candidate: int | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """TP, FP and FN, int64 [I, C] each, where all images leave at one candidate or each at its own, int64 [I]."""
+        pairs = np.arange(self.labelled.size)
+        of_pair = np.broadcast_to(candidate, len(self.images))[self.image_of_pair]
+        tp, fp = self.tp[of_pair, pairs], self.fp[of_pair, pairs]
+        dense = np.zeros((3, len(self.images), len(self.classes)), np.int64)
+        for each, values in zip(dense, (tp, fp, self.labelled - tp), strict=True):
+            each[self.image_of_pair, self.class_of_pair] = values
+        return tuple(dense)
+
     def save(self, path: str | os.PathLike) -> None:
-        """Writes `stats.npz`, compressed."""
-        arrays = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, format=np.int64(FORMAT), **arrays)
-
-        write_atomically(path, write)
+        """Writes `stats.npz`."""
+        write_arrays(path, format=np.int64(STATS_FORMAT), **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
-        """Reads and checks `stats.npz`.
+        """Reads and checks `stats.npz`. Its arrays stay in the file until they are used.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -252,13 +354,12 @@ class Stats:
         """
         _must_exist(path, "mess_tf.calibrate")
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        arrays = read_arrays(path, ("format", *fields), ("precision",))
+        arrays = _of_format(path)
         try:
-            check(arrays["format"].tolist() == FORMAT, "format", str(FORMAT), arrays["format"].tolist())
+            for problem, keys in (("missing", {*fields} - {*arrays}), ("unknown", {*arrays} - {*fields})):
+                check(not keys, "arrays", ", ".join(sorted(fields)), f"{problem} {', '.join(sorted(keys))}")
             values = {}
             for key, kind in fields.items():
-                if key not in arrays:
-                    continue
                 array = arrays[key]
                 if kind is not np.ndarray:
                     ndim = 0 if kind is str else 1

@@ -115,7 +115,7 @@ def difference_interval(stats: Stats, costs: Costs, deployment: Deployment) -> t
     drawn = guarantee.resamples(images.size)
 
     def mious(candidate: np.ndarray) -> np.ndarray:
-        return metrics.miou(*(drawn @ counts[candidate, images] for counts in (stats.tp, stats.fp, stats.fn)))
+        return metrics.miou(*(drawn @ counts for counts in stats.counts(candidate)))
 
     return guarantee.interval(mious(mixture(stats, costs, deployment)) - mious(np.full(images.size, -1)))
 
@@ -143,7 +143,7 @@ def front_points(stats: Stats, costs: Costs, deployment: Deployment) -> list[dic
     def alone(k: int, kind: str = "head") -> dict[str, Any]:
         name = stats.candidates[k]
         cost = scale * float(costs.prefix[stats.exit_of_candidate[k]] + costs.head[k])
-        miou = 100 * float(metrics.miou(*(counts[k].sum(0) for counts in (stats.tp, stats.fp, stats.fn))))
+        miou = 100 * float(metrics.miou(*(counts.sum(0) for counts in stats.counts(k))))
         choice = {"exit": exit_of(name), "head": name.partition(".")[2], "theta_pix": None, "theta_img": None, "leave": 1.0}
         return {"kind": kind, "miou": miou, "mean": cost, "p90": cost, "edge_aware": False, "exits": [choice]}
 
@@ -280,8 +280,7 @@ def gallery(
     """Images with their label and, at each chosen exit and the original's, mask, confidence, errors and mIoU in percent."""
     chosen = chain_of(deployment)
     shown = list(dict.fromkeys([*chosen, FINAL]))
-    positions = [stats.candidates.index(name) for name in shown]
-    miou = 100 * metrics.miou(*(counts[positions] for counts in (stats.tp, stats.fp, stats.fn)))  # [exits, I]
+    miou = np.array([100 * metrics.miou(*stats.counts(stats.candidates.index(name))) for name in shown])  # [exits, I]
     leaves_at = evaluate_configuration(stats, costs, deployment)[2]
     here = miou[leaves_at, np.arange(leaves_at.size)]
     sure = [image_confidence(stats, deployment, k) for k, choice in enumerate(deployment.exits) if choice.theta_pix is not None]
@@ -378,10 +377,10 @@ def choice(deployment: Deployment) -> str:
 def class_ious(stats: Stats, deployment: Deployment, leaves_at: np.ndarray) -> dict[str, list[float | None]]:
     """IoU in percent per class, None where no label holds it, then the mean: of the chosen exits alone, the original and the mixture."""
     chain = [stats.candidates.index(name) for name in chain_of(deployment)]
-    images = np.arange(len(stats.images))
-    columns = {stats.candidates[k]: [counts[k].sum(0) for counts in (stats.tp, stats.fp, stats.fn)] for k in dict.fromkeys([*chain, -1])}
-    columns["chosen mixture"] = [counts[np.array(chain)[leaves_at], images].sum(0) for counts in (stats.tp, stats.fp, stats.fn)]
-    iou = {name: 100 * np.append(metrics.class_iou(*counts), metrics.miou(*counts)) for name, counts in columns.items()}
+    columns = {stats.candidates[k]: stats.counts(k) for k in dict.fromkeys([*chain, -1])}
+    columns["chosen mixture"] = stats.counts(np.array(chain)[leaves_at])
+    sums = {name: [count.sum(0) for count in counts] for name, counts in columns.items()}
+    iou = {name: 100 * np.append(metrics.class_iou(*counts), metrics.miou(*counts)) for name, counts in sums.items()}
     return {name: [None if np.isnan(value) else float(value) for value in values] for name, values in iou.items()}
 
 

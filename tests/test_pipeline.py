@@ -21,7 +21,7 @@ from android_bench import __main__ as android
 from mess_runtime import benchmark
 from mess_runtime.bundle import Bundle, file_sha256
 from mess_runtime.files import locked
-from mess_tf import configs, pipeline, train
+from mess_tf import calibrate, configs, pipeline, train
 from mess_tf.data.synthetic import SYNTHETIC_CLASSES
 from mess_tf.files import Asked, Deployment, Stats
 from mess_tf.network.model import best_weights
@@ -187,6 +187,26 @@ def test_other_latencies_are_searched_again(again, tmp_path):
     lacking.write_text(json.dumps(document | {"rows": document["rows"][:1]}))
     with pytest.raises(StepError, match=r"^search: latency.json: must have a row for every submodel"):
         again(latency=lacking, asked=asked)
+
+
+def test_shards_counted_apart_make_the_same_statistics(again, monkeypatch):
+    """What is finished is not done again, what is broken or of other thresholds is."""
+    path = again.workdir / "stats.npz"
+    expected = path.read_bytes()
+    (calibration,) = calibrate.calibrations(str(again.workdir)).values()
+    shards, counted, count = calibration.shards(1), [], calibrate.Calibration.count
+    assert len(shards) == len(calibration.examples) > 1
+    monkeypatch.setattr(calibrate.Calibration, "count", lambda self, images, *rest: counted.append(images) or count(self, images, *rest))
+    (last,) = calibrate.count_shards(shards[-1:], str(again.workdir))
+    last.write_bytes(last.read_bytes()[:-100])
+    files = calibrate.count_shards(shards[:-1], str(again.workdir), theta_pix=(0.5,))
+    assert calibrate.count_shards(shards[:-1], str(again.workdir)) == files
+    counted.clear()
+    files = calibrate.count_shards(shards, str(again.workdir))
+    assert counted == shards[-1:]
+    calibrate.merge(calibration, files, path)
+    assert path.read_bytes() == expected
+    assert not files[0].parent.exists()
 
 
 @pytest.mark.usefixtures("without_bundle_and_report")

@@ -17,7 +17,19 @@ from benchmarks.paper_space import drawn_stats
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
 from mess_runtime.verify import Report
-from mess_tf.files import COSTS, Asked, Certificate, Configuration, Deployment, ExitChoice, Objective, Original, Stats
+from mess_tf.files import (
+    COSTS,
+    Asked,
+    Certificate,
+    Configuration,
+    Deployment,
+    ExitChoice,
+    Objective,
+    Original,
+    Stats,
+    joined,
+    packed,
+)
 from mess_tf.optimise import guarantee, optimum, pairs
 from mess_tf.optimise.combinations import Option, choose, options_of, reference, search_table, sha256
 from mess_tf.optimise.search import InfeasibleError, exit_orders, front, resolve_objective, search, search_guaranteed
@@ -53,12 +65,10 @@ def make_stats(seed: int, heads=(2, 1), images=4, classes=3, thetas=2, largest=6
         images=tuple(f"image{i}" for i in range(images)),
         classes=tuple(f"class{c}" for c in range(classes)),
         pixels=pixels,
-        tp=tp,
-        fp=rng.integers(0, largest + 1, tp.shape),
-        fn=labelled - tp,
+        **packed(tp, rng.integers(0, largest + 1, tp.shape), labelled),
         theta_pix=np.linspace(0.5, 0.9, thetas),
-        confident=confident,
-        changed=np.concatenate([rng.integers(0, pixels + 1, (k - 1, images)), np.zeros((1, images), np.int64)]),
+        confident=confident.astype(np.int32),
+        changed=np.concatenate([rng.integers(0, pixels + 1, (k - 1, images)), np.zeros((1, images))]).astype(np.int32),
         prefix_macs=np.cumsum(rng.integers(1, 5, exits)),
         head_macs=rng.integers(0, 4, k),
         prefix_parameters=np.cumsum(rng.integers(1, 5, exits)),
@@ -302,7 +312,7 @@ def test_rounding_does_not_change_a_decision():
     pixels[:2] = 2**22, pow(2500001, -1, 2**22)
     confident = (pixels[:, None, None] * rng.random((2, 300, 1, 2))).astype(np.int64)
     confident[:, :2] = np.array([2500001, 2500001 * pixels[1] // 2**22])[:, None, None]
-    stats = dataclasses.replace(make_stats(0, heads=(1,), images=300, thetas=1), pixels=pixels, confident=confident)
+    stats = dataclasses.replace(make_stats(0, heads=(1,), images=300, thetas=1), pixels=pixels, confident=confident.astype(np.int32))
     order, ends = (array[0, 0] for array in exit_orders(stats, edge_aware=False, quantiles=None))
     assert ends.all()
     for leaving, image in enumerate(order, start=1):
@@ -321,12 +331,14 @@ def two_images() -> Stats:
         images=("easy", "hard"),
         classes=("left", "right"),
         pixels=np.array([4, 4]),
-        tp=np.array([[[2, 2], [2, 0]], [[2, 2], [2, 2]]]),
-        fp=np.array([[[0, 0], [2, 0]], [[0, 0], [0, 0]]]),
-        fn=np.array([[[0, 0], [0, 2]], [[0, 0], [0, 0]]]),
+        **packed(
+            tp=np.array([[[2, 2], [2, 0]], [[2, 2], [2, 2]]]),
+            fp=np.array([[[0, 0], [2, 0]], [[0, 0], [0, 0]]]),
+            labelled=np.array([[2, 2], [2, 2]]),
+        ),
         theta_pix=np.array([0.5]),
-        confident=np.array([[[[3, 3]], [[1, 3]]], [[[4, 4]], [[4, 4]]]]),
-        changed=np.array([[0, 2], [0, 0]]),
+        confident=np.array([[[[3, 3]], [[1, 3]]], [[[4, 4]], [[4, 4]]]], np.int32),
+        changed=np.array([[0, 2], [0, 0]], np.int32),
         prefix_macs=np.array([10, 30]),
         head_macs=np.array([2, 5]),
         prefix_parameters=np.array([100, 300]),
@@ -630,10 +642,10 @@ def of_two_precisions(seed: int, **shape) -> dict[str, Stats]:
     """Statistics in fp16 and in int8, by a name of each, which see the same labels and have other counts and files."""
     one = dataclasses.replace(make_stats(seed, **shape), precision="fp16")
     rng = np.random.default_rng(1000 + seed)
-    tp = rng.integers(0, one.tp + one.fn + 1)
-    other = dataclasses.replace(
-        make_stats(seed, **shape), precision="int8", tp=tp, fn=one.tp + one.fn - tp, fp=rng.integers(0, 7, one.fp.shape)
-    )
+    right, _, missed = one.counts(0)
+    tp = rng.integers(0, np.broadcast_to(right + missed + 1, (len(one.candidates), *right.shape)))
+    counts = packed(tp, rng.integers(0, 7, tp.shape), right + missed)
+    other = dataclasses.replace(make_stats(seed, **shape), precision="int8", **counts)
     kinds = ("prefix_sha256", "head_sha256", "mask_sha256", "plain_sha256", "edge_sha256")
     renamed = {kind: tuple(f"f{sha256[1:]}" for sha256 in getattr(other, kind)) for kind in kinds}
     return {"of fp16": one, "of int8": dataclasses.replace(other, **renamed)}
@@ -767,6 +779,32 @@ def test_stats_round_trip(tmp_path):
     assert Stats.load(tmp_path / "stats.npz").head_sha256 == ("", "")
 
 
+def test_counts_are_those_that_were_packed():
+    rng = np.random.default_rng(0)
+    labelled = rng.integers(0, 3, (6, 5)) * rng.integers(0, 2, (6, 5))
+    labelled[2] = 0
+    tp = rng.integers(0, labelled + 1, (4, 6, 5))
+    fp = rng.integers(0, 3, tp.shape) * (rng.random(tp.shape) < 0.1)
+    parts = [packed(*(each[..., images, :] for each in (tp, fp, labelled))) for images in (slice(2), slice(2, 3), slice(3, 6))]
+    one = dataclasses.replace(make_stats(0, heads=(2, 1), images=6, classes=5), **packed(tp, fp, labelled))
+    assert one.labelled.size < 30
+    for k in (0, 3, np.array([3, 0, 1, 2, 3, 3])):
+        of_image = np.broadcast_to(k, 6), np.arange(6)
+        expected = tp[of_image], fp[of_image], labelled - tp[of_image]
+        assert all(np.array_equal(*each) for each in zip(one.counts(k), expected, strict=True))
+    assert one.labelled_of_class.tolist() == labelled.sum(0).tolist()
+    others = [{name: getattr(one, name)[:, images] for name in ("confident", "changed")} for images in (slice(2), slice(2, 3), slice(3, 6))]
+    whole = joined([part | other for part, other in zip(parts, others, strict=True)])
+    assert all(np.array_equal(array, getattr(one, name)) and array.dtype == np.int32 for name, array in whole.items())
+    drawn = guarantee.select(one, np.array([4, 0, 0]))
+    assert all(
+        np.array_equal(*each)
+        for each in zip(drawn.counts(1), (tp[1, [4, 0, 0]], fp[1, [4, 0, 0]], (labelled - tp[1])[[4, 0, 0]]), strict=True)
+    )
+    with pytest.raises(ValueError, match="labelled: must be below 2147483648 pixels of a class in each image, got 2147483648"):
+        packed(tp, fp, labelled * 2**30)
+
+
 def changed(array: np.ndarray, index: tuple, value: float) -> np.ndarray:
     array = array.copy()
     array[index] = value
@@ -779,10 +817,14 @@ BROKEN = {
     "above_one": ("theta_pix", lambda v: changed(v, (-1,), 1.5)),
     "theta_shape": ("theta_pix", lambda v: v[None]),
     "theta_dtype": ("theta_pix", lambda v: v.astype(np.float32)),
-    "negative_tp": ("tp", lambda v: changed(v, (0, 0, 0), -1)),
-    "nan_tp": ("tp", lambda v: changed(v.astype(float), (0, 0, 0), np.nan)),
+    "negative_tp": ("tp", lambda v: changed(v, (0, 0), -1)),
+    "nan_tp": ("tp", lambda v: changed(v.astype(float), (0, 0), np.nan)),
     "fp_shape": ("fp", lambda v: v[:, :-1]),
-    "labelled_differs": ("fn", lambda v: changed(v, (1, 0, 0), v[1, 0, 0] + 1)),
+    "tp_above_labelled": ("tp", lambda v: v + 7),
+    "labelled_dtype": ("labelled", lambda v: v.astype(np.int64)),
+    "pairs_out_of_order": ("class_of_pair", lambda v: v[::-1]),
+    "class_of_pair_above": ("class_of_pair", lambda v: changed(v, (-1,), 3)),
+    "image_of_pair_above": ("image_of_pair", lambda v: changed(v, (-1,), 4)),
     "negative_head": ("head_macs", lambda v: changed(v, (0,), -1)),
     "prefix_shape": ("prefix_macs", lambda v: v[:-1]),
     "no_pixels": ("pixels", lambda v: changed(v, (0,), 0)),
@@ -819,7 +861,7 @@ def test_stats_name_the_broken_key(tmp_path, case):
 def test_stats_without_labels():
     stats = make_stats(0)
     with pytest.raises(ValueError, match="at least one labelled pixel"):
-        dataclasses.replace(stats, tp=stats.tp * 0, fn=stats.fn * 0)
+        dataclasses.replace(stats, tp=stats.tp * 0, labelled=stats.labelled * 0)
 
 
 def test_stats_unknown_missing_and_broken_off(tmp_path):
@@ -834,6 +876,12 @@ def test_stats_unknown_missing_and_broken_off(tmp_path):
         Stats.load(path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"complete \.npz file"):
+        Stats.load(path)
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(ValueError, match="is compressed"):
+        Stats.load(path)
+    np.savez(path, **arrays | {"format": 1})
+    with pytest.raises(ValueError, match=r"format: must be 2; `python -m mess_tf\.calibrate` makes the file anew, got 1"):
         Stats.load(path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"stats\.npz: must exist, `python -m mess_tf\.calibrate` makes it"):
@@ -915,7 +963,7 @@ def test_nothing_half_written_is_left(tmp_path, deployment, monkeypatch):
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(np, "savez_compressed", broken_savez)
+    monkeypatch.setattr(np, "savez", broken_savez)
     with pytest.raises(OSError, match="disk full"):
         make_stats(1).save(stats_path)
     with pytest.raises(ValueError, match="JSON"):

@@ -110,18 +110,18 @@ class Examples:
         if problems:
             raise DataError(first_few(problems))
 
+    def digest(self, index: int) -> str:
+        """The first 16 digits of the SHA-256 of an image's and its label's content, as it is in the files."""
+        sha256 = hashlib.sha256()
+        for part in self._content(index):
+            sha256.update(hashlib.sha256(part).digest())
+        return sha256.hexdigest()[:16]
+
     @functools.cached_property
     def digests(self) -> dict[str, str]:
-        """Name of every image to the first 16 digits of the SHA-256 of its and its label's content, as it is in the files."""
-
-        def digest(index: int) -> str:
-            sha256 = hashlib.sha256()
-            for part in self._content(index):
-                sha256.update(hashlib.sha256(part).digest())
-            return sha256.hexdigest()[:16]
-
+        """Name of every image to its `digest`."""
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            return dict(zip(self.names, pool.map(digest, range(len(self))), strict=True))
+            return dict(zip(self.names, pool.map(self.digest, range(len(self))), strict=True))
 
     @property
     def fingerprint(self) -> str:

@@ -58,9 +58,9 @@ def training_batches(
     return dataset.batch(batch_size, drop_remainder=True).prefetch(2)
 
 
-def evaluation_batches(examples: Examples) -> tf.data.Dataset:
-    """Builds batches of one, in order, at native size: uint8 [1, H, W, 3] RGB and uint8 [1, H, W]."""
-    dataset = tf.data.Dataset.range(len(examples))
+def evaluation_batches(examples: Examples, images: range | None = None) -> tf.data.Dataset:
+    """Builds batches of one, in order, at native size: uint8 [1, H, W, 3] RGB and uint8 [1, H, W]; of some images, or all."""
+    dataset = tf.data.Dataset.range(*((len(examples),) if images is None else (images.start, images.stop)))
     load = tf.autograph.experimental.do_not_convert(lambda index: _load(examples, index))
     return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(1).prefetch(2)
 

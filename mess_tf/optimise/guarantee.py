@@ -54,7 +54,11 @@ def split(stats: Stats, check_share: float) -> tuple[Stats, Stats]:
 
 def select(stats: Stats, images: np.ndarray) -> Stats:
     """The statistics of some images, by position; an image may appear several times."""
-    drawn = {name: getattr(stats, name)[:, images] for name in ("tp", "fp", "fn", "confident", "changed")}
+    begins = np.searchsorted(stats.image_of_pair, np.arange(len(stats.images) + 1))
+    pairs = np.concatenate([np.arange(*begins[image : image + 2]) for image in images])
+    drawn = {name: getattr(stats, name)[..., pairs] for name in ("class_of_pair", "labelled", "tp", "fp")}
+    drawn |= {name: getattr(stats, name)[:, images] for name in ("confident", "changed")}
+    drawn["image_of_pair"] = np.repeat(np.arange(images.size, dtype=np.int32), np.diff(begins)[images])
     names = tuple(f"{stats.images[image]}#{number}" for number, image in enumerate(images.tolist()))
     return dataclasses.replace(stats, images=names, pixels=stats.pixels[images], **drawn)
 
@@ -68,11 +72,11 @@ def image_losses(stats: Stats, candidate: np.ndarray, risk: str) -> np.ndarray:
       risk: `final` or `labels`.
     """
     check(risk in RISKS, "risk", f"one of {', '.join(RISKS)}", risk)
-    images = np.arange(candidate.size)
     if risk == "final":
-        return stats.changed[candidate, images] / stats.pixels
-    labelled = np.maximum((stats.tp[-1] + stats.fn[-1]).sum(axis=1), 1)
-    return np.maximum(stats.tp[-1].sum(axis=1) - stats.tp[candidate, images].sum(axis=1), 0) / labelled
+        return stats.changed[candidate, np.arange(candidate.size)] / stats.pixels
+    (final, _, missed), (here, _, _) = stats.counts(-1), stats.counts(candidate)
+    labelled = np.maximum((final + missed).sum(axis=1), 1)
+    return np.maximum(final.sum(axis=1) - here.sum(axis=1), 0) / labelled
 
 
 def p_value(losses: np.ndarray, max_risk: float) -> float:

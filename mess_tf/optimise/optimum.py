@@ -627,8 +627,9 @@ class Optimiser:
         per_tp, per_fp = scale * -BALANCE / union, scale * (BALANCE * iou / union + 1 / (BALANCE * least))
         start = scale * (BALANCE * iou * problem.labelled / union - (union - problem.labelled) / (BALANCE * least))
         w, of_candidate = np.zeros(problem.tp.shape[:2]), np.zeros(problem.tp.shape, np.float32)
-        w[used] = (problem.tp[used] @ (1 / union) - problem.fp[used] @ (iou / union)) / classes
-        of_candidate[used] = problem.tp[used] * per_tp + problem.fp[used] * per_fp
+        for k in used:
+            w[k] = (problem.tp[k] @ (1 / union) - problem.fp[k] @ (iou / union)) / classes
+            of_candidate[k] = problem.tp[k] * per_tp + problem.fp[k] * per_fp
         of_last = of_candidate[node.lasts].mean(axis=0)
         apart = of_candidate[node.lasts] - of_last
         doubt = np.maximum(np.maximum(apart, 0).sum(axis=1), np.maximum(-apart, 0).sum(axis=1)).max(axis=0)

@@ -52,20 +52,34 @@ def exit_orders(stats: Stats, edge_aware: bool, quantiles: int | None) -> tuple[
     Returns:
       int32 [K - 1, T, I], the images by decreasing confidence; bool [K - 1, T, I], where in that order those that leave can end.
     """
-    shares = (stats.confident[:-1, :, :, int(edge_aware)] / stats.pixels[:, None]).transpose(0, 2, 1)
-    order = np.argsort(-shares, axis=2, kind="stable")
-    ranked = np.take_along_axis(shares, order, axis=2)
-    images = ranked.shape[2]
-    ends = np.ones(ranked.shape, bool)
-    ends[:, :, :-1] = ranked[:, :, 1:] < ranked[:, :, :-1]
-    if quantiles is not None and quantiles < images:
-        picked = images - 1 - np.linspace(0, images - 1, quantiles).round().astype(int)
-        # Of images that are equally confident all leave or none.
-        end_of = np.where(ends, np.arange(images), images)[:, :, ::-1]
-        end_of = np.minimum.accumulate(end_of, axis=2)[:, :, ::-1]
-        ends = np.zeros(ranked.shape, bool)
-        np.put_along_axis(ends, end_of[:, :, picked], True, axis=2)
-    return np.ascontiguousarray(order, np.int32), ends
+    candidates, images, thetas = stats.confident.shape[:3]
+    order, allowed = np.empty((candidates - 1, thetas, images), np.int32), np.empty((candidates - 1, thetas, images), bool)
+    for k in range(candidates - 1):  # one by one, since those of all together would be the most that lies in memory
+        shares = (stats.confident[k, :, :, int(edge_aware)] / stats.pixels[:, None]).T
+        order[k] = np.argsort(-shares, axis=1, kind="stable")
+        ranked = np.take_along_axis(shares, order[k], axis=1)
+        ends = np.ones(ranked.shape, bool)
+        ends[:, :-1] = ranked[:, 1:] < ranked[:, :-1]
+        if quantiles is not None and quantiles < images:
+            picked = images - 1 - np.linspace(0, images - 1, quantiles).round().astype(int)
+            # Of images that are equally confident all leave or none.
+            end_of = np.where(ends, np.arange(images), images)[:, ::-1]
+            end_of = np.minimum.accumulate(end_of, axis=1)[:, ::-1]
+            ends = np.zeros(ranked.shape, bool)
+            np.put_along_axis(ends, end_of[:, picked], True, axis=1)
+        allowed[k] = ends
+    return order, allowed
+
+
+def _dense(stats: Stats, counts: np.ndarray) -> np.ndarray:
+    """Counts [K, P] of the pairs of `Stats`, float64 [K, I, C] of the classes that labels hold."""
+    held = stats.labelled_of_class > 0
+    kept = held[stats.class_of_pair]
+    where = stats.image_of_pair[kept], (np.cumsum(held) - 1)[stats.class_of_pair[kept]]
+    dense = np.zeros((len(counts), len(stats.images), np.count_nonzero(held)))
+    for of_candidate, values in zip(dense, counts, strict=True):
+        of_candidate[where] = values[kept]
+    return dense
 
 
 def _roots(stats: Stats, costs: Costs, max_early_exits: int, quantiles: int | None) -> tuple[list[bool], tuple[problems.Root, ...]]:
@@ -100,12 +114,11 @@ def _optimise(
 ) -> tuple[Configuration | None, problems.Proof]:
     """The best configuration, None if there is none, and what was done."""
     limits = np.array([objective.limits.get(name, math.inf) for name in costs.names])
-    present = (stats.tp[-1] + stats.fn[-1]).sum(0) > 0
     kinds, roots = _roots(stats, costs, 0 if setting != INPUT_DEPENDENT else max_early_exits, quantiles)
     problem = problems.Problem(
-        tp=np.ascontiguousarray(stats.tp[:, :, present], np.float64),
-        fp=np.ascontiguousarray(stats.fp[:, :, present], np.float64),
-        labelled=(stats.tp[-1] + stats.fn[-1]).sum(0)[present].astype(np.float64),
+        tp=_dense(stats, stats.tp),
+        fp=_dense(stats, stats.fp),
+        labelled=stats.labelled_of_class[stats.labelled_of_class > 0].astype(np.float64),
         exit_of=stats.exit_of_candidate,
         roots=roots,
         min_miou=objective.min_miou or 0.0,

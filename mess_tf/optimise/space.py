@@ -217,16 +217,14 @@ def evaluate_configuration(stats: Stats, costs: Costs, configuration: Configurat
     arrivals = arrival_costs(stats, costs, chain, _decides(configuration))
     leaves_at = np.full(len(stats.images), len(chain) - 1)
     if configuration.setting == ANYTIME:
-        miou_of_exit = [float(miou(stats.tp[k].sum(0), stats.fp[k].sum(0), stats.fn[k].sum(0))) for k in chain]
+        miou_of_exit = [float(miou(*(counts.sum(0) for counts in stats.counts(k)))) for k in chain]
         return float(mean_over_deadlines(miou_of_exit, arrivals, configuration.horizon)), float(arrivals[-1]), leaves_at
     for position in range(len(chain) - 2, -1, -1):
         choice = configuration.exits[position]
         theta = stats.theta_pix.tolist().index(choice.theta_pix)
         confident = stats.confident[chain[position], :, theta, int(configuration.edge_aware)]
         leaves_at[confident >= np.ceil(choice.theta_img * stats.pixels - 1e-9)] = position  # of several, the first one counts
-    candidate = np.array(chain)[leaves_at]
-    images = np.arange(len(stats.images))
-    tp, fp, fn = (counts[candidate, images].sum(0) for counts in (stats.tp, stats.fp, stats.fn))
+    tp, fp, fn = (counts.sum(0) for counts in stats.counts(np.array(chain)[leaves_at]))
     return float(miou(tp, fp, fn)), float(arrivals[leaves_at].mean()), leaves_at
 
 
@@ -276,11 +274,10 @@ def predict(stats: Stats, costs: Costs, configuration: Configuration) -> Predict
     rates = np.bincount(leaves_at, minlength=len(chain)) / leaves_at.size
     drawn = guarantee.resamples(leaves_at.size)
     if configuration.setting == ANYTIME:
-        of_exit = np.array([miou(*(drawn @ counts[k] for counts in (stats.tp, stats.fp, stats.fn))) for k in chain])
+        of_exit = np.array([miou(*(drawn @ counts for counts in stats.counts(k))) for k in chain])
         mious = mean_over_deadlines(of_exit, arrivals, configuration.horizon)
     else:
-        candidate, images = np.array(chain)[leaves_at], np.arange(leaves_at.size)
-        mious = miou(*(drawn @ counts[candidate, images] for counts in (stats.tp, stats.fp, stats.fn)))
+        mious = miou(*(drawn @ counts for counts in stats.counts(np.array(chain)[leaves_at])))
     return Predicted(
         miou=accuracy,
         cost_name=costs.name,
