@@ -61,6 +61,7 @@ def _parser() -> terminal.ArgumentParser:
         command.add_argument("--max_battery_c", type=float, help="wait while the battery is warmer; default: 40")
         command.add_argument("--max_cooldown_s", type=float, help="give up after waiting so long; default: 600")
         command.add_argument("--keep", action="store_true", help="leave the files on the phone, for the next time")
+        command.add_argument("--by_model", action="store_true", help="all phones of a model are one device, as with rented ones")
     return parser
 
 
@@ -88,6 +89,7 @@ def _options(arguments: argparse.Namespace, backend: str) -> Options:
         max_cooldown_s=600.0 if arguments.max_cooldown_s is None else arguments.max_cooldown_s,
         details=arguments.details,
         keep=arguments.keep,
+        by_model=arguments.by_model,
         cache=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mess_tf",
     )
 
@@ -131,7 +133,7 @@ def check_phones(arguments: argparse.Namespace) -> list[str]:
     names = []
     for serial, state in states.items():
         device = _open(serial, state)
-        phone = device.read_phone()
+        phone = device.read_phone(arguments.by_model)
         for each in options:
             program_of(device, phone, each)
         names.append(phone.name)

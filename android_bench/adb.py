@@ -192,7 +192,7 @@ class Phone:
     """What a device is.
 
     Attributes:
-      name: model and serial number, unique and without spaces: the `device` of its latencies.
+      name: model and serial number, or model alone (see `Device.read_phone`), without spaces: the `device` of its latencies.
       soc, os: names as in latency.json.
       abis: of its processor, the preferred one first.
       max_khz: highest clock of each CPU, by number; empty where the phone does not tell.
@@ -234,8 +234,11 @@ class Device:
             raise _error(self.serial, step, stderr.strip() or "connection closed")
         return int(found[1]), stdout[: found.start()]
 
-    def read_phone(self) -> Phone:
+    def read_phone(self, by_model: bool = False) -> Phone:
         """Asks the phone what it is.
+
+        Args:
+          by_model: name it by its model alone, so that all phones of a model are one device.
 
         Raises:
           AdbError: it does not answer.
@@ -250,7 +253,7 @@ class Device:
         model, number = first("ro.product.model", "ro.product.name"), properties.get("ro.serialno") or self.serial
         maker = properties.get("ro.soc.manufacturer", "")
         return Phone(
-            name=safe_name(f"{model}-{number}"),
+            name=safe_name(model if by_model else f"{model}-{number}"),
             soc=f"{maker} {first('ro.soc.model', 'ro.board.platform', 'ro.hardware')}".strip(),
             os=f"Android {first('ro.build.version.release')} (API {first('ro.build.version.sdk')})",
             abis=tuple(first("ro.product.cpu.abilist", "ro.product.cpu.abi").split(",")),

@@ -51,6 +51,7 @@ class Options:
       max_cooldown_s: longest such wait.
       details: also run each submodel once for the time per operation and the peak memory.
       keep: leave the files on the phone.
+      by_model: all phones of a model are one device, so that another of them goes on where one has stopped.
       cache: folder of fetched tools.
     """
 
@@ -64,6 +65,7 @@ class Options:
     max_cooldown_s: float
     details: bool
     keep: bool
+    by_model: bool
     cache: Path
 
     def __post_init__(self):
@@ -385,7 +387,7 @@ class Session:
           AdbError, BenchmarkError, ValueError: see `measure`.
         """
         self.device.stop()
-        self.phone = self.device.read_phone()
+        self.phone = self.device.read_phone(self.options.by_model)
         self.store.claim(self.phone.name, self.device.serial)
         program = program_of(self.device, self.phone, self.options)
         try:

@@ -13,16 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 
-from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256
+from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, write_json
 from mess_runtime.files import safe_name
 from mess_tf import terminal
 from mess_tf.files import DEPLOYMENT, RISKS, STATS, VERIFICATION, Asked, Combination, Deployment, Stats, of_precision
-from mess_tf.optimise.combinations import Option, choose, options_of, search_table, sha256
-from mess_tf.optimise.space import Costs, matching
+from mess_tf.optimise.combinations import Option, choose, deployed, options_of, reference, search_table, sha256
+from mess_tf.optimise.fleet import FLEETS, SUM, Shared, Variant, share
+from mess_tf.optimise.search import resolve_objective
+from mess_tf.optimise.space import Costs, matching, original
 
 REASON_WIDTH = 120  # of the reason why a combination was not chosen, in the table
+FLEET = "fleet.json"
 CONSTRAINTS = ("min_miou", "max_drop_pp", "max_cost", "cost_share")
 
 
@@ -180,6 +184,76 @@ def run_table(
     return found
 
 
+def run_fleet(
+    workdir: str | os.PathLike, asked: Mapping[str, Asked], latency: str | os.PathLike, most: int, fleet: str, folder: str | os.PathLike
+) -> str:
+    """The command for the bundles that many devices share, see `fleet.share`.
+
+    Args:
+      workdir, latency: as of `run`.
+      asked: by name of the device.
+      most: bundles.
+      fleet: `sum` or `worst`.
+      folder: to write: `bundle1.json` and so on, each a deployment with the figures of the slowest of its devices, and `fleet.json`. What
+        such files an earlier fleet has left there are deleted.
+
+    Returns:
+      Which device gets which, as a table.
+    """
+    of_device = {name: options(workdir, each, latency) for name, each in asked.items()}
+    for name, each in of_device.items():
+        names = [option.name for option in each]
+        one = len({option.backend for option in each}) == 1
+        check(one, "max_bundles", "asked of one backend, as --backends names it", f"{', '.join(names)} on {name}")
+    (first, question), *_ = asked.items()
+    check(not {"latency_ms", "latency_p90_ms"} & {*question.limits}, "limit", "of costs that are the same on all devices", question.limits)
+    against, able = reference(of_device[first]), next(option.costs for option in of_device[first] if option.costs)
+    objective = resolve_objective(against, able, question.setting, **question.constraint)
+    variants = [
+        Variant(option.stats, {name: each[v].costs for name, each in of_device.items() if each[v].costs})
+        for v, option in enumerate(of_device[first])
+    ]
+    space = question.space | {"setting": question.setting}
+    shared = share([*asked], variants, most, dataclasses.replace(objective, minimise=None), fleet, **space)
+    alone = [min(original(each.stats, each.costs[name]).cost for each in variants if name in each.costs) for name in asked]
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FLEET).unlink(missing_ok=True)  # it names the others, so it is written last
+    for stale in folder.glob("bundle*.json"):
+        stale.unlink()
+    for number, each in enumerate(shared.bundles):
+        slowest = max(np.flatnonzero(shared.bundle_of == number), key=lambda d, of=each: of.latencies[d])
+        name = [*asked][slowest]
+        option = of_device[name][each.variant]
+        asks = resolve_objective(against, option.costs, question.setting, **question.constraint)
+        deployment = deployed(option, asked[name], each.configuration, asks, each.certificate)
+        dataclasses.replace(deployment, costs_sha256=sha256([option])).save(folder / f"bundle{number + 1}.json")
+    of_devices = {
+        name: {"bundle": f"bundle{number + 1}", "latency_ms": float(shared.bundles[number].latencies[d])}
+        for d, (name, number) in enumerate(zip(asked, shared.bundle_of.tolist(), strict=True))
+    }
+    about = {name: getattr(shared, name) for name in ("value", "bound", "divisions", "groups", "seconds")}
+    write_json(folder / FLEET, {"format": FORMAT, "fleet": fleet, "max_bundles": most, **about, "devices": of_devices})
+    return fleet_table([*asked], shared, fleet, alone)
+
+
+def fleet_table(devices: Sequence[str], shared: Shared, fleet: str, originals: Sequence[float]) -> str:
+    """Which device gets which bundle; `originals`: ms of the fastest original network on each."""
+    lines = [f"{'device':<32}{'bundle':>8}{'mean ms':>12}{'original':>12}"]
+    for name, number, cost in zip(devices, shared.bundle_of, originals, strict=True):
+        lines.append(f"{name:<32}{number + 1:>8}{shared.bundles[number].latencies[devices.index(name)]:>12.4g}{cost:>12.4g}")
+    for number, each in enumerate(shared.bundles):
+        exits = " + ".join(f"{choice.exit}.{choice.head}" for choice in each.configuration.exits)
+        lines.append(f"bundle {number + 1}: {exits}")
+    proven = "the optimum" if shared.value == shared.bound else f"within {shared.value - shared.bound:.4g} ms of the optimum"
+    lines.append(
+        f"{'total' if fleet == SUM else 'largest'} {shared.value:.4g} ms; {shared.divisions} divisions of {len(devices)} devices, "
+        f"{shared.groups} groups searched; {proven}; {shared.seconds:.1f} s"
+    )
+    return "\n".join(lines)
+
+
 def _of_devices(asked: Sequence[Asked], latency: str | None, all_devices: bool) -> dict[str, list[Asked]]:
     """The questions for every device and number of threads that the flags allow, by its name."""
     if not latency:
@@ -231,9 +305,21 @@ def main() -> None:
     values = flags.FLAGS
     terminal.check_left_out(not values.latency, "device threads backends precisions all_devices", "without --latency")
     terminal.check_left_out(values.all_devices, "device threads", "with --all_devices")
+    terminal.check_left_out(values.max_bundles is None, "fleet", "without --max_bundles")
     check(os.path.isdir(values.workdir), "--workdir", "an existing folder", values.workdir)
     devices = _of_devices(asked_of_flags(), values.latency, values.all_devices)
     questions = [*itertools.chain(*devices.values())]
+    if values.max_bundles is not None:
+        check(values.all_devices, "max_bundles", "given with --all_devices", values.max_bundles)
+        terminal.check_left_out(True, "check_share max_risk minimise max_cost cost_share", "with --max_bundles")
+        check(len(questions) == len(devices), "constraint", "one with one value with --max_bundles", len(questions) // len(devices))
+        check(values.setting != ANYTIME, "setting", f"{INPUT_DEPENDENT} or {BUDGETED} with --max_bundles", values.setting)
+        folder = values.output or os.path.join(values.workdir, "fleet")
+        check_writable("--output", folder, folder=True)
+        asked = {name: each for name, (each,) in devices.items()}
+        print(run_fleet(values.workdir, asked, values.latency, values.max_bundles, values.fleet, folder))
+        print(folder)
+        return
     if len(questions) > 1:
         check(values.max_risk is None, "max_risk", "given for one device, without another constraint", [*devices])
         terminal.check_left_out(True, "check_share", "where several constraints or devices make a table")
@@ -287,7 +373,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("latency", None, "latency.json: the costs are its medians in ms; without it, they are MACs.")
     define_question_flags()
     flags.DEFINE_bool("all_devices", False, "A deployment for each device and number of threads of the file.")
+    flags.DEFINE_integer("max_bundles", None, "With --all_devices: so many deployments at most, which the devices share.", lower_bound=1)
+    flags.DEFINE_enum(
+        "fleet", SUM, FLEETS, "What the shared deployments make least: the total of the devices' mean latencies, or the largest."
+    )
     flags.DEFINE_string(
-        "output", None, "The file to write, or the folder for several; default: deployment.json or deployments in the workdir."
+        "output", None, "The file to write, or the folder for several; default: deployment.json, deployments or fleet in the workdir."
     )
     terminal.run(main)

@@ -53,7 +53,7 @@ class Phone:
       received: names of the files pushed, in order.
     """
 
-    def __init__(self, root: Path, model: str, shell_v2: bool = True, clocks: tuple[int, ...] = (1800, 1800, 2400, 2800)):
+    def __init__(self, root: Path, model: str, shell_v2: bool = True, clocks: tuple[int, ...] = (1800, 1800, 2400, 2800), number: str = ""):
         self.root, self.shell_v2, self.model = root, shell_v2, model
         self.authorized, self.push_limit, self.runs_left, self.full, self.corrupt, self.delay_s = True, None, None, False, False, 0.0
         self.environment: dict[str, str] = {}
@@ -73,7 +73,7 @@ class Phone:
         (root / "log").touch()
         properties = {
             "ro.product.model": model,
-            "ro.serialno": model.replace(" ", "").upper(),
+            "ro.serialno": number or model.replace(" ", "").upper(),
             "ro.soc.manufacturer": "Google",
             "ro.soc.model": "Tensor",
             "ro.build.version.release": "14" if shell_v2 else "6.0",

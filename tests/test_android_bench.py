@@ -104,6 +104,16 @@ def test_one_serial_given_twice_is_one_phone(bench, canned, workdir, tool):
     assert len(runs_of(workdir)) == len(phone.benchmarked) == 2 * len(NAMES)
 
 
+def test_by_model_another_phone_goes_on(bench, canned, workdir, tool):
+    one, other = (canned(number=number) for number in ("A", "B"))
+    code, _, err = measure(bench, workdir, tool, "--by_model", "--repetitions=1", f"--serial={one.serial}")
+    assert (code, err) == (0, "")
+    code, _, err = measure(bench, workdir, tool, "--by_model", "--repetitions=2", f"--serial={other.serial}")
+    assert (code, err) == (0, "")
+    assert len(one.benchmarked) == len(other.benchmarked) == len(NAMES)
+    assert {row.device for row in rows_of(workdir)} == {"Pixel_8"} and len(rows_of(workdir)) == len(NAMES)
+
+
 def test_two_phones_of_one_name_are_told_apart_or_refused(bench, canned, workdir, tool):
     phones = [canned() for _ in range(2)]
     code, _, err = measure(bench, workdir, tool)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mess_runtime import terminal
 from mess_runtime.bundle import PRECISIONS, check
-from mess_tf.files import Asked, Combination, Deployment, Original, Stats
+from mess_tf.files import Asked, Certificate, Combination, Configuration, Deployment, Objective, Original, Stats, made_by
 from mess_tf.optimise import guarantee
 from mess_tf.optimise.search import InfeasibleError, resolve_objective, search, search_guaranteed
 from mess_tf.optimise.space import Costs, latency_costs, macs_costs, matching, original, predict
@@ -182,6 +182,22 @@ def _compared(options: Sequence[Option], found: Mapping[int, Deployment], best: 
 def _of_option(deployment: Deployment, option: Option, asked: Asked, rows: tuple[Combination, ...]) -> Deployment:
     about = {"backend": option.backend, "precision": option.stats.precision, "stats_sha256": option.stats_sha256}
     return dataclasses.replace(deployment, asked=asked, combinations=rows, **about)
+
+
+def deployed(option: Option, asked: Asked, configuration: Configuration, objective: Objective, certificate: Certificate) -> Deployment:
+    """The deployment of a configuration that a search for several devices has found, with the figures of one of them."""
+    deployment = Deployment(
+        **{field.name: getattr(configuration, field.name) for field in dataclasses.fields(Configuration)},
+        constraint=objective,
+        predicted=predict(option.stats, option.costs, configuration),
+        original=original(option.stats, option.costs),
+        certificate=certificate,
+        guarantee=None,
+        stats_sha256="",
+        fidelity=option.stats.fidelity,
+        made_by=made_by(),
+    )
+    return _of_option(deployment, option, asked, ())
 
 
 def search_table(

@@ -102,7 +102,7 @@ def _roots(stats: Stats, costs: Costs, max_early_exits: int, quantiles: int | No
     return kinds, tuple(roots)
 
 
-def _optimise(
+def find(
     stats: Stats,
     costs: Costs,
     objective: Objective,
@@ -110,9 +110,9 @@ def _optimise(
     max_early_exits: int,
     quantiles: int | None,
     deadline: float,
-    horizon: float,
+    horizon: float = math.inf,
 ) -> tuple[Configuration | None, problems.Proof]:
-    """The best configuration, None if there is none, and what was done."""
+    """The best configuration, None if there is none, and what was done; as `search`, until a deadline of time.perf_counter()."""
     limits = np.array([objective.limits.get(name, math.inf) for name in costs.names])
     kinds, roots = _roots(stats, costs, 0 if setting != INPUT_DEPENDENT else max_early_exits, quantiles)
     problem = problems.Problem(
@@ -198,7 +198,7 @@ def search(
     horizon = objective.limits.get(costs.name, horizon or reference.cost)
 
     def best(asked: Objective) -> tuple[Configuration | None, problems.Proof]:
-        return _optimise(stats, costs, asked, setting, max_early_exits, quantiles, start + time_limit, horizon)
+        return find(stats, costs, asked, setting, max_early_exits, quantiles, start + time_limit, horizon)
 
     configuration, proof = best(objective)
     if configuration is None and proof.open:
