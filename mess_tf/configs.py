@@ -277,7 +277,8 @@ class StageConfig:
         lacks start anew. Empty for the weights that the network comes with.
       regions: with trains=`network`: whether the layers behind the early exits of a batch also learn to work at cells alone that such an
         exit is not sure of, and what they see of the others: `none` (they do not), or one of `network.regions.NEIGHBOURS`. The threshold of
-        the confidence and the largest share of the cells are drawn for each batch.
+        the confidence and the largest share of the cells are drawn for each batch. Batch normalisation keeps its moving statistics, so
+        this goes on from a trained network (`initial`, or `region_warmup`), with a small learning rate.
       region_cell: side of a cell in pixels.
       region_warmup: steps without regions at the start.
       alpha: weight of distillation against cross-entropy.

@@ -215,9 +215,16 @@ def test_stage1_with_regions_also_learns_from_the_cells_that_an_exit_is_not_sure
     behind = f"{FINAL} behind {early}"
     first = {}
     for regions in ("stale", "nearest"):
-        step = make_step(make_network(), StageConfig(regions=regions, region_cell=8, region_warmup=2))
+        network = make_network()
+        step = make_step(network, StageConfig(regions=regions, region_cell=8, region_warmup=2))
+        statistics = [variable for variable in network.original.non_trainable_variables if "moving" in variable.path]
+        new = [variable.numpy() for variable in statistics]
         assert set(step(make_batch(), 0)) == {early, FINAL}
+        warm = [variable.numpy() for variable in statistics]
+        assert any((before != after).any() for before, after in zip(new, warm, strict=True))
         values = [step(make_batch(), number) for number in range(2, 12, 2)]
+        for before, variable in zip(warm, statistics, strict=True):
+            np.testing.assert_array_equal(before, variable)
         assert all(set(each) == {early, FINAL, behind} for each in values)
         first[regions] = float(values[0][behind])
         assert 0 < first[regions] < 20

@@ -159,7 +159,8 @@ def network_step(
     """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names.
 
     With regions, the final exit's loss counts once more: of the cells that an early exit is not sure of, where the layers behind it work
-    at these cells only. Batch normalisation takes its moving statistics there.
+    at these cells only. Batch normalisation keeps its moving statistics then, everywhere: a batch has none of a few cells, and weights
+    that learn from both kinds of statistics at once ruin what the moving ones give.
 
     Departures: exits may learn from the final one or from a teacher here too (the paper distils in stage 2 only); the paper has no regions.
     """
@@ -179,12 +180,12 @@ def network_step(
         def step(batch, rows, columns, dice):
             images, labels, *soft = batch
             target = pick(labels, rows, columns)
-            features = features_of(images, training=True)
-            final = losses.upsample_at(network.head_logits(FINAL, features, training=True), size, rows, columns)
+            features = features_of(images, training=not regions)
+            final = losses.upsample_at(network.head_logits(FINAL, features, training=not regions), size, rows, columns)
             teacher = losses.upsample_at(soft[0], size, rows, columns) if soft else final
             values = {}
             for name in candidates:
-                logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
+                logits = losses.upsample_at(network.head_logits(name, features, training=not regions), size, rows, columns)
                 values[name] = exit_loss(stage, logits, teacher, target, weights)
                 if name in behind:
                     cells = drawn_cells(behind[name], tf.stop_gradient(logits), dice)
