@@ -1,8 +1,11 @@
 """What all tests share: quiet logs, fixed seeds, and the data and weights that lie beside the repository."""
 
+import importlib.util
 import itertools
 import os
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,3 +142,28 @@ def fuzz(request, fuzz_count) -> Callable[[st.SearchStrategy, Callable[[Any], No
         print(f"{request.node.name}: {next(count)} mutations")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cpp_runner(tmp_path_factory):
+    """tflite/examples/cpp, built against the library in ai-edge-litert's wheel."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    library = Path(importlib.util.find_spec("ai_edge_litert").submodule_search_locations[0])
+    path = tmp_path_factory.mktemp("cpp") / "mess_runner"
+    source = Path(__file__).parents[1] / "tflite" / "examples" / "cpp" / "mess_runner.cc"
+    words = [
+        "g++",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        source,
+        "-o",
+        path,
+        f"-L{library}",
+        "-l:libLiteRt.so",
+        f"-Wl,-rpath,{library}",
+    ]
+    subprocess.run([str(word) for word in words], check=True)
+    return path

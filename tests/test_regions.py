@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import types
 
 import keras
@@ -531,8 +532,49 @@ def test_commands_on_a_bundle_with_regions(bundle, tmp_path, monkeypatch, capsys
     assert {("segment.exit2.3", "sure"), ("segment.exit2.12", "block_4_add"), ("segment.final.3", "mask")} < compared
 
 
-def test_other_runtimes_refuse_regions(bundle, tmp_path):
-    for target, output in ((web, tmp_path / "web"), (mediapipe, tmp_path / "mediapipe")):
-        with pytest.raises(ValueError, match="--target: must be left out for a deployment with regions"):
-            target.write(bundle, output)
-        assert not output.exists()
+def test_the_cpp_runner_takes_the_same_budgets(bundle, cpp_runner, tmp_path):
+    thetas, words = (0.3, 0.2), []
+    run = Runner(asking(bundle, *thetas))
+    exits = f"exit1={thetas[0]},exit2={thetas[1]},final@3,12"
+    seeds = range(1, 7)
+    for seed in seeds:
+        noise(seed).tofile(tmp_path / f"{seed}.rgb")
+        words += [tmp_path / f"{seed}.rgb", tmp_path / f"{seed}.raw"]
+
+    def runner_of(*words) -> subprocess.CompletedProcess:
+        return subprocess.run([str(word) for word in (cpp_runner, "cpu", bundle.path, *words)], capture_output=True, text=True)
+
+    done = runner_of(exits, *words)
+    assert done.returncode == 0, done.stderr
+    lines = iter([line.split() for line in done.stdout.splitlines()])
+    for seed in seeds:
+        result = run.run(noise(seed))
+        for step in result.trace:
+            line = next(lines)
+            budget = [] if step.exit == "exit1" else ["budget", str(step.budget)]
+            unsure = [] if step.confidence is None else ["unsure", str(round(12 * (1 - step.confidence)))]
+            leaves = ["leaves"] if step.exit == result.exit else []
+            assert (line[0], line[3:]) == (step.exit, budget + unsure + leaves)
+        np.testing.assert_array_equal(np.fromfile(tmp_path / f"{seed}.raw", np.uint8).reshape(SIZE), result.mask)
+    for wrong, message in (
+        ("exit1=3,exit2=3,final", "no signature segment.exit2 (with regions, budgets are given: EXITS@BUDGETS)"),
+        ("exit1=1,final@12,3", "budgets must rise from above 0"),
+        ("exit1=1,final@", "budgets must be given behind @"),
+    ):
+        done = runner_of(wrong, *words[:2])
+        assert done.returncode == 1 and message in done.stderr
+
+
+def test_mediapipe_refuses_regions(bundle, tmp_path):
+    with pytest.raises(ValueError, match="--target: must be web for a deployment with regions"):
+        mediapipe.write(bundle, tmp_path / "mediapipe")
+    assert not (tmp_path / "mediapipe").exists()
+
+
+def test_a_page_gets_every_budget(bundle, tmp_path):
+    web.write_bundle(bundle, tmp_path / "bundle")
+    made = Bundle.load(tmp_path / "bundle")
+    assert {*flatbuffer.read_signatures(made.path.read_bytes())} == {
+        "segment.exit1",
+        *(f"segment.{exit}.{budget}" for exit in ("exit2", "final") for budget in (3, 12)),
+    }

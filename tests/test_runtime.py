@@ -2,7 +2,6 @@
 
 import ctypes.util
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -1046,31 +1045,6 @@ def test_every_runtime_gives_the_same_masks(folder, net, images, thetas, tmp_pat
         with Image.open(tmp_path / "masks" / f"{index}.png") as mask:
             np.testing.assert_array_equal(np.asarray(mask), masks[left])
     assert len(records) == 6
-
-
-@pytest.fixture(scope="session")
-def cpp_runner(tmp_path_factory):
-    """tflite/examples/cpp, built against the library in ai-edge-litert's wheel."""
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    library = Path(importlib.util.find_spec("ai_edge_litert").submodule_search_locations[0])
-    path = tmp_path_factory.mktemp("cpp") / "mess_runner"
-    source = Path(__file__).parents[1] / "tflite" / "examples" / "cpp" / "mess_runner.cc"
-    words = [
-        "g++",
-        "-std=c++17",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        source,
-        "-o",
-        path,
-        f"-L{library}",
-        "-l:libLiteRt.so",
-        f"-Wl,-rpath,{library}",
-    ]
-    subprocess.run([str(word) for word in words], check=True)
-    return path
 
 
 def run_cpp(runner, backend, model, thetas, images, dtype, folder, environment=None):

@@ -17,7 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from small_network import small_network
 
-from mess_runtime.bundle import Bundle, InputSpec, write_manifest
+from mess_runtime.bundle import Bundle, InputSpec, Regions, write_manifest
 from mess_runtime.images import fit, mask_at, read_photo
 from mess_runtime.runner import Runner
 from mess_tf.configs import DataConfig, HeadSpec
@@ -53,8 +53,8 @@ def photos():
 
 
 @pytest.fixture(scope="module")
-def bundle(photos, tmp_path_factory):
-    """An early exit and the last with random weights; takes bytes, letterboxed; the first one is sure enough of one of the photos."""
+def network(photos):
+    """Random weights."""
     tf.keras.utils.set_random_seed(0)
     network = convert(small_network(5), 3, SIZE)
     network.add_heads([HeadSpec.parse(HEAD)], 0.9)
@@ -62,6 +62,12 @@ def bundle(photos, tmp_path_factory):
     images = np.stack([fit(photo, SIZE, "letterbox") for photo in photos]).astype(np.float32)
     for _ in range(40):  # statistics of batch normalisation that belong to these weights
         run(images, training=True)
+    return network
+
+
+@pytest.fixture(scope="module")
+def bundle(network, photos, tmp_path_factory):
+    """An early exit and the last; takes bytes, letterboxed; the first one is sure enough of one of the photos."""
     choices = ExitChoice("exit1", HEAD, THETA_PIX, 0.5), ExitChoice("final", "original")
     configuration = Configuration("input-dependent", True, choices, None)
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
@@ -72,6 +78,16 @@ def bundle(photos, tmp_path_factory):
     theta = (sure[1] + sure[2]) / 2
     segments = [dataclasses.replace(each, theta_img=each.theta_img and theta) for each in manifest.segments]
     write_manifest(folder, dataclasses.replace(manifest, segments=tuple(segments)))
+    return Bundle.load(folder)
+
+
+@pytest.fixture(scope="module")
+def regions(network, tmp_path_factory):
+    """The same exits, where each of eight cells leaves for itself."""
+    choices = ExitChoice("exit1", HEAD, THETA_PIX, 0.5), ExitChoice("final", "original")
+    configuration = Configuration("input-dependent", False, choices, None, regions=Regions("nearest", (2, 4), (2, 8)))
+    folder = tmp_path_factory.mktemp("regions") / "bundle"
+    Exporter(network, SIZE).bundle(folder, configuration, None, list("abcde"), InputSpec(*SIZE, "uint8", "letterbox"))
     return Bundle.load(folder)
 
 
@@ -87,15 +103,16 @@ def packages(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(bundle, packages, tmp_path_factory):
-    """Two pages: small/ and int8/, which is the same but for its bundle."""
+def folder(bundle, regions, packages, tmp_path_factory):
+    """Three pages: small/, int8/ and regions/, which are the same but for their bundles."""
     folder = tmp_path_factory.mktemp("site")
     web.write(bundle, folder / "small", packages)
-    (folder / "int8").mkdir()
-    for path in (folder / "small").iterdir():
-        if path.name != web.BUNDLE:
-            (folder / "int8" / path.name).symlink_to(path)
-    web.write_bundle(Bundle.load(INT8), folder / "int8" / web.BUNDLE)
+    for name, other in (("int8", Bundle.load(INT8)), ("regions", regions)):
+        (folder / name).mkdir()
+        for path in (folder / "small").iterdir():
+            if path.name != web.BUNDLE:
+                (folder / name / path.name).symlink_to(path)
+        web.write_bundle(other, folder / name / web.BUNDLE)
     return folder
 
 
@@ -356,6 +373,36 @@ def test_an_int8_bundle_runs_and_keeps_a_deadline(browser, site, photos, tmp_pat
     assert different(browser, runner, next(runner.refine(photos[0])).mask) <= UNDECIDED
     names = [item.text.rstrip("0123456789.% ") for item in browser.find_elements(By.CSS_SELECTOR, "#legend li")]
     assert names == json.loads((INT8 / "manifest.json").read_text())["classes"]
+
+
+def test_cells_leave_each_for_itself(browser, site, regions, photos, tmp_path):
+    open_page(browser, f"{site}/regions/")
+    script = """
+        const [pixels, size, options, done] = arguments;
+        const image = new ImageData(Uint8ClampedArray.from(atob(pixels), (letter) => letter.charCodeAt(0)), size.width, size.height);
+        import("./mess.js").then(async ({ Runner }) => {
+            const runner = await Runner.load("bundle/", "litertjs/core/wasm/");
+            const { mask, exit, trace } = await runner.run(image, options);
+            done({ mask: Array.from(mask), exit, trace });
+        }).catch((error) => done(String(error)));"""
+    alpha, taken = np.full((*PHOTO_SIZE, 1), 255, np.uint8), set()
+    sent = [base64.b64encode(np.concatenate([photo, alpha], -1).tobytes()).decode() for photo in photos]
+    for theta in (0.1, 0.9):
+        *_, last = regions.manifest.segments
+        early = dataclasses.replace(regions.manifest.segments[0], theta_img=theta)
+        asked = dataclasses.replace(regions, manifest=dataclasses.replace(regions.manifest, segments=(early, last)))
+        for photo, pixels in zip(photos, sent, strict=True):
+            expected = Runner(asked).run(photo)
+            size = {"height": photo.shape[0], "width": photo.shape[1]}
+            made = browser.execute_async_script(script, pixels, size, {"thresholds": [theta, None]})
+            assert made["exit"] == expected.exit
+            steps = [(each["exit"], each["confidence"], each["budget"], each["active"]) for each in made["trace"]]
+            assert steps == [(step.exit, step.confidence, step.budget, step.active) for step in expected.trace]
+            np.testing.assert_array_equal(np.reshape(made["mask"], photo.shape[:2]), expected.mask)
+            taken |= {step.budget for step in expected.trace[1:]}
+    assert taken == {2, 8}
+    late = browser.execute_async_script(script, sent[0], size, {"thresholds": [0.9, None], "deadlineMs": 1e-6})
+    assert len(late["trace"]) == 1 and late["exit"] == "exit1"
 
 
 def test_the_code_of_the_docs_runs(browser, site, folder, bundle, photos, tmp_path):

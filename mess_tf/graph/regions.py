@@ -275,9 +275,10 @@ class RegionChain:
 
 
 def _of_pixels(cells: tf.Tensor, by_pixel: tuple[np.ndarray, np.ndarray]) -> tf.Tensor:
-    """bool [1, rows, columns] of cells to [1, H, W]."""
-    rows, columns = by_pixel
-    return tf.gather(tf.gather(tf.cast(cells, tf.int32), rows, axis=1), columns, axis=2) > 0
+    """bool [1, rows, columns] of cells to [1, H, W], by products: GPU delegates refuse or mistake a GATHER by a list of rows."""
+    rows, columns = (np.eye(places[-1] + 1, dtype=np.float32)[places].T for places in by_pixel)
+    wide = tf.matmul(tf.cast(cells, tf.float32)[0], columns)
+    return (tf.transpose(tf.matmul(tf.transpose(wide), rows)) > 0.5)[None]
 
 
 def check_segment(segment: ActiveSegment, budget: int, content: bytes, features: Tensors, precision: str = FP32) -> None:

@@ -1,4 +1,5 @@
 // A bundle of mess_tf in the browser, on LiteRT.js: one segment after another, until an exit is sure of enough pixels or the time is up.
+// With regions, each cell of the image leaves for itself, and a segment works on the smallest budget that holds the others.
 //
 // The same as mess_runtime in Python: `fit` has its bits, `Runner` its decisions. See docs/web.md.
 
@@ -6,6 +7,7 @@ import { Tensor, loadAndCompile, loadLiteRt, supportsFeature } from "@litertjs/c
 
 const GREY = 128; // around images that do not fill their frame
 const WARMUP_RUNS = 2; // the first run touches the memory and makes shaders, the second has a typical latency
+const SURE_ROUNDING = 1e-5; // a sum of as many float32 as a cell has pixels
 
 // === Photos and their fit to the network ===
 
@@ -146,8 +148,7 @@ export class Runner {
     const gpuOptions = { precision: "fp32" }; // in half precision single pixels get another class than on the processor
     const model = await loadAndCompile(new Uint8Array(content), { accelerator, gpuOptions });
     const runner = new Runner(manifest, model);
-    const black = new ImageData(manifest.input.width, manifest.input.height);
-    for (let run = 0; run < WARMUP_RUNS; run++) await runner.run(black, { thresholds: manifest.segments.map(() => null) });
+    for (let run = 0; run < WARMUP_RUNS; run++) await runner.#warmUp();
     return runner;
   }
 
@@ -156,8 +157,21 @@ export class Runner {
     this.model = model;
     /** What really computes: LiteRT.js turns to "wasm" where a graphics processor cannot run everything. */
     this.accelerator = model.options.accelerator;
-    /** By segment: the least time that it ever took. */
-    this.fastestMs = manifest.segments.map(() => Infinity);
+    const { regions, segments } = manifest;
+    /** Number of cells that leave each for itself, 0 if the image leaves as a whole. */
+    this.cells = regions ? regions.grid[0] * regions.grid[1] : 0;
+    /** By segment, its signatures by number of cells, rising; one that can only be dense has a single one. */
+    this.forms = segments.map(({ exit }, index) => {
+      const whole = [{ budget: this.cells, name: `segment.${exit}`, fastestMs: Infinity }];
+      if (!regions || !index) return whole;
+      const all = regions.budgets.map((budget) => ({ budget, name: `segment.${exit}.${budget}`, fastestMs: Infinity }));
+      return all.filter(({ budget, name }) => budget === this.cells || name in model.signatures);
+    });
+  }
+
+  /** By segment: the least time that it ever took on the whole image. */
+  get fastestMs() {
+    return this.forms.map((forms) => forms.at(-1).fastestMs);
   }
 
   /** Frees the memory. */
@@ -169,33 +183,43 @@ export class Runner {
    * Segments an image.
    *
    * image: ImageData of any size.
-   * thresholds: by segment, the share of confident pixels from which on an image leaves there, null to go on; by default the bundle's.
+   * thresholds: by segment, the share of confident pixels from which on an image leaves there, or with regions a cell, null to go on; by
+   *   default the bundle's.
    * deadlineMs: a segment that cannot make it even in the least time it ever took is not started, one that turns out late does not count;
-   *   the first one always counts.
+   *   the first one always counts. With regions, the largest budget that can make it is taken where the one that holds all cells cannot.
    *
    * Returns {mask, exit, trace, latencyMs, fitMs}: mask, a class per pixel at the size of the image; exit, whose it is; trace, what was
-   * run: {exit, confidence, latencyMs}, the time from a segment's inputs to its mask in memory.
+   * run: {exit, confidence, latencyMs}, the time from a segment's inputs to its mask in memory; with regions, confidence is the share of the
+   * cells that are sure, and there are budget, how many cells it worked on, and active, how many had no answer yet.
    */
   async run(image, { thresholds = this.manifest.segments.map((segment) => segment.theta_img), deadlineMs = Infinity } = {}) {
     const { input, segments } = this.manifest;
     const began = performance.now();
     const pixels = fit(image, input);
     const fitMs = performance.now() - began;
-    const shape = [1, input.height, input.width, 3];
-    const tensors = { image: new Tensor(input.dtype === "uint8" ? pixels : Float32Array.from(pixels), shape) };
+    const tensors = { image: this.#tensor(pixels) };
     const trace = [];
-    let [stands, spent] = [null, 0];
+    let [stands, spent, active] = [null, 0, this.cells];
     try {
       for (const [index, { exit }] of segments.entries()) {
-        if (index && spent + this.fastestMs[index] > deadlineMs) break;
-        const { mask, confident, latencyMs } = await this.#step(`segment.${exit}`, tensors);
-        this.fastestMs[index] = Math.min(this.fastestMs[index], latencyMs);
-        trace.push({ exit, confidence: confident === null ? null : confident / (input.width * input.height), latencyMs });
+        const able = this.forms[index].filter((form) => !index || spent + form.fastestMs <= deadlineMs);
+        if (able.length === 0) break;
+        const form = able.find(({ budget }) => budget >= active) ?? able.at(-1);
+        const { mask, confident, sure, latencyMs } = await this.#step(form, tensors);
+        const step = { exit, confidence: confident === null ? null : confident / (input.width * input.height), latencyMs };
+        if (this.cells) Object.assign(step, { budget: form.budget, active });
+        const threshold = thresholds[index];
+        let leaves = threshold !== null && confident !== null && confident >= Math.ceil(threshold * input.width * input.height - 1e-9);
+        if (sure !== null) {
+          active = threshold === null ? this.cells : sure.filter((share) => share < threshold - SURE_ROUNDING).length;
+          step.confidence = 1 - active / this.cells;
+          leaves = active === 0;
+        }
+        trace.push(step);
         spent += latencyMs;
         if (index && spent > deadlineMs) break;
         stands = { mask, exit };
-        const threshold = thresholds[index];
-        if (threshold !== null && confident !== null && confident >= Math.ceil(threshold * input.width * input.height - 1e-9)) break;
+        if (leaves) break;
       }
     } finally {
       for (const tensor of Object.values(tensors)) tensor.delete();
@@ -203,17 +227,37 @@ export class Runner {
     return { mask: maskAt(stands.mask, input, image), exit: stands.exit, trace, latencyMs: spent, fitMs };
   }
 
-  /** Runs one signature and adds the features that it hands on to the tensors. */
-  async #step(name, tensors) {
-    const signature = this.model.signatures[name];
+  #tensor(pixels) {
+    const { height, width, dtype } = this.manifest.input;
+    return new Tensor(dtype === "uint8" ? pixels : Float32Array.from(pixels), [1, height, width, 3]);
+  }
+
+  /** Runs every signature once. */
+  async #warmUp() {
+    const { height, width } = this.manifest.input;
+    const tensors = { image: this.#tensor(new Uint8Array(height * width * 3)) };
+    try {
+      for (const form of this.forms.flat()) await this.#step(form, tensors);
+    } finally {
+      for (const tensor of Object.values(tensors)) tensor.delete();
+    }
+  }
+
+  /** Runs one signature and puts what it makes to the tensors, for those that come later. */
+  async #step(form, tensors) {
+    const signature = this.model.signatures[form.name];
     const inputs = Object.fromEntries(signature.getInputDetails().map((each) => [each.name, tensors[each.name]]));
     const began = performance.now();
-    const { mask, confident_pixels: count, ...features } = await signature.run(inputs);
-    Object.assign(tensors, features);
-    const made = { mask: await mask.data(), confident: count ? (await count.data())[0] : null };
+    const { confident_pixels: count, ...outputs } = await signature.run(inputs);
+    for (const [name, tensor] of Object.entries(outputs)) {
+      tensors[name]?.delete();
+      tensors[name] = tensor;
+    }
+    const made = { mask: await outputs.mask.data(), confident: count ? (await count.data())[0] : null };
+    made.sure = outputs.sure ? Array.from(await outputs.sure.data()) : null;
     made.latencyMs = performance.now() - began;
-    mask.delete();
     count?.delete();
+    form.fastestMs = Math.min(form.fastestMs, made.latencyMs);
     return made;
   }
 }

@@ -10,8 +10,3 @@ def check_output(output: Path, mark: str) -> None:
     bundles.check_writable("--output", output, folder=True)
     ours = not output.exists() or not any(output.iterdir()) or (output / mark).exists()
     bundles.check(ours, "--output", f"a folder that is new, empty or of an earlier export, with {mark} in it", str(output))
-
-
-def check_whole_images(regions: bundles.Regions | None) -> None:
-    """Raises ValueError for a deployment whose cells leave each for itself, which no other runtime does yet."""
-    bundles.check(regions is None, "--target", "left out for a deployment with regions, which mess_runtime runs only", regions)

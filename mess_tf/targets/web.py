@@ -22,7 +22,7 @@ from mess_runtime.engines import CPU
 from mess_runtime.files import replace_folder
 from mess_runtime.runner import Runner
 from mess_tf.graph import flatbuffer
-from mess_tf.targets import check_output, check_whole_images
+from mess_tf.targets import check_output
 
 PAGES = Path(__file__).parents[1] / "pages"
 BUNDLE, LITERTJS, RUNNER = "bundle", "litertjs", "mess.js"
@@ -50,7 +50,6 @@ def write(bundle: bundles.Bundle, output: Path, litertjs: Path | None = None) ->
       ValueError: the output is something else, a package is missing or another one, or the file does not do what it did.
       OSError: npm is needed and not there, or cannot fetch the packages.
     """
-    check_whole_images(bundle.manifest.regions)
     check(output, litertjs)
 
     def fill(folder: Path) -> None:
