@@ -84,7 +84,7 @@ def bundle(network, photos, tmp_path_factory):
 @pytest.fixture(scope="module")
 def regions(network, tmp_path_factory):
     """The same exits, where each of eight cells leaves for itself."""
-    choices = ExitChoice("exit1", HEAD, THETA_PIX, 0.5), ExitChoice("final", "original")
+    choices = ExitChoice("exit1", HEAD, 0.34, 0.5), ExitChoice("final", "original")
     configuration = Configuration("input-dependent", False, choices, None, regions=Regions("nearest", (2, 4), (2, 8)))
     folder = tmp_path_factory.mktemp("regions") / "bundle"
     Exporter(network, SIZE).bundle(folder, configuration, None, list("abcde"), InputSpec(*SIZE, "uint8", "letterbox"))

@@ -277,8 +277,9 @@ class RegionChain:
 def _of_pixels(cells: tf.Tensor, by_pixel: tuple[np.ndarray, np.ndarray]) -> tf.Tensor:
     """bool [1, rows, columns] of cells to [1, H, W], by products: GPU delegates refuse or mistake a GATHER by a list of rows."""
     rows, columns = (np.eye(places[-1] + 1, dtype=np.float32)[places].T for places in by_pixel)
-    wide = tf.matmul(tf.cast(cells, tf.float32)[0], columns)
-    return (tf.transpose(tf.matmul(tf.transpose(wide), rows)) > 0.5)[None]
+    wide = tf.matmul(tf.reshape(tf.cast(cells, tf.float32), cells.shape[1:]), columns)
+    changed = tf.transpose(tf.matmul(tf.transpose(wide), rows)) > 0.5
+    return tf.reshape(changed, (1, *changed.shape))
 
 
 def check_segment(segment: ActiveSegment, budget: int, content: bytes, features: Tensors, precision: str = FP32) -> None:
