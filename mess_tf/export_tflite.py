@@ -44,7 +44,7 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
 from mess_tf.network.originals import check_flags, define_flags
-from mess_tf.targets import mediapipe, web
+from mess_tf.targets import check_whole_images, mediapipe, web
 
 WEIGHTS = "weights.sha256"
 TARGETS = {"web": web, "mediapipe": mediapipe}
@@ -244,9 +244,9 @@ def main() -> None:
     target, output, packages = TARGETS.get(FLAGS.target), Path(FLAGS.output), [Path(FLAGS.litertjs)] if FLAGS.litertjs else []
     if target:
         target.check(output, *packages)
-    if target is mediapipe:
+    if target and target is not web:
         deployed = bundles.Bundle.load(FLAGS.bundle).manifest if FLAGS.bundle else Deployment.load(FLAGS.deployment)
-        mediapipe.check_regions(deployed.regions)
+        check_whole_images(deployed.regions)
     bundle = FLAGS.bundle
     if FLAGS.deployment:
         how = (FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures, FLAGS.verify)

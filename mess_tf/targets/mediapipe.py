@@ -21,7 +21,7 @@ from mess_runtime.files import replace_folder
 from mess_runtime.runner import Runner, needed_pixels
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, TOLERANCE, convert, pixels, run_signature
-from mess_tf.targets import check_output
+from mess_tf.targets import check_output, check_whole_images
 
 DESCRIPTION = "early_exit.json"
 CONFIDENCE, LOGITS = "confidence", "logits"
@@ -43,7 +43,7 @@ def write(bundle: bundles.Bundle, output: Path) -> None:
       ValueError: the output is something else, the bundle has regions, or a file differs from the bundle: in its confidence, or in the mask
         beyond ties.
     """
-    check_regions(bundle.manifest.regions)
+    check_whole_images(bundle.manifest.regions)
     check(output)
     manifest = bundle.manifest
     count = manifest.input.height * manifest.input.width
@@ -72,11 +72,6 @@ def write(bundle: bundles.Bundle, output: Path) -> None:
 def check(output: Path) -> None:
     """Raises what `write` would raise of its argument."""
     check_output(output, DESCRIPTION)
-
-
-def check_regions(regions: bundles.Regions | None) -> None:
-    """Raises ValueError where cells leave each for itself, which one file per exit cannot say."""
-    bundles.check(regions is None, "--target", "web for a deployment with regions", regions)
 
 
 def alone(bundle: bundles.Bundle) -> dict[str, flatbuffer.Graph]:
