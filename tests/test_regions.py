@@ -23,7 +23,7 @@ from mess_tf.configs import BackboneConfig, HeadSpec
 from mess_tf.export_tflite import export_deployment
 from mess_tf.files import Certificate, Configuration, Deployment, ExitChoice, Objective, Original
 from mess_tf.graph import flatbuffer
-from mess_tf.graph.conversion import FP16, FP32, INT8, PRECISIONS, ExportError
+from mess_tf.graph.conversion import FP32, INT8, PRECISIONS, ExportError
 from mess_tf.graph.exporter import Exporter
 from mess_tf.graph.policy import decide, decide_by_cell
 from mess_tf.graph.regions import RegionChain, budgets, check_segment, segment_graph
@@ -310,16 +310,15 @@ def test_a_file_whose_cells_leave(three_exits, monkeypatch):
         other.check(content, "float32")
 
 
-@pytest.mark.parametrize("precision", [FP16, INT8])
-def test_a_segment_without_blocks_is_always_dense(three_exits, precision):
+def test_a_segment_without_blocks_is_always_dense(three_exits):
     candidates = ["exit1.fcn-r2-b0", "exit3.fcn-r2-b0", FINAL]
     assert segments_on_grid(three_exits, candidates, SIZE, CELLS)[1] is None
     images = [noise(seed)[None].astype(np.float32) for seed in (1, 2)]
-    chain = RegionChain(three_exits, candidates, CELLS, SIZE, [(theta, True) for theta in THETAS], precision, images)
+    chain = RegionChain(three_exits, candidates, CELLS, SIZE, [(theta, True) for theta in THETAS], INT8, images)
     graphs = chain.signatures()
     assert [*graphs] == ["segment.exit1", "segment.exit3.3", "segment.exit3.12", "segment.final.12"]
     assert filters(graphs["segment.exit3.3"]) == filters(graphs["segment.exit3.12"])
-    content = flatbuffer.write(graphs, precision != FP32)
+    content = flatbuffer.write(graphs, True)
     chain.check(content)
     run = run_of(content)
     before = run("segment.exit1", {"image": noise(1)[None]})
