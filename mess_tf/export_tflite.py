@@ -17,8 +17,9 @@ are there.
 Candidates take --precision=fp32|fp16|int8, or --precisions=fp16,int8 for WORKDIR/candidates.fp16/ and so on, of which the search then
 takes the best; a deployment is of the precision that it was searched in. Every file is checked before it is kept.
 
-`--target=web|mediapipe --output=FOLDER` writes what another runtime takes, beside the bundle of `--deployment`, or of one that is there,
-`--bundle=FOLDER`: see `mess_tf.targets`. For web LiteRT.js comes from npm, or from `--litertjs=FOLDER`, what `npm pack` wrote.
+`--target=web|mediapipe|android --output=FOLDER` writes what another runtime takes, beside the bundle of `--deployment`, or of one
+that is there, `--bundle=FOLDER`: see `mess_tf.targets`. For web LiteRT.js comes from npm, or from `--litertjs=FOLDER`, what
+`npm pack` wrote.
 """
 
 import dataclasses
@@ -44,10 +45,10 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
 from mess_tf.network.originals import check_flags, define_flags
-from mess_tf.targets import check_whole_images, mediapipe, web
+from mess_tf.targets import android, check_whole_images, mediapipe, web
 
 WEIGHTS = "weights.sha256"
-TARGETS = {"web": web, "mediapipe": mediapipe}
+TARGETS = {"web": web, "mediapipe": mediapipe, "android": android}
 OF_NETWORK = "workdir data_dir precision float_operations fidelity input resize extra_signatures verify measure"
 EXAMPLES = 8
 CALIBRATION_IMAGES = 64
@@ -269,7 +270,8 @@ if __name__ == "__main__":
         "target",
         None,
         list(TARGETS),
-        "another runtime that the bundle is made ready for: web, a folder for any web server; mediapipe, files for ImageSegmenter",
+        "another runtime that the bundle is made ready for: web, a folder for any web server; mediapipe, files for ImageSegmenter; "
+        "android, a folder for the assets of an app",
     )
     flags.DEFINE_string("output", "", "folder of the target")
     flags.DEFINE_string("litertjs", "", "with --target=web: folder with the packages of LiteRT.js; by default npm fetches them")

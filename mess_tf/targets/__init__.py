@@ -1,8 +1,16 @@
 """Targets: what other runtimes than `mess_runtime` take, made of a bundle."""
 
+import dataclasses
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from mess_runtime import bundle as bundles
+from mess_runtime.engines import CPU
+from mess_runtime.runner import Runner
+from mess_tf.graph import flatbuffer
 
 
 def check_output(output: Path, mark: str) -> None:
@@ -15,3 +23,34 @@ def check_output(output: Path, mark: str) -> None:
 def check_whole_images(regions: bundles.Regions | None) -> None:
     """Raises ValueError where cells leave each for itself: of the targets, only the page runs that."""
     bundles.check(regions is None, "--target", "web for a deployment with regions", regions)
+
+
+def write_segments(
+    bundle: bundles.Bundle, folder: Path, change: Callable[[flatbuffer.Graph], flatbuffer.Graph] = lambda graph: graph
+) -> dict[str, flatbuffer.Graph]:
+    """Writes the segments of a bundle, without its other signatures, into an empty folder, as a bundle that was proven on no backend.
+
+    Args:
+      bundle: to take them from.
+      folder: that gets model and manifest.
+      change: what is done to each graph; masks and confidences must stay the same, which is checked.
+
+    Returns:
+      The graphs by signature.
+
+    Raises:
+      ValueError: a mask or a confidence is another one.
+    """
+    graphs = flatbuffer.read_signatures(bundle.path.read_bytes())
+    segments = {name: change(graph) for name, graph in graphs.items() if name.startswith(bundles.segment_signature(""))}
+    content = flatbuffer.write(segments, bundle.manifest.precision != "fp32")
+    (folder / bundles.MODEL).write_bytes(content)
+    manifest = dataclasses.replace(bundle.manifest, sha256=bundles.sha256(content), size_bytes=len(content), verified=())
+    bundles.write_manifest(folder, manifest)
+    size = bundle.manifest.input
+    noise = np.random.default_rng(0).integers(0, 256, (size.height, size.width, 3), np.uint8)
+    both = (Runner(each, backend=CPU).refine(noise) for each in (bundle, bundles.Bundle.load(folder)))
+    for before, after in itertools.zip_longest(*both):
+        same = np.array_equal(before.mask, after.mask) and before.trace[-1].confidence == after.trace[-1].confidence
+        bundles.check(same, f"{bundle.path}: {before.exit}", "the same on its own", "another mask or confidence")
+    return segments

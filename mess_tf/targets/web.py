@@ -5,7 +5,6 @@ module for other pages too.
 """
 
 import base64
-import dataclasses
 import hashlib
 import itertools
 import shutil
@@ -15,14 +14,11 @@ import tempfile
 from pathlib import Path
 
 import jinja2
-import numpy as np
 
 from mess_runtime import bundle as bundles
-from mess_runtime.engines import CPU
 from mess_runtime.files import replace_folder
-from mess_runtime.runner import Runner
 from mess_tf.graph import flatbuffer
-from mess_tf.targets import check_output
+from mess_tf.targets import check_output, write_segments
 
 PAGES = Path(__file__).parents[1] / "pages"
 BUNDLE, LITERTJS, RUNNER = "bundle", "litertjs", "mess.js"
@@ -114,17 +110,5 @@ def unpack(packages: Path, folder: Path) -> None:
 
 def write_bundle(bundle: bundles.Bundle, folder: Path) -> None:
     """Writes the segments of a bundle with features that LiteRT.js takes, see `write`, and checks that they do what they did."""
-    prefix = bundles.segment_signature("")
-    graphs = flatbuffer.read_signatures(bundle.path.read_bytes())
-    segments = {name: flatbuffer.with_float_ends(graph) for name, graph in graphs.items() if name.startswith(prefix)}
-    content = flatbuffer.write(segments, bundle.manifest.precision != "fp32")
     folder.mkdir()
-    (folder / bundles.MODEL).write_bytes(content)
-    manifest = dataclasses.replace(bundle.manifest, sha256=bundles.sha256(content), size_bytes=len(content), verified=())
-    bundles.write_manifest(folder, manifest)
-    size = bundle.manifest.input
-    noise = np.random.default_rng(0).integers(0, 256, (size.height, size.width, 3), np.uint8)
-    both = (Runner(each, backend=CPU).refine(noise) for each in (bundle, bundles.Bundle.load(folder)))
-    for before, after in itertools.zip_longest(*both):
-        same = np.array_equal(before.mask, after.mask) and before.trace[-1].confidence == after.trace[-1].confidence
-        bundles.check(same, f"{bundle.path}: {before.exit}", "the same with features in float32", "another mask or confidence")
+    write_segments(bundle, folder, flatbuffer.with_float_ends)

@@ -44,6 +44,21 @@ object Fit {
         return fitted
     }
 
+    /** A mask of the network at the size of the image that was fitted to it: of each pixel the class at its centre. */
+    fun maskAt(mask: ByteArray, inputHeight: Int, inputWidth: Int, height: Int, width: Int, letterbox: Boolean): ByteArray {
+        val place = placed(height, width, inputHeight, inputWidth, letterbox)
+        val columns = IntArray(width) { place.left + nearest(place.width, width, it) }
+        val made = ByteArray(height * width)
+        for (row in 0 until height) {
+            val line = (place.top + nearest(place.height, height, row)) * inputWidth
+            for (column in 0 until width) made[row * width + column] = mask[line + columns[column]]
+        }
+        return made
+    }
+
+    /** The pixel of `old` in a row that the centre of pixel `position` of `new` falls into. */
+    private fun nearest(old: Int, new: Int, position: Int): Int = ((2L * position + 1) * old / (2L * new)).toInt()
+
     /** `lines` lines of `size` pixels resized to `newSize` each; `pixel` and `line` are the steps to the next pixel and line. */
     private fun along(old: IntArray, lines: Int, line: Int, size: Int, pixel: Int, newSize: Int, newLine: Int, newPixel: Int): IntArray {
         val made = IntArray(lines * newSize)
