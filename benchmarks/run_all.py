@@ -68,6 +68,7 @@ def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list
         "statics": [workdir, f"--output={output / 'statics'}", "--names=scale0.5", "--epochs=1", "--precisions=fp32"],
         "ablations": [f"--workdir={output / 'ablations'}", "--recipe=smoke", "--seeds=1", "--fewer=2"],
         "input_pipeline": ["--recipe=smoke", "--steps=3", "--rounds=1"],
+        "strategies": ["--rounds=3", "--size=64x64", "--batch=2", "--exits=2"],
         "train_step": ["--steps=6", "--size=64x64", "--batch=2", "--exits=3"],
         "networks": [f"--output={output / 'networks'}", "--names=unet_xception"],
         "search_scaling": ["--rows=1_exit"],

@@ -23,19 +23,17 @@ CLASSES = 11
 KINDS = ("none", "round_robin", "all")
 
 
-def make_step(backbone: BackboneConfig, exits: int, kind: str, batch: int, size: tuple[int, int]) -> Callable[[int], float]:
-    """Makes a function from a step's number to its seconds."""
+def make_step(backbone: BackboneConfig, exits: int, stage: StageConfig, size: tuple[int, int]) -> Callable[[int], float]:
+    """Makes a function from the number of a step of stage 1 to its seconds, on the devices of the strategy in scope."""
     keras.utils.set_random_seed(0)
-    config = Config(
-        DataConfig(input_size=size), backbone, ExitsConfig(count=exits), StageConfig(exits=kind, distillation="filtered", batch_size=batch)
-    )
+    config = Config(DataConfig(input_size=size), backbone, ExitsConfig(count=exits), stage)
     network = build_network(config, CLASSES)
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], backbone.batch_norm_momentum)
     parts = [network.original, *network.heads.values()]
     optimizer = make_optimizer(config.stage1, [variable for part in parts for variable in part.trainable_variables])
     step = network_step(network, config.stage1, optimizer, size, np.ones(CLASSES, np.float32))
-    images = tf.random.uniform((batch, *size, 3), 0, 255)
-    labels = tf.cast(tf.random.uniform((batch, *size), 0, CLASSES, tf.int32), tf.uint8)
+    images = tf.random.uniform((stage.batch_size, *size, 3), 0, 255)
+    labels = tf.cast(tf.random.uniform((stage.batch_size, *size), 0, CLASSES, tf.int32), tf.uint8)
 
     def timed(number: int) -> float:
         started = time.perf_counter()
@@ -52,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
     backbone = BackboneConfig(name=FLAGS.backbone)
     early = FLAGS.exits - 1
     fix_summation_order()
-    steps = {kind: make_step(backbone, FLAGS.exits, kind, FLAGS.batch, size) for kind in KINDS}
+    stages = {kind: StageConfig(exits=kind, distillation="filtered", batch_size=FLAGS.batch) for kind in KINDS}
+    steps = {kind: make_step(backbone, FLAGS.exits, stage, size) for kind, stage in stages.items()}
     for number in range(early):
         for step in steps.values():
             step(number)  # compiles

@@ -31,7 +31,7 @@ ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
 # Fields of the data section that older files lack, with what was done then.
 _ADDED_TO_DATA = {"resize": "stretch", "label_values": ""}
-_ADDED_TO_STAGES = {"regions": "none", "region_cell": 16, "region_warmup": 0}
+_ADDED_TO_STAGES = {"regions": "none", "region_cell": 16, "region_warmup": 0, "jit_compile": False}
 
 # Sources of the user's own files, whose labels `data.label_values` may explain, and all that read files below `data.data_dir`.
 OWN_LABELS = ("folder", "voc")
@@ -293,8 +293,9 @@ class StageConfig:
       group_size: heads trained in one call with trains=`heads`; memory grows with this number, not with that of all heads.
       eval_epochs: epochs between evaluations on the validation split.
       checkpoint_steps: steps between checkpoints.
-      precision: `float32` or `mixed_bfloat16`.
+      precision: `float32`, `mixed_bfloat16`, or `mixed_float16` with losses scaled up so that small gradients are not lost.
       seed: of initial weights, batches and sampled pixels.
+      jit_compile: whether XLA compiles the steps; on one replica only.
     """
 
     trains: Literal["network", "heads"] = "network"
@@ -320,8 +321,9 @@ class StageConfig:
     group_size: int = 8
     eval_epochs: int = 4
     checkpoint_steps: int = 100
-    precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     seed: int = 0
+    jit_compile: bool = False
 
     def __post_init__(self):
         for name, options in (
@@ -330,7 +332,7 @@ class StageConfig:
             ("distillation", ("none", "all", "filtered")),
             ("regions", ("none", "stale", "nearest", "zeros")),
             ("class_weights", ("none", "sqrt_median_frequency")),
-            ("precision", ("float32", "mixed_bfloat16")),
+            ("precision", ("float32", "mixed_bfloat16", "mixed_float16")),
         ):
             _check(getattr(self, name) in options, name, f"one of {options}", getattr(self, name))
         _check(not self.teacher or self.distillation != "none", "teacher", "empty without distillation", self.teacher)

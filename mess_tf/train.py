@@ -2,6 +2,8 @@
 
 `python -m mess_tf.train --workdir=W --recipe=camvid_lite0 --data_dir=D [--set section.field=value ...]` trains both stages, each from its
 last checkpoint if there is one. WORKDIR/config.json keeps the resolved configuration; a later start must ask for the same or nothing.
+
+`--strategy` says on which devices, and may be another one at each start.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.costs import uncounted_layers
 from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
 from mess_tf.network.originals import check_flags, define_flags, load_original
+from mess_tf.network.replicas import STRATEGIES, count, open_strategy, own_replicas
 
 CONFIG, RECORD, DATA_RECORD = "config.json", "training.json", "data.json"
 SHOWN_DIFFERENCES = 3
@@ -38,7 +41,7 @@ SHOWN_DIFFERENCES = 3
 def train(config: Config, workdir: str, stages: Literal["stage1", "both"] = "both") -> MultiExitNetwork:
     """Runs the stages of a configuration in WORKDIR, each from its last checkpoint if there is one, and returns the trained network.
 
-    A stage of 0 epochs is left out.
+    A stage of 0 epochs is left out. It trains on the devices of the `tf.distribute` strategy in scope.
 
     Sets Keras' random seed and precision policy and TensorFlow's summation order (`fix_summation_order`) for the whole process.
     """
@@ -57,6 +60,7 @@ def prepare(config: Config, workdir: str, stages: Literal["stage1", "both"]) -> 
     config = configs.with_own_original(config, workdir)
     own = load_original(config.backbone.weights) if config.backbone.name == "keras_file" else None
     data = dict(zip(("train", "val"), open_training(config.data), strict=True))
+    check(len(data["val"]) >= count(), "data.val_split", f"at least {count()} images, one for each replica", len(data["val"]))
     check_data(workdir, data)
     network = build_network(config, data["train"].info.num_classes, own)
     if own and (names := uncounted_layers(network.original, config.data.input_size)):
@@ -293,6 +297,22 @@ def run(workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "b
     return Path(workdir, "checkpoints")
 
 
+def run_on(strategy: str, workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "both"] = "both") -> Path:
+    """Runs the command on the devices of a strategy, see `replicas.open_strategy`.
+
+    Of several processes that train together the first one writes the work folder, which all must see. The others do the same in a
+    temporary copy of its checkpoints.
+    """
+    with open_strategy(strategy).scope():
+        if 0 in own_replicas():
+            return run(workdir, config, stages)
+        with tempfile.TemporaryDirectory() as own:
+            if (checkpoints := Path(workdir, "checkpoints")).exists():
+                shutil.copytree(checkpoints, Path(own, "checkpoints"))
+            train(configs.with_own_original(config, workdir), own, stages)
+    return Path(workdir, "checkpoints")
+
+
 def forget(workdir: str | os.PathLike, config: Config) -> None:
     """Removes a training, weights and logs, but for its configuration; also the copy of the user's own network, if that is still there."""
     workdir = Path(workdir)
@@ -319,7 +339,7 @@ def define_training_flags() -> None:
 def main() -> None:
     config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
     check_flags(config)
-    print(run(FLAGS.workdir, config, FLAGS.stages))
+    print(run_on(FLAGS.strategy, FLAGS.workdir, config, FLAGS.stages))
 
 
 if __name__ == "__main__":
@@ -327,4 +347,5 @@ if __name__ == "__main__":
     define_flags()
     define_training_flags()
     flags.DEFINE_enum("stages", "both", ["stage1", "both"], "stages to run")
+    flags.DEFINE_enum("strategy", "none", STRATEGIES, "devices: one, all GPUs here, all GPUs of the machines in TF_CONFIG, or a TPU")
     terminal.run(main)

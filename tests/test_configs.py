@@ -55,7 +55,7 @@ def test_a_configuration_with_no_default_value_survives_json():
                 7,
                 8,
             ),
-            *("mixed_bfloat16", 9),
+            *("mixed_bfloat16", 9, True),
         ),
         StageConfig("heads", "none", "all", "soft.npz", "best.npz", alpha=0.2),
     )
@@ -64,7 +64,7 @@ def test_a_configuration_with_no_default_value_survives_json():
 
 def test_a_file_of_before_a_field_was_added_means_what_was_done_then():
     document = json.loads(configs.to_json(RECIPES["demo"]))
-    del document["data"]["resize"], document["stage1"]["regions"], document["stage2"]["region_cell"]
+    del document["data"]["resize"], document["stage1"]["regions"], document["stage2"]["region_cell"], document["stage1"]["jit_compile"]
     assert configs.from_json(json.dumps(document)) == RECIPES["demo"]
 
 

@@ -338,15 +338,26 @@ def test_weight_decay_leaves_biases_and_batch_normalisation_alone():
         np.testing.assert_allclose(variable.numpy(), factor * value, rtol=1e-6, err_msg=variable.path)
 
 
-def test_mixed_precision_learns():
-    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_mixed_precision_learns(kind):
+    keras.mixed_precision.set_global_policy(f"mixed_{kind}")
     network = make_network()
-    step = make_step(network, StageConfig(exits="all", precision="mixed_bfloat16", label_smoothing=0.1))
+    step = make_step(network, StageConfig(exits="all", precision=f"mixed_{kind}", label_smoothing=0.1))
     computed = {layer.compute_dtype for layer in network.original.layers}
     values = [step(make_batch(), number) for number in range(12)]
-    assert computed == {"bfloat16", "float32"} and all(variable.dtype == "float32" for variable in network.original.weights)
+    assert computed == {kind, "float32"} and all(variable.dtype == "float32" for variable in network.original.weights)
     for name in values[0]:
         assert values[0][name].dtype == tf.float32 and float(values[-1][name]) < float(values[0][name]) - 0.05
+
+
+def test_compiled_steps_do_the_same():
+    networks = [make_network() for _ in range(2)]
+    for network, jit_compile in zip(networks, (False, True), strict=True):
+        step = make_step(network, StageConfig(exits="none", jit_compile=jit_compile))
+        for number in range(2):
+            step(make_batch(number), number)
+    for weight, other in zip(*(weights_of(network.original) for network in networks), strict=True):
+        np.testing.assert_allclose(weight, other, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------- a stage of a small network

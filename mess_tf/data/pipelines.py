@@ -1,5 +1,7 @@
 """The `tf.data` pipelines of training and evaluation."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import tensorflow as tf
 
@@ -19,6 +21,8 @@ def training_batches(
     first_step: int,
     steps: int,
     soft_targets: np.ndarray | None = None,
+    replicas: int = 1,
+    part: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Builds the augmented training batches number first_step .. first_step + steps - 1.
 
@@ -33,16 +37,19 @@ def training_batches(
       first_step: absolute number of the first batch.
       steps: number of batches.
       soft_targets: float16 [N, h, w, C], of the whole images at any size, to be augmented with them.
+      replicas: that share a batch, of which each gets so many images in turn.
+      part: which of how many processes this is; only the images of its own replicas are read.
 
     Returns:
-      A data set of (image, label): float32 [B, h, w, 3] RGB 0..255 and uint8 [B, h, w], (h, w) = config.training_size; with soft
-      targets (image, label, soft target), the last one float32 [B, h, w, C] at 1 / SOFT_STRIDE of the training size.
+      A data set of (image, label): float32 [B, h, w, 3] RGB 0..255 and uint8 [B, h, w], B = batch_size / replicas and (h, w) =
+      config.training_size; with soft targets (image, label, soft target), the last one float32 [B, h, w, C] at 1 / SOFT_STRIDE of the
+      training size.
     """
     start, stop = first_step * batch_size, (first_step + steps) * batch_size
     count = len(examples)
     epochs = range(start // count, -(-stop // count))
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])
-    indices = order[start - epochs[0] * count :][: stop - start]
+    positions = np.arange(start, stop).reshape(steps, part[1], -1)[:, part[0]].ravel()
 
     @tf.autograph.experimental.do_not_convert
     def prepare(position: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -53,14 +60,14 @@ def training_batches(
             soft = tf.ensure_shape(soft, soft_targets.shape[1:])
         return augment(image, label, config, tf.stack([tf.constant(seed, tf.int64), position]), soft)
 
-    dataset = tf.data.Dataset.from_tensor_slices((np.arange(start, stop), indices))
+    dataset = tf.data.Dataset.from_tensor_slices((positions, order[positions - epochs[0] * count]))
     dataset = dataset.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return dataset.batch(batch_size, drop_remainder=True).prefetch(2)
+    return dataset.batch(batch_size // replicas, drop_remainder=True).prefetch(2)
 
 
-def evaluation_batches(examples: Examples, images: range | None = None) -> tf.data.Dataset:
+def evaluation_batches(examples: Examples, images: Sequence[int] | None = None) -> tf.data.Dataset:
     """Builds batches of one, in order, at native size: uint8 [1, H, W, 3] RGB and uint8 [1, H, W]; of some images, or all."""
-    dataset = tf.data.Dataset.range(*((len(examples),) if images is None else (images.start, images.stop)))
+    dataset = tf.data.Dataset.from_tensor_slices(np.array(range(len(examples)) if images is None else images, np.int64))
     load = tf.autograph.experimental.do_not_convert(lambda index: _load(examples, index))
     return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(1).prefetch(2)
 

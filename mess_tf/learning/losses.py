@@ -3,12 +3,15 @@
 The losses are those of the full-resolution output, taken on a grid of its pixels: every n-th row and column, the first ones drawn anew
 each step. The bilinear upsampling is computed at these pixels only, which is exact there and makes the loss n*n times cheaper; over the
 steps every pixel counts alike.
+
+On several replicas a loss is the share of this one's images in the mean over the whole batch: the shares' sum is what one replica has.
 """
 
 import numpy as np
 import tensorflow as tf
 
 from mess_tf.configs import IGNORE
+from mess_tf.network.replicas import total
 
 
 def round_robin(step: int, early_exits: int) -> int:
@@ -66,7 +69,7 @@ def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, class_weights: tf.Tensor
     weights = tf.cast(valid, tf.float32)
     if class_weights is not None:
         weights *= tf.gather(class_weights, classes)
-    return tf.math.divide_no_nan(tf.reduce_sum(weights * loss), tf.reduce_sum(weights))
+    return tf.math.divide_no_nan(tf.reduce_sum(weights * loss), total(tf.reduce_sum(weights)))
 
 
 def distillation(student: tf.Tensor, teacher: tf.Tensor, labels: tf.Tensor, filtered: bool, temperature: float = 1.0) -> tf.Tensor:
@@ -89,7 +92,7 @@ def distillation(student: tf.Tensor, teacher: tf.Tensor, labels: tf.Tensor, filt
     counted = valid
     if filtered:
         counted *= tf.cast(tf.argmax(teacher, -1, tf.int32) == labels, tf.float32)
-    return temperature**2 * tf.math.divide_no_nan(tf.reduce_sum(counted * divergence), tf.reduce_sum(valid))
+    return temperature**2 * tf.math.divide_no_nan(tf.reduce_sum(counted * divergence), total(tf.reduce_sum(valid)))
 
 
 def class_weights(class_pixels: np.ndarray, kind: str) -> np.ndarray:

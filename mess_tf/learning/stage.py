@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from mess_runtime import terminal
+from mess_runtime.bundle import check
 from mess_tf.configs import Config, StageConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, training_batches
@@ -17,6 +18,7 @@ from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.learning.steps import heads_step, learning_rate, make_optimizer, network_step
 from mess_tf.network.evaluation import accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights
+from mess_tf.network.replicas import count, share_statistics
 
 LOG_STEPS = 10
 # Of the logarithm of the class weights, tried on the validation split.
@@ -29,11 +31,14 @@ def _folder(workdir: str, name: str) -> str:
 
 
 def check_start(name: str, stage: StageConfig, network: MultiExitNetwork, train: Examples, workdir: str) -> None:
-    """Checks the files that a stage starts from, unless it goes on from a checkpoint.
+    """Checks that batches can be shared, and the files that a stage starts from, unless it goes on from a checkpoint.
 
     Raises:
       FileNotFoundError, ValueError: `initial` or `teacher` is not there, or of another network or other images.
     """
+    replicas = count()
+    check(stage.batch_size % replicas == 0, f"{name}.batch_size", f"a multiple of {replicas}, one part for each replica", stage.batch_size)
+    check(replicas == 1 or not stage.jit_compile, f"{name}.jit_compile", f"false on {replicas} replicas", stage.jit_compile)
     if tf.train.latest_checkpoint(_folder(workdir, name)):
         return
     if stage.teacher:
@@ -49,6 +54,8 @@ def train_stage(
 ) -> None:
     """Trains one stage to its end, from its last checkpoint if there is one, and leaves `network` with the best evaluation's weights.
 
+    The `tf.distribute` strategy in scope, in which `network` was built, says on how many devices; a checkpoint serves any number.
+
     Raises:
       FileNotFoundError, ValueError: see `check_start`.
       FloatingPointError: if a loss is not finite; names the steps in question.
@@ -59,6 +66,7 @@ def train_stage(
     steps_per_epoch = max(1, len(train) // stage.batch_size)
     total_steps = stage.epochs * steps_per_epoch
     parts = ([] if stage.trains == "heads" else [network.original]) + list(network.heads.values())
+    share_statistics(parts)
     optimizer = make_optimizer(stage, [variable for part in parts for variable in part.trainable_variables])
     weights = class_weights(train.class_pixels(), stage.class_weights)
     make_step = heads_step if stage.trains == "heads" else network_step
@@ -99,7 +107,8 @@ def train_stage(
         log.write(done, epoch=done / steps_per_epoch, miou=result, logit_share=best_share)
         for example, (image, _) in examples:
             masks = predict(image)
-            log.masks(done, example, image, {key: masks[key, best_share[key]] for key in best_of_exit}, val.info.num_classes)
+            best = {key: masks[key, best_share[key]][0][None] for key in best_of_exit}
+            log.masks(done, example, image, best, val.info.num_classes)
         if mean > float(best_variable.numpy()):
             best_variable.assign(mean)
             trained = {key: bias.numpy() for key, bias in biases.items() if bias is not None}
@@ -114,7 +123,19 @@ def train_stage(
     if first_step < total_steps:
         print(f"{name}: {len(train)} images, {total_steps} steps of {stage.batch_size} images, {len(network.heads)} heads", flush=True)
         soft = SoftTargets.load(stage.teacher, train).log_probability if stage.teacher else None
-        batches = training_batches(train, config.data, stage.batch_size, stage.seed, first_step, total_steps - first_step, soft)
+        batches = tf.distribute.get_strategy().distribute_datasets_from_function(
+            lambda process: training_batches(
+                train,
+                config.data,
+                stage.batch_size,
+                stage.seed,
+                first_step,
+                total_steps - first_step,
+                soft,
+                process.num_replicas_in_sync,
+                (process.input_pipeline_id, process.num_input_pipelines),
+            )
+        )
     interval: list[dict[str, tf.Tensor]] = []
     pace: list[float] = []  # seconds per step of each interval; the first one compiles
     started = time.perf_counter()

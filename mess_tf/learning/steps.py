@@ -11,11 +11,12 @@ from mess_tf.configs import IGNORE, StageConfig
 from mess_tf.learning import losses
 from mess_tf.network.model import FINAL, MultiExitNetwork
 from mess_tf.network.regions import ActiveSegment, segment_with_cells
+from mess_tf.network.replicas import on_replicas, total
 
 SURE_SHARE = 0.9  # share of a cell's pixels that must be confident
 REGION_THETA = (0.5, 0.98)
 
-# Images, labels and, with a teacher, its soft targets; the number of the step. Returns the loss of each exit.
+# Images, labels and, with a teacher, its soft targets, of each replica; the number of the step. Returns the loss of each exit.
 Step = Callable[[tuple[tf.Tensor, ...], int], dict[str, tf.Tensor]]
 
 
@@ -26,11 +27,16 @@ def learning_rate(stage: StageConfig, step: int, total_steps: int) -> float:
 
 
 def make_optimizer(stage: StageConfig, variables: list[keras.Variable]) -> keras.optimizers.Optimizer:
-    """SGD with Nesterov momentum, built for all variables of a stage; biases and batch normalisation are not decayed."""
+    """SGD with Nesterov momentum, built for all variables of a stage; biases and batch normalisation are not decayed.
+
+    With float16, whose small gradients would be 0, the losses are scaled up by as much as keeps the gradients finite.
+    """
     optimizer = keras.optimizers.SGD(
         stage.learning_rate, momentum=stage.momentum, nesterov=stage.momentum > 0, weight_decay=stage.weight_decay or None
     )
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    if stage.precision == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     optimizer.build(variables)
     return optimizer
 
@@ -100,6 +106,28 @@ def gradients(values: dict[str, tf.Tensor], variables: list[keras.Variable]) -> 
     """Gradients of the sum of some losses, inside a `tf.function`."""
     pairwise = tf.AggregationMethod.EXPERIMENTAL_TREE
     return tf.gradients(list(values.values()), [variable.value for variable in variables], aggregation_method=pairwise)
+
+
+def update(optimizer: keras.optimizers.Optimizer, values: dict[str, tf.Tensor], variables: list[keras.Variable]) -> None:
+    """One step of the optimizer down the sum of some losses, inside a `tf.function`."""
+    slopes = gradients({name: optimizer.scale_loss(value) for name, value in values.items()}, variables)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        # Keras leaves a step out if the gradients of the first replica are not finite: there, those of no other are then either.
+        slopes[0] += total(tf.add_n([tf.reduce_sum(0 * slope) for slope in slopes]))
+    optimizer.apply(slopes, variables)
+
+
+def learning(step: Callable, stage: StageConfig) -> Callable[..., dict[str, tf.Tensor]]:
+    """Makes one graph of a step that learns on every replica; it returns the losses over the whole batch."""
+    strategy = tf.distribute.get_strategy()
+
+    @tf.function(autograph=False, jit_compile=stage.jit_compile or None)
+    @safe_convolutions
+    def learnt(*arguments):
+        shares = strategy.run(step, arguments)
+        return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, share, axis=None) for name, share in shares.items()}
+
+    return learnt
 
 
 def exit_loss(stage: StageConfig, logits: tf.Tensor, teacher: tf.Tensor, target: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
@@ -175,8 +203,6 @@ def network_step(
         for name in candidates:
             trained += network.heads[name].trainable_variables
 
-        @tf.function(autograph=False)
-        @safe_convolutions
         def step(batch, rows, columns, dice):
             images, labels, *soft = batch
             target = pick(labels, rows, columns)
@@ -196,10 +222,10 @@ def network_step(
                 values[FINAL] = exit_loss(stage, final, teacher, target, weights)
             else:
                 values[FINAL] = losses.cross_entropy(final, target, weights, stage.label_smoothing)
-            optimizer.apply(gradients(values, trained), trained)
+            update(optimizer, values, trained)
             return values
 
-        return step
+        return learning(step, stage)
 
     def chosen(step: int) -> tuple[str, ...]:
         if stage.exits == "none":
@@ -223,7 +249,6 @@ def heads_step(
     names = list(network.heads)
     features_of = network.features(names if stage.teacher else network.candidates)
 
-    @tf.function(autograph=False)
     def frozen(batch, rows, columns):
         images, labels, *soft = batch
         features = features_of(images, training=False)
@@ -233,18 +258,17 @@ def heads_step(
     def compiled(group: list[str]) -> Callable:
         trained = [variable for name in group for variable in network.heads[name].trainable_variables]
 
-        @tf.function(autograph=False)
-        @safe_convolutions
         def step(features, target, teacher, rows, columns):
             values = {}
             for name in group:
                 logits = losses.upsample_at(network.head_logits(name, features, training=True), size, rows, columns)
                 values[name] = exit_loss(stage, logits, teacher, target, weights)
-            optimizer.apply(gradients(values, trained), trained)
+            update(optimizer, values, trained)
             return values
 
-        return step
+        return learning(step, stage)
 
+    frozen = on_replicas(frozen, stage.jit_compile)
     steps = [compiled(names[start : start + stage.group_size]) for start in range(0, len(names), stage.group_size)]
 
     def run(batch, step):

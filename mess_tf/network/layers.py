@@ -8,18 +8,30 @@ import tensorflow as tf
 class BatchNormalization(keras.layers.BatchNormalization):
     """Keras' layer, trained through TensorFlow's fused kernel: 1.7 times faster training steps on a CPU.
 
+    If `synchronized` is set, the statistics are those of all replicas together, and no kernel is fused.
+
     Departure: as in the fused kernel, the moving variance is the unbiased one.
     """
 
     def call(self, inputs, training=None, mask=None):
         if not (training and self.trainable):
             return super().call(inputs, training=False, mask=mask)
-        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
-            inputs, tf.cast(self.gamma, tf.float32), tf.cast(self.beta, tf.float32), epsilon=self.epsilon, is_training=True
-        )[:3]
+        gamma, beta = tf.cast(self.gamma, tf.float32), tf.cast(self.beta, tf.float32)
+        if self.synchronized:
+            outputs, mean, variance = self._over_replicas(inputs, gamma, beta)
+        else:
+            outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(inputs, gamma, beta, epsilon=self.epsilon, is_training=True)[:3]
         self.moving_mean.assign(self.momentum * self.moving_mean + (1 - self.momentum) * mean)
         self.moving_variance.assign(self.momentum * self.moving_variance + (1 - self.momentum) * variance)
         return outputs
+
+    def _over_replicas(self, inputs, gamma, beta):
+        """What the fused kernel returns, of the inputs of all replicas, which have as many each."""
+        values = tf.cast(inputs, tf.float32)
+        mean, variance = keras.ops.moments(values, self._reduction_axes, synchronized=True)
+        outputs = tf.nn.batch_normalization(values, mean, variance, beta, gamma, self.epsilon)
+        count = tf.cast(tf.size(inputs) // inputs.shape[-1] * tf.distribute.get_strategy().num_replicas_in_sync, tf.float32)
+        return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1)
 
 
 @keras.saving.register_keras_serializable("mess_tf")
