@@ -6,6 +6,9 @@ together are the statistics, whatever the shards were.
 `python -m mess_tf.calibrate --workdir=W [--data_dir=D]`, after `export_tflite --candidates`: the submodels are what runs, so the statistics
 are those of their precision and name the files whose latencies belong to them. The exit policy runs as the .tflite that devices run,
 so a threshold means the same there. With --precisions, as given to `export_tflite`, stats.fp16.npz and so on, one for each.
+
+With --regions, or a training whose stage1.regions is another than none, it also writes WORKDIR/regions.npz: the whole outcome of chains of
+exits whose cells leave each for itself, for every theta_pix and --theta_img; see `mess_tf.region_candidates`.
 """
 
 import dataclasses
@@ -23,21 +26,58 @@ import tensorflow as tf
 from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
-from mess_runtime.bundle import CONFIDENT_PIXELS, IMAGE, MASK, SIGNATURE, check, check_writable, file_sha256
+from mess_runtime.bundle import (
+    CONFIDENT_PIXELS,
+    IMAGE,
+    MASK,
+    SIGNATURE,
+    Regions,
+    check,
+    check_writable,
+    decode,
+    file_sha256,
+    read_json,
+)
 from mess_runtime.images import mask_at
 from mess_runtime.terminal import Bar
 from mess_tf import configs, metrics, terminal
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.data.sources import open_split
-from mess_tf.export_tflite import WEIGHTS
-from mess_tf.files import CANDIDATES, STATS, Stats, check_theta_pix, joined, made_by, map_arrays, of_precision, packed, write_arrays
+from mess_tf.export_tflite import REGIONS_OF_FILES, WEIGHTS
+from mess_tf.files import (
+    CANDIDATES,
+    REGIONS,
+    STATS,
+    RegionStats,
+    Stats,
+    check_theta_pix,
+    joined,
+    made_by,
+    map_arrays,
+    of_precision,
+    packed,
+    write_arrays,
+)
 from mess_tf.graph import flatbuffer, policy
-from mess_tf.graph.conversion import FP32, PRECISIONS, convert
+from mess_tf.graph.conversion import FP32, INT8, PRECISIONS, convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.network.costs import Cost, model_cost
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
 from mess_tf.network.originals import check_flags, define_flags
+from mess_tf.region_candidates import (
+    BY_TRAINING,
+    NONE,
+    THETA_IMG,
+    Plan,
+    RegionOptions,
+    configurations,
+    define_region_flags,
+    options_of_flags,
+    plan,
+    statistics,
+    submodels,
+)
 
 THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
@@ -263,6 +303,47 @@ def merge(calibration: Calibration, shards: Sequence[Path], path: Path) -> None:
     shutil.rmtree(shards[0].parent)
 
 
+def calibrate_regions(calibration: Calibration, chains: Plan, stats_sha256: str, theta_img: Sequence[float] = THETA_IMG) -> RegionStats:
+    """Runs every chain over the split, with each pair of thresholds.
+
+    Args:
+      calibration: of the same images; not in int8, since the masked segments run in float. The files of regions among its candidates are
+        named; if there are none, the search knows MACs only.
+      chains: what is to be run.
+      stats_sha256: of the file of the statistics of whole images.
+      theta_img: grid.
+
+    Raises:
+      ValueError: the candidates were exported for other regions, or there are too many configurations.
+    """
+    check(calibration.precision != INT8, "precision", f"none of {INT8} with regions", calibration.precision)
+    check(calibration.fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", calibration.fidelity)
+    of_files = calibration.folder / REGIONS_OF_FILES
+    if of_files.exists():
+        read = read_json(of_files, lambda value: decode(Regions, value, "regions"))
+        check(read == chains.regions, str(of_files), f"{chains.regions}; {EXPORT_AGAIN}", read)
+
+    def sha256(name: str) -> str:
+        path = calibration.folder / f"{name}.tflite"
+        return file_sha256(path) if of_files.exists() and path.exists() else ""
+
+    first, pairs = (tuple(map(sha256, names)) for names in submodels(chains))
+    network, examples, thetas = calibration.network, calibration.examples, (calibration.theta_pix.tolist(), theta_img)
+    return RegionStats(
+        split=calibration.split,
+        stats_sha256=stats_sha256,
+        images=examples.names,
+        classes=examples.info.classes,
+        neighbours=chains.regions.neighbours,
+        candidates=chains.candidates,
+        first_sha256=first,
+        pair_sha256=pairs,
+        made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
+        precision=calibration.precision,
+        **statistics(network, chains, examples, calibration.size, calibration.resize, *thetas),
+    )
+
+
 def run(
     workdir: str,
     data_dir: str = "",
@@ -270,16 +351,26 @@ def run(
     theta_pix: Sequence[float] = THETA_PIX,
     fidelity: str = policy.EXACT,
     precisions: Sequence[str] = (),
+    regions: RegionOptions = BY_TRAINING,
 ) -> list[Path]:
-    """The command: see `calibrations`. Returns the paths of the statistics."""
+    """The command: see `calibrations`. Returns the paths of the statistics.
+
+    With regions, see `calibrate_regions`, too; in int8 they are left out.
+    """
     check_theta_pix(theta_pix)
     check_writable("workdir", workdir, folder=True)
     check(set(precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(precisions))
     for folder in (Path(workdir, of_precision(CANDIDATES, each)) for each in precisions):
         command = f"`python -m mess_tf.export_tflite --candidates --precisions={','.join(precisions)}`"
         check((folder / WEIGHTS).exists(), "precisions", f"those of exported candidates; {command} makes them", str(folder))
+    counting = calibrations(workdir, data_dir, split, theta_pix, fidelity, precisions or (None,))
+    chains = plan(next(iter(counting.values())).network, configs.load_config(workdir), regions)
+    if chains:
+        check(fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", fidelity)
+        count = len(configurations(chains, theta_pix, regions.theta_img))
+        print(f"regions: {len(chains.chains)} chains, {count} configurations")
     paths = []
-    for precision, calibration in calibrations(workdir, data_dir, split, theta_pix, fidelity, precisions or (None,)).items():
+    for precision, calibration in counting.items():
         folder, path = (Path(workdir, of_precision(name, precision)) for name in (SHARDS, STATS))
         with Bar("calibrate", len(calibration.examples) * len(calibration.network.candidates), "mask") as bar:
             done = []
@@ -288,7 +379,24 @@ def run(
                 bar.reach(images.stop * len(calibration.network.candidates))  # of a shard that was there, too
         merge(calibration, done, path)
         paths.append(path)
+        if chains and calibration.precision == INT8:
+            print(f"regions: left out in {INT8}, which their masked segments do not run in")
+        elif chains:
+            paths.append(Path(workdir, of_precision(REGIONS, precision)))
+            calibrate_regions(calibration, chains, file_sha256(path), regions.theta_img).save(paths[-1])
     return paths
+
+
+def is_calibrated_with_regions(workdir: str | os.PathLike, config: configs.Config, precision: str | None = None) -> bool:
+    """Whether the statistics of regions, as the training had them, belong to those of whole images and to the candidates' files."""
+    folder, stats = Path(workdir, of_precision(CANDIDATES, precision)), Path(workdir, of_precision(STATS, precision))
+    try:
+        found = RegionStats.load(Path(workdir, of_precision(REGIONS, precision)))
+    except (FileNotFoundError, ValueError):
+        return precision == INT8
+    here = {file_sha256(path) for path in folder.glob("region.*.tflite")}
+    same = found.neighbours == config.stage1.regions and found.stats_sha256 == file_sha256(stats)
+    return same and here == {*found.first_sha256, *found.pair_sha256} - {""}
 
 
 def is_calibrated(workdir: str | os.PathLike, split: str, precision: str | None = None) -> bool:
@@ -306,8 +414,14 @@ def is_calibrated(workdir: str | os.PathLike, split: str, precision: str | None 
 
 
 def main() -> None:
-    check_flags(configs.load_config(FLAGS.workdir))
-    for path in run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity, FLAGS.precisions):
+    config = configs.load_config(FLAGS.workdir)
+    check_flags(config)
+    theta_img = tuple(terminal.numbers("theta_img"))
+    regions = dataclasses.replace(options_of_flags(), max_early=FLAGS.max_early, theta_img=theta_img)
+    without = regions.of(config).neighbours == NONE
+    terminal.check_left_out(without, "region_cell region_heads max_early theta_img", "without --regions")
+    how = (FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity, FLAGS.precisions, regions)
+    for path in run(FLAGS.workdir, FLAGS.data_dir, *how):
         print(path)
 
 
@@ -320,4 +434,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("fidelity", policy.EXACT, policy.FIDELITIES, "what the exit policy computes at full size, as in export_tflite")
     flags.DEFINE_list("precisions", [], "calibrate candidates.PRECISION of each of these instead, as exported with the same flag")
     flags.DEFINE_list("theta_pix", [str(theta) for theta in THETA_PIX], "grid of pixel thresholds")
+    define_region_flags()
+    flags.DEFINE_list("theta_img", [str(theta) for theta in THETA_IMG], "grid of shares of a region's pixels that must be confident")
+    flags.DEFINE_integer("max_early", 1, "early exits of a chain whose regions leave, at most", lower_bound=1, upper_bound=2)
     terminal.run(main)

@@ -3,7 +3,8 @@
 `python -m mess_tf.export_tflite --workdir=W --candidates` writes WORKDIR/candidates/: per exit `prefix.EXIT` (image to the tensors that
 its heads read), per candidate `head.EXIT.HEAD` (those tensors to the mask and its logits), and per size of logits the exit policy alone.
 Their latencies add up to those of any deployment. Beside them, `weights.sha256` says of which weights they are and how exported, once all
-are there.
+are there. With --regions, or a training whose stage1.regions is another than none, also `region.EXIT.HEAD`, a first exit whose cells leave
+each for itself, and for every pair of exits and budget of cells `region.EXIT.HEAD.EXIT.HEAD.BUDGET`.
 
 `python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes
 
@@ -45,9 +46,10 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
 from mess_tf.network.originals import check_flags, define_flags
+from mess_tf.region_candidates import BY_TRAINING, Plan, RegionOptions, define_region_flags, options_of_flags, plan
 from mess_tf.targets import android, check_whole_images, mediapipe, web
 
-WEIGHTS = "weights.sha256"
+WEIGHTS, REGIONS_OF_FILES = "weights.sha256", "regions.json"
 TARGETS = {"web": web, "mediapipe": mediapipe, "android": android}
 OF_NETWORK = "workdir data_dir precision float_operations fidelity input resize extra_signatures verify measure"
 EXAMPLES = 8
@@ -61,10 +63,11 @@ def calibration_images(config: configs.Config, count: int = CALIBRATION_IMAGES) 
     return [network_input(examples.load(i)[0], config.data.input_size, config.data.resize) for i in picked]
 
 
-def export_candidates(exporter: Exporter, folder: Path) -> None:
-    """Writes every submodel that the search needs a latency of, and then the hash of the network's weights."""
+def export_candidates(exporter: Exporter, folder: Path, chains: Plan | None = None) -> None:
+    """Writes every submodel that the search needs a latency of, those of regions too, and then the hash of the network's weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).unlink(missing_ok=True)
+    for path in (folder / WEIGHTS, folder / REGIONS_OF_FILES, *folder.glob("region.*.tflite")):
+        path.unlink(missing_ok=True)
     network = exporter.network
     exits = [point.name for point in network.exit_points] + ["final"]
     reached = {name: flatbuffer.macs(exporter.prefix(folder, name)) for name in exits}
@@ -77,6 +80,12 @@ def export_candidates(exporter: Exporter, folder: Path) -> None:
         deeper = [name for name in exits[exits.index(exit_name) + 1 :] if cost.get((name, head), np.inf) <= value]
         if deeper:
             print(f"{exit_name}.{head}: costs no less than at {deeper[0]}: too heavy a head for its place")
+    if chains:
+        for candidate in progress(sorted({first for first, _ in chains.pairs}), "export", "first exit"):
+            exporter.region_first(folder, candidate, chains.regions)
+        for first, second in progress(chains.pairs, "export", "pair"):
+            exporter.region_pair(folder, first, second, chains.regions)
+        bundles.write_json(folder / REGIONS_OF_FILES, dataclasses.asdict(chains.regions))
     text = _made_from(network.weights_sha256(), exporter.precision, exporter.float_operations)
     write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_text(text))
 
@@ -156,25 +165,34 @@ def _exporter(network: MultiExitNetwork, config: configs.Config, options: Option
 
 
 def run_candidates(
-    workdir: str | os.PathLike, data_dir: str = "", options: Options = Options(), precisions: Sequence[str] = ()
+    workdir: str | os.PathLike,
+    data_dir: str = "",
+    options: Options = Options(),
+    precisions: Sequence[str] = (),
+    regions: RegionOptions = BY_TRAINING,
 ) -> list[Path]:
-    """The command with --candidates: see `export_candidates`; of several precisions, or of that of the options. Returns the folders."""
+    """The command with --candidates: see `export_candidates`; of several precisions, or of that of the options. Returns the folders.
+
+    In int8, and with a policy that is not exact, there are no regions.
+    """
     bundles.check(set(precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(precisions))
     config, _, network = _open(workdir, data_dir)
-    folders = []
+    folders, chains = [], plan(network, config, regions)
     for precision in precisions or (None,):
         chosen = dataclasses.replace(options, precision=precision or options.precision or FP32, fidelity=options.fidelity or policy.EXACT)
         folder = Path(workdir, of_precision(CANDIDATES, precision))
-        export_candidates(_exporter(network, config, chosen), folder)
+        able = chosen.precision != INT8 and chosen.fidelity == policy.EXACT
+        export_candidates(_exporter(network, config, chosen), folder, chains if able else None)
         folders.append(folder)
     return folders
 
 
-def are_exported(workdir: str | os.PathLike, precision: str | None = None) -> bool:
-    """Whether the candidates, the only ones in fp32 or those of this precision, are of the trained weights."""
+def are_exported(workdir: str | os.PathLike, precision: str | None = None, regions: bool = False) -> bool:
+    """Whether the candidates, the only ones in fp32 or those of this precision, are of the trained weights, and those of regions there."""
     path, weights = Path(workdir, of_precision(CANDIDATES, precision), WEIGHTS), trained_weights(workdir)
     made_from = _made_from(weights_sha256(read_arrays(weights)), precision or FP32, ())
-    return path.exists() and path.read_text() == made_from
+    there = not regions or precision == INT8 or path.with_name(REGIONS_OF_FILES).exists()
+    return there and path.exists() and path.read_text() == made_from
 
 
 def run_deployment(
@@ -228,7 +246,7 @@ def main() -> None:
     bundles.check(bool(FLAGS.bundle or FLAGS.workdir), "--workdir", f"given with {given[0]}", FLAGS.workdir)
     terminal.check_left_out(bool(FLAGS.bundle), OF_NETWORK, "with --bundle")
     terminal.check_left_out(FLAGS.candidates, "input resize measure extra_signatures verify target", "with --candidates")
-    terminal.check_left_out(not FLAGS.candidates, "precisions", "without --candidates")
+    terminal.check_left_out(not FLAGS.candidates, "precisions regions region_cell region_heads", "without --candidates")
     terminal.check_left_out(bool(FLAGS.precisions), "precision", "with --precisions")
     without = FLAGS.candidates and INT8 not in (FLAGS.precision, *FLAGS.precisions)
     terminal.check_left_out(without, "float_operations", f"without --precision={INT8}")
@@ -239,7 +257,7 @@ def main() -> None:
     check_flags(*([configs.load_config(FLAGS.workdir)] if FLAGS.workdir else []))
     options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)
     if FLAGS.candidates:
-        for folder in run_candidates(FLAGS.workdir, FLAGS.data_dir, options, FLAGS.precisions):
+        for folder in run_candidates(FLAGS.workdir, FLAGS.data_dir, options, FLAGS.precisions, options_of_flags()):
             print(folder)
         return
     target, output, packages = TARGETS.get(FLAGS.target), Path(FLAGS.output), [Path(FLAGS.litertjs)] if FLAGS.litertjs else []
@@ -264,6 +282,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a training, unless there is a bundle")
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_bool("candidates", False, "export everything that can be chosen, to measure it")
+    define_region_flags()
     flags.DEFINE_string("deployment", "", "deployment.json of the search, to export its bundle")
     flags.DEFINE_string("bundle", "", "folder of a bundle, to write what --target names")
     flags.DEFINE_enum(

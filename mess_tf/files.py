@@ -1,4 +1,4 @@
-"""The files that pass between calibration, search and export: `stats.npz` and `deployment.json`.
+"""The files that pass between calibration, search and export: `stats.npz`, `regions.npz` and `deployment.json`.
 
 Reading is strict, writing is atomic. This module imports no TensorFlow.
 """
@@ -44,14 +44,19 @@ MAX_PIXELS = 2**22
 # Of an .npz file, unpacked: more is no file of ours, but one that is made to fill the memory.
 MAX_ARRAYS_BYTES = 8 * 2**30
 
-# Of stats.npz, which has other readers than the rest and so a number of its own.
+# Of stats.npz and regions.npz, which have other readers than the rest and so a number of their own.
 STATS_FORMAT = 2
 
 # Names in a work folder.
-CANDIDATES, STATS, DEPLOYMENT, VERIFICATION = "candidates", "stats.npz", "deployment.json", "verification.json"
+CANDIDATES, STATS, REGIONS = "candidates", "stats.npz", "regions.npz"
+DEPLOYMENT, VERIFICATION = "deployment.json", "verification.json"
 # Names of all costs, see `optimise.space.Costs`.
 COSTS = ("latency_ms", "latency_p90_ms", "size_bytes", "macs", "macs_p90", "parameters", "memory_bytes")
+# Those of them that are known where regions decide.
+REGION_COSTS = ("latency_ms", "latency_p90_ms", "macs", "macs_p90", "parameters")
 RISKS = ("final", "labels")
+# Who decides: the image as a whole, every cell of it, or whichever is better.
+IMAGE_DECIDES, REGIONS_DECIDE, BEST_DECIDES = DECIDES = ("image", "regions", "best")
 
 
 def made_by() -> dict[str, str]:
@@ -166,7 +171,7 @@ def check_theta_pix(values: Sequence[float]) -> None:
 
 
 def _of_format(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a `stats.npz` but its format, which says whether this version can read it."""
+    """The arrays of a `stats.npz` or `regions.npz` but its format, which says whether this version can read it."""
     told = _members(path).get("format")
     with _unpacking(path), np.load(path, allow_pickle=False) as arrays:
         found = arrays["format"].tolist() if told is not None and told.file_size < 1024 else "none"
@@ -203,8 +208,51 @@ def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _check_maker(made_by: str) -> None:
+    try:
+        maker = json.loads(made_by)
+    except json.JSONDecodeError:
+        maker = made_by
+    check(isinstance(maker, dict), "made_by", "a JSON object", made_by)
+
+
+class _Arrays:
+    """A dataclass of arrays, texts and tuples of texts that is kept as an .npz file."""
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file."""
+        write_arrays(path, format=np.int64(STATS_FORMAT), **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Reads and checks the file. Its arrays stay in the file until they are used.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: naming the file and the key that is missing, unknown or does not fit.
+        """
+        _must_exist(path, "mess_tf.calibrate")
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        arrays = _of_format(path)
+        try:
+            for problem, keys in (("missing", {*fields} - {*arrays}), ("unknown", {*arrays} - {*fields})):
+                check(not keys, "arrays", ", ".join(sorted(fields)), f"{problem} {', '.join(sorted(keys))}")
+            values = {}
+            for key, kind in fields.items():
+                array = arrays[key]
+                if kind is not np.ndarray:
+                    ndim = 0 if kind is str else 1
+                    check(
+                        array.dtype.kind == "U" and array.ndim == ndim, key, f"text of {ndim} dimensions", (array.dtype.name, array.shape)
+                    )
+                values[key] = array if kind is np.ndarray else array.item() if kind is str else tuple(array.tolist())
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stats:
+class Stats(_Arrays):
     """What the search needs to know of a trained network: counts per image and candidate, and costs that need no device.
 
     A candidate is one head at one exit. K candidates, E exits, I images, C classes, T pixel thresholds. An image holds few of many
@@ -309,11 +357,7 @@ class Stats:
         check(len(self.prefix_sha256) == e, "prefix_sha256", f"{e} strings", len(self.prefix_sha256))
         for key in ("head_sha256", "mask_sha256", "plain_sha256", "edge_sha256"):
             check(len(getattr(self, key)) == k, key, f"{k} strings", len(getattr(self, key)))
-        try:
-            maker = json.loads(self.made_by)
-        except json.JSONDecodeError:
-            maker = self.made_by
-        check(isinstance(maker, dict), "made_by", "a JSON object", self.made_by)
+        _check_maker(self.made_by)
 
     @functools.cached_property
     def exits(self) -> tuple[str, ...]:
@@ -340,36 +384,129 @@ class Stats:
             each[self.image_of_pair, self.class_of_pair] = values
         return tuple(dense)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes `stats.npz`."""
-        write_arrays(path, format=np.int64(STATS_FORMAT), **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
-        """Reads and checks `stats.npz`. Its arrays stay in the file until they are used.
+# === regions.npz ===
 
-        Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: naming the file and the key that is missing, unknown or does not fit.
-        """
-        _must_exist(path, "mess_tf.calibrate")
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        arrays = _of_format(path)
-        try:
-            for problem, keys in (("missing", {*fields} - {*arrays}), ("unknown", {*arrays} - {*fields})):
-                check(not keys, "arrays", ", ".join(sorted(fields)), f"{problem} {', '.join(sorted(keys))}")
-            values = {}
-            for key, kind in fields.items():
-                array = arrays[key]
-                if kind is not np.ndarray:
-                    ndim = 0 if kind is str else 1
-                    check(
-                        array.dtype.kind == "U" and array.ndim == ndim, key, f"text of {ndim} dimensions", (array.dtype.name, array.shape)
-                    )
-                values[key] = array if kind is np.ndarray else array.item() if kind is str else tuple(array.tolist())
-            return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RegionStats(_Arrays):
+    """What chains of exits come to where every cell of an image leaves for itself: the whole outcome of each configuration.
+
+    A chains' candidates, J pairs of them, B budgets, K configurations with up to M early exits, I images, C classes. Chains that are
+    shorter are filled up with -1, and with NaN in the thresholds.
+
+    Attributes:
+      split, images, classes, precision, made_by: as in `Stats`.
+      stats_sha256: of the `stats.npz` that it belongs to, of the same images and the same network.
+      neighbours: see `bundle.Regions`.
+      grid: int64 [2], rows and columns of cells.
+      budgets: int64 [B], rising; the last one is all cells.
+      candidates: A names, shallow to deep.
+      chains: int64 [K, M + 1], positions in `candidates`.
+      theta_pix, theta_img: float64 [K, M], of each early exit.
+      tp, fp: int32 [K, I, C], predicted against labelled pixels of the mask that comes out, ignored ones not counted.
+      labelled: int64 [I, C].
+      taken: int32 [K, I, M], the budget that each exit after the first took; 0 if no cell came so far.
+      cells: int32 [K, I, M + 1], cells whose answer is that of each exit.
+      first_macs, first_parameters: int64 [A], from the image to a candidate, as the first of a chain.
+      pairs: int64 [J, 2], positions in `candidates` of neighbours in a chain.
+      pair_macs: int64 [J, B], from the first of a pair to the second at a budget.
+      pair_parameters: int64 [J], likewise.
+      first_sha256: A hashes of the submodels, empty before the export, and where a candidate begins no chain.
+      pair_sha256: J * B hashes, likewise, budget by budget.
+
+    Raises:
+      ValueError: naming the key that does not fit.
+    """
+
+    split: str
+    stats_sha256: str
+    images: tuple[str, ...]
+    classes: tuple[str, ...]
+    neighbours: str
+    grid: np.ndarray
+    budgets: np.ndarray
+    candidates: tuple[str, ...]
+    chains: np.ndarray
+    theta_pix: np.ndarray
+    theta_img: np.ndarray
+    tp: np.ndarray
+    fp: np.ndarray
+    labelled: np.ndarray
+    taken: np.ndarray
+    cells: np.ndarray
+    first_macs: np.ndarray
+    first_parameters: np.ndarray
+    pairs: np.ndarray
+    pair_macs: np.ndarray
+    pair_parameters: np.ndarray
+    first_sha256: tuple[str, ...]
+    pair_sha256: tuple[str, ...]
+    made_by: str
+    precision: str
+
+    def __post_init__(self):
+        check(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
+        for key in ("candidates", "images", "classes"):
+            names = getattr(self, key)
+            check(len(names) > 0 and len(set(names)) == len(names), key, "distinct names, at least one", names)
+        check(self.chains.ndim == 2 and min(self.chains.shape) > 0, "chains", "a table of at least one chain", self.chains.shape)
+        k, most = self.chains.shape
+        a, i, c, j, b = len(self.candidates), len(self.images), len(self.classes), len(self.pairs), self.budgets.size
+        shapes = {"grid": (2,), "budgets": (b,), "chains": (k, most), "pairs": (j, 2), "pair_macs": (j, b), "pair_parameters": (j,)}
+        shapes |= {"first_macs": (a,), "first_parameters": (a,), "labelled": (i, c), "theta_pix": (k, most - 1), "theta_img": (k, most - 1)}
+        shapes |= {"tp": (k, i, c), "fp": (k, i, c), "taken": (k, i, most - 1), "cells": (k, i, most)}
+        kinds = {"theta_pix": np.float64, "theta_img": np.float64} | dict.fromkeys(("tp", "fp", "taken", "cells"), np.int32)
+        for key, shape in shapes.items():
+            array, kind = getattr(self, key), np.dtype(kinds.get(key, np.int64))
+            check(array.dtype == kind, key, kind.name, array.dtype.name)
+            check(array.shape == shape, key, f"of shape {shape}", array.shape)
+            check(key == "chains" or not (array < 0).any(), key, "without negative values", array.min(initial=0))
+        check(self.regions.cells == self.budgets[-1], "budgets", "such that the last is all cells", self.budgets.tolist())
+        used = self.chains >= 0
+        ok = (self.chains >= -1) & (self.chains < a)
+        ok[:, 1:] &= ~used[:, 1:] | (self.chains[:, 1:] > self.chains[:, :-1]) & used[:, :-1]
+        ok[:, :2] &= used[:, :2]
+        check(
+            bool(ok.all()), "chains", "positions of two candidates or more, each deeper than the one before", np.argwhere(~ok)[:1].tolist()
+        )
+        for key in ("theta_pix", "theta_img"):
+            values = getattr(self, key)
+            ok = np.where(used[:, 1:], (values >= 0) & (values <= 1), np.isnan(values))
+            check(bool(ok.all()), key, "in [0, 1] at every early exit, NaN elsewhere", np.argwhere(~ok)[:1].tolist())
+        rows = np.concatenate([self.chains, np.nan_to_num(self.theta_pix), np.nan_to_num(self.theta_img)], 1)
+        check(len(np.unique(rows, axis=0)) == k, "chains", "with other thresholds where they are the same", "equal configurations")
+        of_pair = self.pair_of_hop
+        ok = (of_pair >= 0) == used[:, 1:]
+        check(bool(ok.all()), "pairs", "distinct, all neighbours in a chain among them", np.argwhere(~ok)[:1].tolist())
+        check((self.tp <= self.labelled).all(), "tp", "at most the labelled pixels", "more")
+        check(self.labelled.sum() > 0, "labelled", "above 0 in at least one image", 0)
+        known = np.isin(self.taken, (0, *self.budgets.tolist()))
+        check(bool(known.all()), "taken", f"0 or of the budgets {self.budgets.tolist()}", self.taken[~known][:1].tolist())
+        whole = (self.cells.sum(2) == self.budgets[-1]).all()
+        check(bool(whole), "cells", f"{self.budgets[-1]} in each image", "others")
+        check(len(self.first_sha256) == a, "first_sha256", f"{a} strings", len(self.first_sha256))
+        check(len(self.pair_sha256) == j * b, "pair_sha256", f"{j * b} strings", len(self.pair_sha256))
+        _check_maker(self.made_by)
+
+    @functools.cached_property
+    def regions(self) -> bundle.Regions:
+        """How a deployment runs them."""
+        return bundle.Regions(self.neighbours, tuple(self.grid.tolist()), tuple(self.budgets.tolist()))
+
+    @functools.cached_property
+    def pair_of_hop(self) -> np.ndarray:
+        """int64 [K, M], position in `pairs` of each exit after the first with the one before; -1 where there is none."""
+        places = np.full((len(self.candidates) + 1,) * 2, -1)  # the last ones are those that fill up
+        places[self.pairs[:, 0], self.pairs[:, 1]] = np.arange(len(self.pairs))
+        return places[self.chains[:, :-1], self.chains[:, 1:]]
+
+    def exits(self, configuration: int) -> tuple["ExitChoice", ...]:
+        """The chosen exits of a configuration, by number."""
+        chain = self.chains[configuration]
+        names = [self.candidates[k].partition(".") for k in chain[chain >= 0]]
+        thetas = [*zip(self.theta_pix[configuration].tolist(), self.theta_img[configuration].tolist(), strict=True)][: len(names) - 1]
+        return tuple(ExitChoice(name, head, *pair) for (name, _, head), pair in zip(names, [*thetas, (None, None)], strict=True))
 
 
 # === deployment.json ===
@@ -553,6 +690,7 @@ class Asked:
       device, threads: whose latencies count; None where the file leaves no choice.
       backends: of which one is chosen, as in latency.json; none for all that the device was measured on.
       precisions: of which one is chosen, each with statistics of its own (`of_precision`); none for `stats.npz`, whatever its precision.
+      decide: one of DECIDES; None for the best of both where there is a `regions.npz` and regions can be asked this, otherwise for images.
     """
 
     min_miou: float | None = None
@@ -573,8 +711,10 @@ class Asked:
     threads: int | None = None
     backends: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
+    decide: str | None = None
 
     def __post_init__(self):
+        check(self.decide in (None, *DECIDES), "decide", f"one of {', '.join(DECIDES)}", self.decide)
         for name in ("backends", "precisions"):
             values = getattr(self, name)
             check(len(set(values)) == len(values) and all(values), name, "different names", ",".join(values))
@@ -596,6 +736,25 @@ class Asked:
             check(value is None or ok(value), name, required, value)
         for name in (*self.limits, *([self.minimise] if self.minimise else [])):
             check(name in COSTS, "minimise" if name == self.minimise else "limit", f"of costs {', '.join(COSTS)}", name)
+        if self.decide in (REGIONS_DECIDE, BEST_DECIDES) and (reason := self._not_of_regions):
+            raise ValueError(f"decide: must be {IMAGE_DECIDES} with {reason}, got {self.decide!r}")
+
+    @property
+    def _not_of_regions(self) -> str:
+        """What of it no regions can be asked; empty if there is nothing."""
+        if self.setting != INPUT_DEPENDENT:
+            return f"the setting {self.setting}"
+        if self.max_risk is not None:
+            return "max_risk, which is shown of whole images"
+        names = {*self.limits, self.minimise} - {None, *REGION_COSTS}
+        return f"{', '.join(sorted(names))}, which is not known of regions" if names else ""
+
+    def deciders(self, known: bool) -> tuple[str, ...]:
+        """Which searches the best is taken of; `known`: there are statistics of regions."""
+        if self.decide in (IMAGE_DECIDES, REGIONS_DECIDE):
+            return (self.decide,)
+        both = self.decide == BEST_DECIDES or (known and not self._not_of_regions)
+        return (IMAGE_DECIDES, REGIONS_DECIDE) if both else (IMAGE_DECIDES,)
 
     @property
     def flag(self) -> str:
@@ -618,7 +777,7 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """A backend and a precision that the search had to choose from.
+    """A backend, a precision and who decides, that the search had to choose from.
 
     Attributes:
       backend: as in latency.json, None without latencies.
@@ -626,6 +785,7 @@ class Combination:
       miou, cost_mean: of its best configuration, on the images that choose; None where it has none.
       exits: of that configuration, EXIT.HEAD.
       reason: why another one was chosen; empty for the chosen one.
+      decide: `image` or `regions`.
     """
 
     backend: str | None
@@ -634,6 +794,7 @@ class Combination:
     cost_mean: float | None
     exits: tuple[str, ...]
     reason: str
+    decide: str = IMAGE_DECIDES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -652,7 +813,7 @@ class Deployment(Configuration):
       costs_sha256: of all statistics and costs that were searched, see `combinations.sha256`; empty likewise.
       backend: that its costs are of, as in latency.json; None without latencies.
       precision: of the statistics, in which it is exported; empty where they do not say.
-      combinations: all backends and precisions that there were to choose from.
+      combinations: all backends, precisions and ways to decide that there were to choose from.
     """
 
     constraint: Objective
@@ -674,6 +835,11 @@ class Deployment(Configuration):
         check(self.precision in ("", *PRECISIONS), "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         rates = self.predicted.exit_rates
         check(len(rates) == len(self.exits), "predicted.exit_rates", f"{len(self.exits)} shares, one per exit", rates)
+
+    @property
+    def decide(self) -> str:
+        """Who decides: `image` or `regions`."""
+        return REGIONS_DECIDE if self.regions else IMAGE_DECIDES
 
     def named(self, name: str) -> str:
         """Name in the work folder of the statistics or candidates that it was searched in, see `of_precision`."""

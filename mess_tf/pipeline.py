@@ -9,13 +9,14 @@ constraint does only what depends on it. What that means is said by hashes in th
 
 * train: WORKDIR/training.json: of the configuration and of the files that it names; all stages have ended; data.json: of the data
 * candidates: candidates/weights.sha256: of the trained weights
-* calibrate: stats.npz: of the candidates' files
+* calibrate: stats.npz, and regions.npz where regions may decide: of the candidates' files
 * measure: latency.json: a row for the hash of every candidate's file, of this machine or of the phones
 * search: deployment.json: what was asked, and hashes of stats.npz and of the costs
 * bundle: bundle/deployment.json: the same as deployment.json
 * report: report/deployment.json: likewise
 
-Each of them is written last. --from=STEP makes that step and all after it anew.
+Each of them is written last. --from=STEP makes that step and all after it anew. Regions may decide where stage 1 trained for them and
+--decide is not image.
 
 All steps run in one process. Keras names what it builds by counters, which each step finds as a new process does: otherwise the bits of
 what it writes would depend on the steps before it.
@@ -36,9 +37,10 @@ from mess_runtime.engines import MAX_THREADS
 from mess_runtime.files import locked
 from mess_runtime.terminal import is_answer, one_line
 from mess_tf import calibrate, configs, export_tflite, report, search, terminal, train
-from mess_tf.files import DEPLOYMENT, Asked, Deployment, candidate_files
+from mess_tf.files import DEPLOYMENT, IMAGE_DECIDES, REGIONS_DECIDE, Asked, Deployment, candidate_files
 from mess_tf.network.originals import allow, check_flags, define_flags
 from mess_tf.optimise.space import matching
+from mess_tf.region_candidates import BY_TRAINING, NONE, WITHOUT
 
 STEPS = ("train", "candidates", "calibrate", "measure", "search", "bundle", "report")
 
@@ -98,6 +100,8 @@ class Pipeline:
           AdbError, BenchmarkError, ValueError: a later step could not be done.
         """
         check_writable("workdir", self.workdir, folder=True)
+        able = self.config.stage1.regions != NONE or self.asked.decide in (None, IMAGE_DECIDES)
+        check(able, "--decide", f"{IMAGE_DECIDES} without stage1.regions", self.asked.decide)
         asked, rows = self.question(), [dataclasses.asdict(row) for row in self.rows()]
         if self.latency is not None:
             matching(rows, device=asked.device, threads=asked.threads)
@@ -131,19 +135,28 @@ class Pipeline:
 
     def steps(self, forced: Collection[str] = ()) -> dict[str, tuple[Callable[[], bool], Callable[[], object]]]:
         """By name and in order: whether a step's result is up to date, and what makes it and returns where it is."""
-        workdir, data_dir, deployment, precisions = self.workdir, self.data_dir, self.workdir / DEPLOYMENT, self.asked.precisions
+        workdir, data_dir, deployment = self.workdir, self.data_dir, self.workdir / DEPLOYMENT
+        precisions, split = self.asked.precisions, self.config.data.val_split
+        # Without a word of it, a search that regions cannot be asked leaves them out.
+        decide = REGIONS_DECIDE in self.asked.deciders(True) and self.config.stage1.regions != NONE
+        regions = BY_TRAINING if decide else WITHOUT
+
+        def is_calibrated(precision: str | None) -> bool:
+            whole = calibrate.is_calibrated(workdir, split, precision)
+            return whole and (not decide or calibrate.is_calibrated_with_regions(workdir, self.config, precision))
+
         steps = (
             (
                 lambda: train.is_trained(workdir, self.config) and train.has_its_data(workdir, self.config),
                 lambda: train.run(workdir, self.config, anew="train" in forced),
             ),
             (
-                lambda: all(export_tflite.are_exported(workdir, precision) for precision in precisions or (None,)),
-                lambda: _listed(export_tflite.run_candidates(workdir, data_dir, precisions=precisions)),
+                lambda: all(export_tflite.are_exported(workdir, precision, decide) for precision in precisions or (None,)),
+                lambda: _listed(export_tflite.run_candidates(workdir, data_dir, precisions=precisions, regions=regions)),
             ),
             (
-                lambda: all(calibrate.is_calibrated(workdir, self.config.data.val_split, each) for each in precisions or (None,)),
-                lambda: _listed(calibrate.run(workdir, data_dir, precisions=precisions)),
+                lambda: all(map(is_calibrated, precisions or (None,))),
+                lambda: _listed(calibrate.run(workdir, data_dir, precisions=precisions, regions=regions)),
             ),
             (self.is_measured, self.measure),
             (lambda: search.is_searched(workdir, self.question(), self.table), self.search),

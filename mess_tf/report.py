@@ -31,11 +31,12 @@ from mess_tf.configs import IGNORE
 from mess_tf.data.examples import Examples, palette
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
-from mess_tf.files import DEPLOYMENT, STATS, Deployment, Stats
+from mess_tf.files import DEPLOYMENT, REGIONS, STATS, Deployment, Predicted, RegionStats, Stats
 from mess_tf.graph import policy
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
 from mess_tf.network.originals import check_flags, define_flags
 from mess_tf.optimise import guarantee
+from mess_tf.optimise.regions import configuration_of, predict_regions, region_latencies, region_macs, select, taken_shares
 from mess_tf.optimise.search import front
 from mess_tf.optimise.space import Costs, evaluate_configuration, latency_costs, macs_costs, mixture, original, predict
 
@@ -102,6 +103,44 @@ def searched_costs(stats: Stats, deployment: Deployment, latencies: LatencyTable
     raise problem
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chosen:
+    """What the chosen configuration does to every image.
+
+    Attributes:
+      tp, fp, fn: int64 [I, C], of the mask that comes out.
+      reached: int [I], position of the exit where the image leaves; where regions decide, of the deepest one that a part of it came to.
+      predicted: of all images, whatever part of them was to choose.
+    """
+
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+    reached: np.ndarray
+    predicted: Predicted
+
+    @property
+    def counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """TP, FP, FN."""
+        return self.tp, self.fp, self.fn
+
+
+def chosen_of(
+    stats: Stats, costs: Costs, deployment: Deployment, regions: RegionStats | None = None, latencies: LatencyTable | None = None
+) -> Chosen:
+    """The outcome of a deployment in the statistics of whole images, or of regions where these decide."""
+    if not deployment.regions:
+        counts = stats.counts(mixture(stats, costs, deployment))
+        return Chosen(*counts, evaluate_configuration(stats, costs, deployment)[2], predict(stats, costs, deployment))
+    of_regions = region_macs(regions)
+    if latencies is not None:
+        rows, asked = [dataclasses.asdict(row) for row in latencies.rows], deployment.asked
+        of_regions = region_latencies(regions, stats, costs, rows, asked.device, asked.threads, deployment.backend)
+    k = configuration_of(regions, deployment.exits)
+    tp, fp = regions.tp[k].astype(np.int64), regions.fp[k].astype(np.int64)
+    return Chosen(tp, fp, regions.labelled - tp, (regions.taken[k] > 0).sum(1), predict_regions(regions, of_regions, k))
+
+
 def judging(stats: Stats, deployment: Deployment) -> Stats:
     """The statistics of the images that the prediction is of: all, or those that the search kept out of choosing."""
     if deployment.predicted.images == len(stats.images):
@@ -109,15 +148,14 @@ def judging(stats: Stats, deployment: Deployment) -> Stats:
     return guarantee.split(stats, deployment.predicted.images / len(stats.images))[1]
 
 
-def difference_interval(stats: Stats, costs: Costs, deployment: Deployment) -> tuple[float, float]:
+def difference_interval(stats: Stats, chosen: Chosen) -> tuple[float, float]:
     """Of the mIoU, chosen less original: 95 % bootstrap over the images, each drawn for both."""
-    images = np.arange(len(stats.images))
-    drawn = guarantee.resamples(images.size)
+    drawn = guarantee.resamples(len(stats.images))
 
-    def mious(candidate: np.ndarray) -> np.ndarray:
-        return metrics.miou(*(drawn @ counts for counts in stats.counts(candidate)))
+    def mious(counts: Iterable[np.ndarray]) -> np.ndarray:
+        return metrics.miou(*(drawn @ each for each in counts))
 
-    return guarantee.interval(mious(mixture(stats, costs, deployment)) - mious(np.full(images.size, -1)))
+    return guarantee.interval(mious(chosen.counts) - mious(stats.counts(-1)))
 
 
 def exit_names(stats: Stats) -> list[dict[str, Any]]:
@@ -132,8 +170,10 @@ def front_space(deployment: Deployment) -> dict[str, Any]:
     return {"setting": INPUT_DEPENDENT, "max_early_exits": max(2, len(deployment.exits) - 1)}
 
 
-def front_points(stats: Stats, costs: Costs, deployment: Deployment) -> list[dict[str, Any]]:
+def front_points(stats: Stats, costs: Costs, deployment: Deployment, predicted: Predicted) -> list[dict[str, Any]]:
     """Configurations, each with its mIoU in percent and its cost in the unit shown: heads alone, the front, the original, the chosen one.
+
+    The front is of images that decide.
 
     All are scored on all images of the statistics. The front has at most FRONT_POINTS, each found within FRONT_SECONDS, `open` where that
     was too short to prove that it is the best; it has none where nothing was found in that time.
@@ -165,7 +205,6 @@ def front_points(stats: Stats, costs: Costs, deployment: Deployment) -> list[dic
         found = front(stats, costs, FRONT_POINTS, **space)
     except TimeoutError:
         found = []
-    predicted = predict(stats, costs, deployment)
     chosen = configured("chosen", deployment, predicted) | {
         "miou_interval": [100 * value for value in predicted.miou_interval],
         "mean_interval": [scale * value for value in predicted.cost_interval],
@@ -194,7 +233,8 @@ def thinned(points: Sequence[Sequence[float]]) -> list[Sequence[float]]:
 def exit_rate_curves(stats: Stats, deployment: Deployment) -> list[dict[str, Any]]:
     """For each chosen exit that decides: thresholds, each with the percentage of all images that reach it, and the chosen one."""
     curves = []
-    for k, choice in enumerate(deployment.exits[:-1] if deployment.setting == INPUT_DEPENDENT else ()):
+    decides = deployment.setting == INPUT_DEPENDENT and not deployment.regions
+    for k, choice in enumerate(deployment.exits[:-1] if decides else ()):
         confidence, first = np.unique(np.sort(image_confidence(stats, deployment, k)), return_index=True)
         points = np.stack([confidence, 100 * (1 - first / len(stats.images))], axis=1)
         reached = points[confidence >= choice.theta_img - 1e-9, 1].max(initial=0.0)
@@ -275,15 +315,21 @@ def fitting(items: Iterable[Any], limit: int) -> list[Any]:
 
 
 def gallery(
-    network: MultiExitNetwork, examples: Examples, stats: Stats, costs: Costs, deployment: Deployment, size: tuple[int, int], resize: str
+    network: MultiExitNetwork,
+    examples: Examples,
+    stats: Stats,
+    outcome: Chosen,
+    deployment: Deployment,
+    size: tuple[int, int],
+    resize: str,
 ) -> Iterator[dict[str, Any]]:
     """Images with their label and, at each chosen exit and the original's, mask, confidence, errors and mIoU in percent."""
     chosen = chain_of(deployment)
     shown = list(dict.fromkeys([*chosen, FINAL]))
     miou = np.array([100 * metrics.miou(*stats.counts(stats.candidates.index(name))) for name in shown])  # [exits, I]
-    leaves_at = evaluate_configuration(stats, costs, deployment)[2]
-    here = miou[leaves_at, np.arange(leaves_at.size)]
-    sure = [image_confidence(stats, deployment, k) for k, choice in enumerate(deployment.exits) if choice.theta_pix is not None]
+    leaves_at, here = outcome.reached, 100 * metrics.miou(*outcome.counts)
+    decides = not deployment.regions
+    sure = [image_confidence(stats, deployment, k) for k, each in enumerate(deployment.exits) if decides and each.theta_pix is not None]
     features_of = network.features(shown)
 
     @tf.function(autograph=False)
@@ -324,7 +370,7 @@ def gallery(
 # === Page ===
 
 
-def result(stats: Stats, costs: Costs, deployment: Deployment) -> list[dict[str, Any]]:
+def result(stats: Stats, outcome: Chosen, deployment: Deployment) -> list[dict[str, Any]]:
     """Original, predicted and their difference, mIoU in percent, costs in the unit shown, with 95 % intervals where there are any."""
     predicted, reference = deployment.predicted, deployment.original
     scale = unit(predicted.cost_name)[1]
@@ -343,7 +389,7 @@ def result(stats: Stats, costs: Costs, deployment: Deployment) -> list[dict[str,
     ]
     if deployment.setting != ANYTIME:  # whose mIoU is a mean over deadlines
         before, after = rows
-        interval = [100 * value for value in difference_interval(judging(stats, deployment), costs, deployment)]
+        interval = [100 * value for value in difference_interval(stats, outcome)]
         changes = {key: after[key] - before[key] for key in ("miou", "mean", "p90")}
         rows.append({"name": "difference", "miou_interval": interval} | changes)
     return rows
@@ -366,19 +412,21 @@ def choice(deployment: Deployment) -> str:
     """Precision and backend, and what else there was to choose from, in words; empty where nothing is known of them."""
     unit_name, scale = unit(deployment.predicted.cost_name)
     words = " on ".join(filter(None, (deployment.precision, deployment.backend)))
-    others = []
+    words += ", where every region decides" if words and deployment.regions else ""
+    others, who = [], len({each.decide for each in deployment.combinations}) > 1
     for each in deployment.combinations:
-        if (each.backend, each.precision) != (deployment.backend, deployment.precision):
+        if (each.backend, each.precision, each.decide) != (deployment.backend, deployment.precision, deployment.decide):
             figures = "" if each.miou is None else f"{100 * each.miou:.2f} % at {scale * each.cost_mean:.4g} {unit_name}; "
-            others.append(f"{each.precision} on {each.backend} ({figures}{each.reason})")
+            named = " on ".join(filter(None, (each.precision, each.backend))) + (f" by {each.decide}" if who else "")
+            others.append(f"{named} ({figures}{each.reason})")
     return f"Runs in {words}{', chosen before ' if others else ''}{', '.join(others)}." if words else ""
 
 
-def class_ious(stats: Stats, deployment: Deployment, leaves_at: np.ndarray) -> dict[str, list[float | None]]:
+def class_ious(stats: Stats, deployment: Deployment, outcome: Chosen) -> dict[str, list[float | None]]:
     """IoU in percent per class, None where no label holds it, then the mean: of the chosen exits alone, the original and the mixture."""
     chain = [stats.candidates.index(name) for name in chain_of(deployment)]
     columns = {stats.candidates[k]: stats.counts(k) for k in dict.fromkeys([*chain, -1])}
-    columns["chosen mixture"] = stats.counts(np.array(chain)[leaves_at])
+    columns["chosen mixture"] = outcome.counts
     sums = {name: [count.sum(0) for count in counts] for name, counts in columns.items()}
     iou = {name: 100 * np.append(metrics.class_iou(*counts), metrics.miou(*counts)) for name, counts in sums.items()}
     return {name: [None if np.isnan(value) else float(value) for value in values] for name, values in iou.items()}
@@ -394,6 +442,7 @@ def page(
     stats: Stats,
     deployment: Deployment,
     latencies: LatencyTable | None,
+    regions: RegionStats | None = None,
 ) -> str:
     """The HTML page.
 
@@ -406,24 +455,30 @@ def page(
       resize: how images are fitted to it, see `images.fit`.
       stats, deployment: of the workdir.
       latencies: what the search read, None if its costs were MACs.
+      regions: statistics of them, where they decide.
 
     Raises:
       ValueError: see `searched_costs`.
     """
     costs = searched_costs(stats, deployment, latencies)
-    leaves_at = evaluate_configuration(stats, costs, deployment)[2]
+    outcome = chosen_of(stats, costs, deployment, regions, latencies)
+    checks, checked = judging(stats, deployment), None
+    if regions is not None and checks is not stats:
+        checked = select(regions, np.array([stats.images.index(name.rpartition("#")[0]) for name in checks.images]))
+    judged = outcome if checks is stats else chosen_of(checks, costs, deployment, checked, latencies)
     drawn = {  # by report.js
         "unit": unit(costs.name)[0],
         "exits": exit_names(stats),
         "front": front_space(deployment),
-        "points": front_points(stats, costs, deployment),
+        "points": front_points(stats, costs, deployment, outcome.predicted),
         "rates": exit_rate_curves(stats, deployment),
         "training": training_panels(workdir, stats.exits),
         "shown": list(dict.fromkeys([*chain_of(deployment), FINAL])),
-        "images": fitting(gallery(network, examples, stats, costs, deployment, size, resize), IMAGE_BYTES),
+        "images": fitting(gallery(network, examples, stats, outcome, deployment, size, resize), IMAGE_BYTES),
         "confidence_colours": css_colours(CONFIDENCE_COLOURS),
         "errors": [*zip(ERRORS, css_colours(ERRORS.values()), strict=True)],
-        "needed": [None if choice.theta_img is None else 100 * choice.theta_img for choice in deployment.exits],
+        "needed": [None if deployment.regions or each.theta_img is None else 100 * each.theta_img for each in deployment.exits],
+        "cells": deployment.regions is not None,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
@@ -433,10 +488,11 @@ def page(
         drawn=drawn,
         stats=stats,
         deployment=deployment,
-        result=result(stats, costs, deployment),
+        result=result(checks, judged, deployment),
+        budgets=[] if regions is None else taken_shares(regions, configuration_of(regions, deployment.exits)).tolist(),
         asked=asked(deployment),
         choice=choice(deployment),
-        classes=class_ious(stats, deployment, leaves_at),
+        classes=class_ious(stats, deployment, outcome),
         certificate=dataclasses.asdict(deployment.certificate),
         latencies=[] if latencies is None else latencies.rows,
         palette=css_colours(palette(len(stats.classes))),
@@ -461,6 +517,11 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     stats = Stats.load(path)
     deployment.check_stats(workdir / DEPLOYMENT, path)
     check_writable("workdir", workdir, folder=True)
+    regions = None
+    if deployment.regions:
+        regions = RegionStats.load(workdir / deployment.named(REGIONS))
+        required = "that of the statistics of the deployment; calibrate and search again"
+        check(regions.stats_sha256 == deployment.stats_sha256, f"{REGIONS}: stats_sha256", required, regions.stats_sha256)
     latencies = None
     if deployment.predicted.cost_name == "macs":
         check(not latency, "latency", "left out where the search counted MACs", latency)
@@ -470,7 +531,8 @@ def run(workdir: str | os.PathLike, data_dir: str = "", latency: str | os.PathLi
     examples = open_split(config.data, stats.split)
     network = load_network(workdir, config, examples.info.num_classes)
     title = f"{config.backbone.name} on {config.data.source}: {workdir.resolve().name}"
-    text = page(workdir, title, network, examples, config.data.input_size, config.data.resize, stats, deployment, latencies)
+    of_data = (examples, config.data.input_size, config.data.resize)
+    text = page(workdir, title, network, *of_data, stats, deployment, latencies, regions)
     path = page_path(workdir)
     path.parent.mkdir(exist_ok=True)
     path.with_name(DEPLOYMENT).unlink(missing_ok=True)

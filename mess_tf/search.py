@@ -1,7 +1,8 @@
 """Deployment search: which exits, which heads and which thresholds meet a constraint best.
 
-stats (what each candidate did to each image) → costs → the optimum of the space → deployment.json; see `optimise.search`. Of several
-backends and precisions each is searched, and the best of all is taken; see `optimise.combinations`.
+stats (what each candidate did to each image) → costs → the optimum of the space → deployment.json; see `optimise.search`, and
+`optimise.regions` where every cell of an image leaves for itself. Of several backends, precisions and ways to decide each is searched, and
+the best of all is taken; see `optimise.combinations`.
 """
 
 import dataclasses
@@ -19,8 +20,22 @@ from absl import flags
 from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, write_json
 from mess_runtime.files import safe_name
 from mess_tf import terminal
-from mess_tf.files import DEPLOYMENT, RISKS, STATS, VERIFICATION, Asked, Combination, Deployment, Stats, of_precision
-from mess_tf.optimise.combinations import Option, choose, deployed, options_of, reference, search_table, sha256
+from mess_tf.files import (
+    DECIDES,
+    DEPLOYMENT,
+    IMAGE_DECIDES,
+    REGIONS,
+    RISKS,
+    STATS,
+    VERIFICATION,
+    Asked,
+    Combination,
+    Deployment,
+    RegionStats,
+    Stats,
+    of_precision,
+)
+from mess_tf.optimise.combinations import Option, Regional, choose, deployed, options_of, reference, search_table, sha256
 from mess_tf.optimise.fleet import FLEETS, SUM, Shared, Variant, share
 from mess_tf.optimise.search import resolve_objective
 from mess_tf.optimise.space import Costs, matching, original
@@ -44,8 +59,10 @@ def table(deployment: Deployment) -> str:
         lines.append(f"{choice.exit:<8}{choice.head:<24}{pix:>10}{img:>10}{rate:>12.1%}")
     predicted, reference = deployment.predicted, deployment.original
     unit, scale = _unit(predicted.cost_name)
+    if each := deployment.regions:
+        cells = f"cells of {each.grid[0]}x{each.grid[1]} leave, budgets {', '.join(map(str, each.budgets))}, neighbours {each.neighbours}"
     lines += [
-        f"{deployment.setting}, {confidence} confidence",
+        f"{deployment.setting}, {confidence} confidence{f', {cells}' if each else ''}",
         f"{'':<12}{'mIoU %':>10}{'mean ' + unit:>14}{'p90 ' + unit:>14}",
         f"{'original':<12}{100 * reference.miou:>10.2f}{scale * reference.cost:>14.4g}{scale * reference.cost:>14.4g}",
         f"{'predicted':<12}{100 * predicted.miou:>10.2f}{scale * predicted.cost_mean:>14.4g}{scale * predicted.cost_p90:>14.4g}",
@@ -70,19 +87,23 @@ def table(deployment: Deployment) -> str:
         )
     certificate = deployment.certificate
     cut = ", ".join(f"{count} by {rule}" for rule, count in certificate.cut_by_rule.items())
+    scored = f"{certificate.scored} scored{f', cut {cut}' if cut else ''}"
     proven = "the optimum" if certificate.gap == 0 else f"within {certificate.gap:.6g} of the optimum, {certificate.open} left open"
-    lines.append(f"{certificate.covered} configurations: {certificate.scored} scored, cut {cut}; {proven}; {certificate.seconds:.1f} s")
+    lines.append(f"{certificate.covered} configurations: {scored}; {proven}; {certificate.seconds:.1f} s")
     return "\n".join(lines)
 
 
 def compared(rows: Sequence[Combination], cost_name: str) -> list[str]:
-    """The best of each backend and precision, and why it is not the one chosen."""
+    """The best of each backend, precision and way to decide, and why it is not the one chosen."""
     unit, scale = _unit(cost_name)
-    lines = [f"{'backend':<9}{'':<6}{'mIoU %':>8}{'mean ' + unit:>12}"]
+    decides = {row.decide for row in rows} != {IMAGE_DECIDES}
+    who = f"{'decides':<9}" if decides else ""
+    lines = [f"{'backend':<9}{'':<6}{who}{'mIoU %':>8}{'mean ' + unit:>12}"]
     for row in rows:
         figures = f"{'-':>8}{'-':>12}" if row.miou is None else f"{100 * row.miou:>8.2f}{scale * row.cost_mean:>12.4g}"
         why = textwrap.shorten(row.reason, REASON_WIDTH, placeholder=" ...") or "chosen"
-        lines.append(f"{row.backend or '-':<9}{row.precision:<6}{figures}  {' + '.join(row.exits)}{': ' if row.exits else ''}{why}")
+        who = f"{row.decide:<9}" if decides else ""
+        lines.append(f"{row.backend or '-':<9}{row.precision:<6}{who}{figures}  {' + '.join(row.exits)}{': ' if row.exits else ''}{why}")
     return lines
 
 
@@ -99,7 +120,9 @@ def overview(rows: Sequence[tuple[str, Asked, Deployment | None]]) -> str:
         exits = " + ".join(f"{choice.exit}.{choice.head}" for choice in deployment.exits)
         share = predicted.cost_mean / deployment.original.cost
         figures = f"{100 * predicted.miou:>8.2f}{scale * predicted.cost_mean:>12.4g} {unit:<5} {share:>8.3f}x"
-        chosen = f", {deployment.precision} on {deployment.backend}" if len(deployment.combinations) > 1 else ""
+        several = len({(row.backend, row.precision) for row in deployment.combinations}) > 1
+        chosen = f", {deployment.precision} on {deployment.backend}" if several else ""
+        chosen += ", regions" if deployment.regions else ""
         lines.append(f"{device:<24}{asked:<28}{figures}  {exits}{chosen}")
     return "\n".join(lines)
 
@@ -115,17 +138,28 @@ def _rows(latency: str | os.PathLike) -> list[dict[str, Any]]:
 def options(workdir: str | os.PathLike, asked: Asked, latency: str | os.PathLike | None) -> list[Option]:
     """What there is to choose from: statistics of the precisions, latencies of the backends, and what verification.json has refused."""
     check(latency or not (asked.backends or asked.precisions), "latency", "given with backends or precisions", latency)
-    stats = {}
+    stats, regional = {}, {}
     for precision in asked.precisions or (None,):
         path = Path(workdir, of_precision(STATS, precision))
         each = Stats.load(path)
         check(precision in (None, each.precision), f"{path}: precision", str(precision), each.precision)
         stats[file_sha256(path)] = each
+        regions = Path(workdir, of_precision(REGIONS, precision))
+        if asked.decide != IMAGE_DECIDES and regions.exists():
+            regional[file_sha256(path)] = _regional(regions, path)
     if not latency:
-        return options_of(stats, None)
+        return options_of(stats, None, regional=regional)
     rows = _rows(latency)
     refused = _refused(workdir, matching(rows, device=asked.device, threads=asked.threads)[0])
-    return options_of(stats, rows, asked.device, asked.threads, asked.backends, refused)
+    return options_of(stats, rows, asked.device, asked.threads, asked.backends, refused, regional)
+
+
+def _regional(path: Path, stats: Path) -> Regional:
+    """Statistics of regions and whether they belong to these of whole images."""
+    each = RegionStats.load(path)
+    if each.stats_sha256 != file_sha256(stats):
+        return Regional(each, file_sha256(path), reason=f"{path} was made with other statistics than {stats.name}; calibrate again")
+    return Regional(each, file_sha256(path))
 
 
 def _refused(workdir: str | os.PathLike, row: Mapping[str, Any]) -> dict[tuple[str, str], str]:
@@ -314,6 +348,7 @@ def main() -> None:
         terminal.check_left_out(True, "check_share max_risk minimise max_cost cost_share", "with --max_bundles")
         check(len(questions) == len(devices), "constraint", "one with one value with --max_bundles", len(questions) // len(devices))
         check(values.setting != ANYTIME, "setting", f"{INPUT_DEPENDENT} or {BUDGETED} with --max_bundles", values.setting)
+        check(values.decide in (None, IMAGE_DECIDES), "decide", f"{IMAGE_DECIDES} with --max_bundles", values.decide)
         folder = values.output or os.path.join(values.workdir, "fleet")
         check_writable("--output", folder, folder=True)
         asked = {name: each for name, (each,) in devices.items()}
@@ -343,6 +378,12 @@ def define_question_flags() -> None:
     flags.DEFINE_list("backends", [], "Of which the best is taken, such as xnnpack,gpu; default: all that the device was measured on.")
     flags.DEFINE_list(
         "precisions", [], "Of which the best is taken, such as fp16,int8, each with stats.PRECISION.npz; default: what stats.npz is of."
+    )
+    flags.DEFINE_enum(
+        "decide",
+        None,
+        DECIDES,
+        "Who decides where to leave: the image, its regions each for itself, or the best of both; default: best with a regions.npz.",
     )
     flags.DEFINE_list(
         "min_miou",

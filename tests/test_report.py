@@ -172,11 +172,11 @@ def test_tables_hold_the_values_without_javascript(page, searched):
     stats, deployment = searched
     tables = page.read_text(encoding="utf-8").partition('<script type="application/json"')[0]
     words = " ".join(re.sub(r"<[^>]+>", " ", tables).split())
-    accuracy, _, leaves_at = evaluate_configuration(stats, macs_costs(stats), deployment)
+    accuracy, _, _ = evaluate_configuration(stats, macs_costs(stats), deployment)
     assert f"original {100 * deployment.original.miou:.2f} {1e-9 * deployment.original.cost:.4g} " in words
     assert f"difference {100 * (accuracy - deployment.original.miou):+.2f} pp ".replace("-", "−") in words
     assert f"exit1 50.0 % fcn-r8-b0 0.8000 {deployment.exits[0].theta_img:.4f} final 50.0 % original – –" in words
-    classes = report.class_ious(stats, deployment, leaves_at)
+    classes = report.class_ious(stats, deployment, report.chosen_of(stats, macs_costs(stats), deployment))
     mixed = classes["chosen mixture"]
     assert mixed[-1] == pytest.approx(100 * accuracy)
     assert f"mean {classes[SHOWN[0]][-1]:.2f} {100 * deployment.original.miou:.2f} {mixed[-1]:.2f} " in words
@@ -210,8 +210,9 @@ def test_difference_is_zero_where_the_original_is_chosen(searched):
     same = dataclasses.replace(
         deployment, exits=deployment.exits[1:], predicted=dataclasses.replace(deployment.predicted, exit_rates=(1.0,))
     )
-    assert report.difference_interval(stats, macs_costs(stats), same) == (0.0, 0.0)
-    low, high = report.difference_interval(stats, macs_costs(stats), deployment)
+    costs = macs_costs(stats)
+    assert report.difference_interval(stats, report.chosen_of(stats, costs, same)) == (0.0, 0.0)
+    low, high = report.difference_interval(stats, report.chosen_of(stats, costs, deployment))
     assert low < deployment.predicted.miou - deployment.original.miou < high
 
 

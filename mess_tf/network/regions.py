@@ -173,6 +173,19 @@ class ActiveSegment:
         total = sum(node.macs for node in self._nodes if node.name not in self.inputs)
         return 1 - listed / total, listed / total
 
+    def macs(self, cells: int) -> int:
+        """Multiply-accumulates where so many cells are active; with all of them, those of the network itself."""
+        nodes = [node for node in self._nodes if node.name not in self.inputs]
+        listed = sum(node.macs for node in nodes if self._where[node.name] != _MAP)
+        share = 1 if cells == math.prod(self.grid) else cells * self.cell**2 / math.prod(self.size)
+        return sum(node.macs for node in nodes) - listed + round(listed * share)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, moving statistics included."""
+        layers = {id(node.operation): node.operation for node in self._nodes if node.name not in self.inputs}
+        return sum(math.prod(weight.shape) for layer in layers.values() for weight in getattr(layer, "weights", ()))
+
     def _kind(self, node: Node, shapes: Mapping[str, tuple[int, int]]) -> Callable | None:
         """How a layer is computed at listed positions; None if it cannot be."""
         operation, layers = node.operation, keras.layers

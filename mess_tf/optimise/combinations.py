@@ -1,4 +1,4 @@
-"""Backend and precision as choices of the search: each combination is searched like one alone, and the best of all is taken.
+"""Backend, precision and who decides as choices of the search: each combination is searched alone, and the best of all is taken.
 
 What is asked for relative to the original network is relative to one original for all of them, see `reference`.
 """
@@ -11,10 +11,42 @@ from typing import Any
 
 from mess_runtime import terminal
 from mess_runtime.bundle import PRECISIONS, check
-from mess_tf.files import Asked, Certificate, Combination, Configuration, Deployment, Objective, Original, Stats, made_by
-from mess_tf.optimise import guarantee
+from mess_tf.files import (
+    IMAGE_DECIDES,
+    REGIONS,
+    REGIONS_DECIDE,
+    Asked,
+    Certificate,
+    Combination,
+    Configuration,
+    Deployment,
+    Objective,
+    Original,
+    RegionStats,
+    Stats,
+    made_by,
+)
+from mess_tf.optimise import guarantee, regions
+from mess_tf.optimise.regions import RegionCosts
 from mess_tf.optimise.search import InfeasibleError, resolve_objective, search, search_guaranteed
 from mess_tf.optimise.space import Costs, latency_costs, macs_costs, matching, original, predict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Regional:
+    """What is known of an option where regions decide.
+
+    Attributes:
+      stats: of the same precision and images.
+      stats_sha256: of the file of the statistics.
+      costs: None where it cannot be chosen.
+      reason: why it cannot.
+    """
+
+    stats: RegionStats
+    stats_sha256: str
+    costs: RegionCosts | None = None
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +59,7 @@ class Option:
       costs: on this backend; None where it cannot be chosen.
       reason: why it cannot.
       stats_sha256: of the file of the statistics.
+      regional: where there are statistics of regions.
     """
 
     backend: str | None
@@ -34,6 +67,7 @@ class Option:
     costs: Costs | None
     reason: str = ""
     stats_sha256: str = ""
+    regional: Regional | None = None
 
     @property
     def name(self) -> str:
@@ -48,6 +82,7 @@ def options_of(
     threads: int | None = None,
     backends: Sequence[str] = (),
     refused: Mapping[tuple[str, str], str] | None = None,
+    regional: Mapping[str, Regional] | None = None,
 ) -> list[Option]:
     """All backends and precisions that there are to choose from, those among them that cannot be chosen with the reason.
 
@@ -57,6 +92,7 @@ def options_of(
       device, threads: see `latency_costs`.
       backends: as in latency.json; none for all of this device.
       refused: by backend and precision: why one must not be chosen.
+      regional: statistics of regions, by SHA-256 of the file of those of whole images that they belong to.
 
     Raises:
       ValueError: nothing can be chosen, statistics cannot be compared, or as `latency_costs` of the only combination.
@@ -65,8 +101,12 @@ def options_of(
     for each, key in itertools.product(others, ("split", "images", "classes", "candidates", "fidelity")):
         same = getattr(each, key) == getattr(first, key)
         check(same, f"statistics in {each.precision}: {key}", f"those in {first.precision}", getattr(each, key))
+    regional = dict(regional or {})
     if rows is None:
-        return [Option(None, each, macs_costs(each), "", digest) for digest, each in stats.items()]
+        for digest, each in regional.items():
+            if not each.reason:
+                regional[digest] = dataclasses.replace(each, costs=regions.region_macs(each.stats))
+        return [Option(None, each, macs_costs(each), "", digest, regional.get(digest)) for digest, each in stats.items()]
     known = sorted({row["backend_requested"] for row in rows})
     check(set(backends) <= set(known), "backends", f"of {known} as in latency.json", ",".join(backends))
     here = matching(rows, device=device, threads=threads)
@@ -81,7 +121,14 @@ def options_of(
                 if len(wanted) == 1:
                     raise
                 reason = str(error)
-        options.append(Option(backend, each, costs, reason, digest))
+        of_regions = regional.get(digest)
+        if of_regions and costs and not of_regions.reason:
+            try:
+                here_too = regions.region_latencies(of_regions.stats, each, costs, here, backend=backend)
+                of_regions = dataclasses.replace(of_regions, costs=here_too)
+            except ValueError as error:
+                of_regions = dataclasses.replace(of_regions, reason=str(error))
+        options.append(Option(backend, each, costs, reason, digest, of_regions))
     left_out = "; ".join(f"{option.name}: {option.reason}" for option in options)
     check(any(option.costs for option in options), "backends", "such that one can be chosen in one of the precisions", left_out)
     return options
@@ -89,7 +136,11 @@ def options_of(
 
 def sha256(options: Sequence[Option]) -> str:
     """SHA-256 of all that decides between options, in lower-case hexadecimal."""
-    lines = [f"{option.backend} {option.stats_sha256} {option.costs.sha256 if option.costs else option.reason}\n" for option in options]
+    lines = []
+    for option in options:
+        lines.append(f"{option.backend} {option.stats_sha256} {option.costs.sha256 if option.costs else option.reason}\n")
+        if each := option.regional:
+            lines.append(f"{each.stats_sha256} {each.costs.sha256 if each.costs else each.reason}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -123,32 +174,67 @@ def choose(options: Sequence[Option], asked: Asked) -> Deployment:
         (option,) = options
         promise = (asked.max_risk, asked.confidence, asked.risk, asked.check_share or 0.5)
         deployment = search_guaranteed(option.stats, option.costs, *promise, asked.limits, **asked.space)
-        return _of_option(deployment, option, asked, _compared(options, {0: deployment}, 0))
+        return _of_option(deployment, option, asked, _compared(options, {(0, IMAGE_DECIDES): deployment}, (0, IMAGE_DECIDES), {}))
 
-    choosing = options
+    choosing = checking = options
     if asked.check_share:
-        choosing = [dataclasses.replace(option, stats=guarantee.split(option.stats, asked.check_share)[0]) for option in options]
+        choosing, checking = ([_of_images(option, asked.check_share, part) for option in options] for part in range(2))
     against = reference(choosing)
+    deciders = asked.deciders(any(option.regional for option in options))
+    if asked.decide and REGIONS_DECIDE in deciders:
+        reasons = [_why_not(option, REGIONS_DECIDE) for option in options]
+        check(not all(reasons), "decide", f"{IMAGE_DECIDES}, since {'; '.join(dict.fromkeys(reasons))}", asked.decide)
+    keys = [*itertools.product(range(len(options)), deciders)]
     found, problems = {}, {}
-    for index, option in enumerate(choosing):
-        if option.costs:
-            objective = resolve_objective(against, option.costs, asked.setting, **asked.constraint)
-            try:
-                found[index] = search(option.stats, option.costs, objective, asked.setting, horizon=against.cost, **asked.space)
-            except (InfeasibleError, TimeoutError) as error:
-                problems[index] = error
+    for key in keys:
+        option, decide = choosing[key[0]], key[1]
+        if problem := _why_not(option, decide):
+            problems[key] = problem
+            continue
+        objective = resolve_objective(against, option.costs, asked.setting, **asked.constraint)
+        try:
+            found[key] = _searched(option, decide, objective, asked, against.cost)
+        except (InfeasibleError, TimeoutError) as error:
+            problems[key] = error
     if not found:
-        kind = TimeoutError if any(isinstance(error, TimeoutError) for error in problems.values()) else InfeasibleError
-        told = [f"{options[index].name}: {error}" if len(options) > 1 else str(error) for index, error in problems.items()]
+        errors = [(index, error) for (index, _), error in problems.items() if isinstance(error, Exception)]
+        kind = TimeoutError if any(isinstance(error, TimeoutError) for _, error in errors) else InfeasibleError
+        told = [f"{options[index].name}: {error}" if len(options) > 1 else str(error) for index, error in errors]
         raise kind(f"{asked.flag}: {'; '.join(told)}")
-    best = min(found, key=lambda index: _rank(found[index]))
-    option, deployment = options[best], found[best]
-    checks = guarantee.split(option.stats, asked.check_share)[1] if asked.check_share else option.stats
-    rows = _compared([dataclasses.replace(each, reason=str(problems.get(k, each.reason))) for k, each in enumerate(options)], found, best)
-    deployment = dataclasses.replace(
-        deployment, predicted=predict(checks, option.costs, deployment), original=original(checks, option.costs)
-    )
-    return _of_option(deployment, option, asked, rows)
+    best = min(found, key=lambda key: _rank(found[key]))
+    deployment, checks = found[best], checking[best[0]]
+    if deployment.regions:
+        number = regions.configuration_of(checks.regional.stats, deployment.exits)
+        predicted = regions.predict_regions(checks.regional.stats, checks.regional.costs, number)
+    else:
+        predicted = predict(checks.stats, checks.costs, deployment)
+    deployment = dataclasses.replace(deployment, predicted=predicted, original=original(checks.stats, checks.costs))
+    return _of_option(deployment, options[best[0]], asked, _compared(options, found, best, problems))
+
+
+def _of_images(option: Option, check_share: float, part: int) -> Option:
+    """The option on the images that choose (0) or check (1)."""
+    changed = {"stats": guarantee.split(option.stats, check_share)[part]}
+    if each := option.regional:
+        images = guarantee.split_positions(len(each.stats.images), check_share)[part]
+        changed["regional"] = dataclasses.replace(each, stats=regions.select(each.stats, images))
+    return dataclasses.replace(option, **changed)
+
+
+def _why_not(option: Option, decide: str) -> str:
+    """Why an option cannot be chosen, empty if it can."""
+    if not option.costs or decide == IMAGE_DECIDES:
+        return "" if option.costs else option.reason
+    if option.regional is None:
+        return f"there is no {REGIONS} of {option.stats.precision or 'it'}, which `python -m mess_tf.calibrate --regions=...` makes"
+    return "" if option.regional.costs else option.regional.reason
+
+
+def _searched(option: Option, decide: str, objective: Objective, asked: Asked, horizon: float) -> Deployment:
+    if decide == IMAGE_DECIDES:
+        return search(option.stats, option.costs, objective, asked.setting, horizon=horizon, **asked.space)
+    stats, costs, alone = option.regional.stats, option.regional.costs, original(option.stats, option.costs)
+    return regions.search_regions(stats, costs, objective, alone, option.stats.fidelity, asked.max_early_exits)
 
 
 def _rank(deployment: Deployment) -> tuple[float, ...]:
@@ -159,14 +245,20 @@ def _rank(deployment: Deployment) -> tuple[float, ...]:
     return predicted.costs[minimise], -predicted.miou, predicted.cost_mean
 
 
-def _compared(options: Sequence[Option], found: Mapping[int, Deployment], best: int) -> tuple[Combination, ...]:
+def _compared(
+    options: Sequence[Option],
+    found: Mapping[tuple[int, str], Deployment],
+    best: tuple[int, str],
+    problems: Mapping[tuple[int, str], object],
+) -> tuple[Combination, ...]:
     rows, chosen = [], found[best]
-    for index, option in enumerate(options):
-        if (deployment := found.get(index)) is None:
-            rows.append(Combination(option.backend, option.stats.precision, None, None, (), option.reason))
+    for key in sorted({**found, **problems}):
+        option, decide = options[key[0]], key[1]
+        if (deployment := found.get(key)) is None:
+            rows.append(Combination(option.backend, option.stats.precision, None, None, (), str(problems[key]), decide))
             continue
         reason, minimise = "", chosen.constraint.minimise
-        if index != best:
+        if key != best:
             here, there = (_rank(each)[0] for each in (deployment, chosen))
             reason = (
                 f"mIoU {-100 * here:.2f} % against {-100 * there:.2f} %"
@@ -175,7 +267,7 @@ def _compared(options: Sequence[Option], found: Mapping[int, Deployment], best: 
             )
         exits = tuple(f"{choice.exit}.{choice.head}" for choice in deployment.exits)
         predicted = deployment.predicted
-        rows.append(Combination(option.backend, option.stats.precision, predicted.miou, predicted.cost_mean, exits, reason))
+        rows.append(Combination(option.backend, option.stats.precision, predicted.miou, predicted.cost_mean, exits, reason, decide))
     return tuple(rows)
 
 

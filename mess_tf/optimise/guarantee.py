@@ -45,11 +45,16 @@ def split(stats: Stats, check_share: float) -> tuple[Stats, Stats]:
     Raises:
       ValueError: a part would be empty.
     """
-    images = len(stats.images)
+    choosing, checking = split_positions(len(stats.images), check_share)
+    return select(stats, choosing), select(stats, checking)
+
+
+def split_positions(images: int, check_share: float) -> tuple[np.ndarray, np.ndarray]:
+    """As `split`, of so many images: the positions of those that choose, and of those that check."""
     checks = round(check_share * images)
     check(0 < checks < images, "check_share", f"such that of {images} images some choose and some check", check_share)
     shuffled = np.random.default_rng(0).permutation(images)
-    return select(stats, np.sort(shuffled[checks:])), select(stats, np.sort(shuffled[:checks]))
+    return np.sort(shuffled[checks:]), np.sort(shuffled[:checks])
 
 
 def select(stats: Stats, images: np.ndarray) -> Stats:

@@ -202,7 +202,7 @@ def search(
 
     configuration, proof = best(objective)
     if configuration is None and proof.open:
-        raise TimeoutError(f"time_limit: must be longer; after {time_limit:g} s nothing was found that meets {_asked(objective)}")
+        raise TimeoutError(f"time_limit: must be longer; after {time_limit:g} s nothing was found that meets {asked_in_words(objective)}")
     if configuration is None:
         raise InfeasibleError(_nearest(stats, costs, objective, best))
 
@@ -224,7 +224,8 @@ def search(
     )
 
 
-def _asked(objective: Objective) -> str:
+def asked_in_words(objective: Objective) -> str:
+    """The constraint of an objective."""
     asked = [] if objective.min_miou is None else [f"min_miou={objective.min_miou:.6g}"]
     return " and ".join(asked + [f"{name}<={limit:.6g}" for name, limit in objective.limits.items()])
 
@@ -248,7 +249,7 @@ def _nearest(stats: Stats, costs: Costs, objective: Objective, best) -> str:
         names = " + ".join(f"{choice.exit}.{choice.head}" for choice in configuration.exits)
         named = ", ".join(f"{name} {values[name]:.6g}" for name in dict.fromkeys([costs.name, *objective.limits]))
         nearest.append(f"the {axis} is at {names}: mIoU {accuracy:.6f}, {named}")
-    return f"{_asked(objective)} is out of reach; {'; '.join(nearest)}"
+    return f"{asked_in_words(objective)} is out of reach; {'; '.join(nearest)}"
 
 
 def front(stats: Stats, costs: Costs, points: int | None = None, **space) -> list[Deployment]:

@@ -122,6 +122,35 @@ def matching(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[s
     return list(rows)
 
 
+def measured(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str], source: str) -> dict[str, Mapping[str, Any]]:
+    """Rows of latency.json by their hash.
+
+    Args:
+      rows: of one device, number of threads and backend.
+      wanted: submodels that must be there, each with its hash, empty if it has none yet.
+      source: the file that names them.
+
+    Raises:
+      ValueError: one is missing, or has something that is no latency.
+    """
+    by_sha256 = {row["sha256"]: row for row in rows}
+    known = {row["submodel"] for row in rows}
+    problems = []
+    for submodel, sha256 in wanted.items():
+        if not sha256:
+            problems.append(f"{submodel} (not exported yet: {source} has no hash of it)")
+        elif sha256 not in by_sha256:
+            problems.append(f"{submodel} (stale: another version of it was measured)" if submodel in known else submodel)
+    if problems:
+        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        missing = f"{', '.join(problems[:NAMED])}{more}"
+        raise ValueError(f"latency.json: must have a row for every submodel of {source}, missing are {missing}")
+    for submodel, sha256 in wanted.items():
+        latency = by_sha256[sha256]["p50_ms"]
+        check(math.isfinite(latency) and latency > 0, f"latency.json: {submodel}: p50_ms", "above 0", latency)
+    return by_sha256
+
+
 def latency_costs(
     stats: Stats, rows: Sequence[Mapping[str, Any]], device: str | None = None, threads: int | None = None, backend: str | None = None
 ) -> Costs:
@@ -139,37 +168,23 @@ def latency_costs(
         latency.
     """
     rows = matching(rows, device=device, threads=threads, backend_requested=backend)
-    by_sha256 = {row["sha256"]: row for row in rows}
-    measured = {row["submodel"] for row in rows}
     wanted = {f"prefix.{name}": sha256 for name, sha256 in zip(stats.exits, stats.prefix_sha256, strict=True)}
     wanted |= {f"head.{name}": sha256 for name, sha256 in zip(stats.candidates, stats.head_sha256, strict=True)}
     for mode, of_candidate in (("mask", stats.mask_sha256), ("plain", stats.plain_sha256), ("edge", stats.edge_sha256)):
         wanted |= {f"{mode}.{name}": sha256 for name, sha256 in zip(stats.candidates, of_candidate, strict=True)}
-    problems = []
-    for submodel, sha256 in wanted.items():
-        if not sha256:
-            problems.append(f"{submodel} (not exported yet: stats.npz has no hash of it)")
-        elif sha256 not in by_sha256:
-            problems.append(f"{submodel} (stale: another version of it was measured)" if submodel in measured else submodel)
-    if problems:
-        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        missing = f"{', '.join(problems[:NAMED])}{more}"
-        raise ValueError(f"latency.json: must have a row for every submodel of stats.npz, missing are {missing}")
-    for submodel, sha256 in wanted.items():
-        latency = by_sha256[sha256]["p50_ms"]
-        check(math.isfinite(latency) and latency > 0, f"latency.json: {submodel}: p50_ms", "above 0", latency)
+    by_sha256 = measured(rows, wanted, "stats.npz")
 
     def resource(name: str, kind: int, key: str) -> Resource:
         values = np.array([by_sha256[sha256][key] for sha256 in wanted.values()], np.float64)
         prefix, (head, mask, plain, edge) = values[: len(stats.exits)], values[len(stats.exits) :].reshape(4, -1)
         return Resource(name, kind, prefix, head, np.maximum(np.stack([plain - mask, edge - mask], axis=1), 0.0))
 
-    measured = (
+    of_device = (
         resource("latency_ms", kernels.MEAN, "p50_ms"),
         resource("latency_p90_ms", kernels.P90, "p50_ms"),
         resource("size_bytes", kernels.TOTAL, "size_bytes"),
     )
-    return Costs((*measured, *macs_costs(stats).resources))
+    return Costs((*of_device, *macs_costs(stats).resources))
 
 
 def arrival_costs(stats: Stats, costs: Costs | Resource, chain: Sequence[int], edge_aware: bool | None) -> np.ndarray:

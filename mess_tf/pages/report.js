@@ -369,7 +369,7 @@
         pane(item.photo, `Image ${item.name}`, item.name),
         pane(item.label, "Its label", "label"),
         element("div", { class: "facts" }, table(["exit", "mIoU %", "sure pixels", "needed"], rows, item.leaves),
-          element("p", { class: "note" }, `Left at ${exitOf(data.shown[item.leaves])}: ${signed(-item.lost, 2)} pp against the original.`)),
+          element("p", { class: "note" }, `${data.cells ? "Deepest exit:" : "Left at"} ${exitOf(data.shown[item.leaves])}: ${signed(-item.lost, 2)} pp against the original.`)),
         pane(result.mask, `Mask of ${name}`, `mask of ${name}`),
         pane(result.confidence, `Confidence of ${name}`, confidenceKey()),
         pane(result.errors, `Errors of ${name}`, errorKey()),

@@ -52,7 +52,7 @@ INPUT_TYPES = ("uint8", "float32")
 Fidelity = Literal["exact", "low_confidence", "low"]
 RESIZES = ("stretch", "letterbox")
 NEIGHBOURS = ("stale", "nearest", "zeros")
-OPTIONAL = ("backend", "verified", "regions")  # keys that earlier manifests do not have
+OPTIONAL = ("backend", "verified", "regions", "decide")  # keys that earlier files do not have
 
 T = TypeVar("T")
 

@@ -1,0 +1,404 @@
+"""Chains of exits whose cells leave: statistics against Keras, the search against brute force, predictions against bundles."""
+
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_network import small_network
+
+from mess_runtime.benchmark import LatencyRow, LatencyTable
+from mess_runtime.bundle import Bundle, Regions, file_sha256, write_json
+from mess_runtime.images import mask_at
+from mess_runtime.runner import Runner
+from mess_tf import calibrate, configs, metrics, report, search
+from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec, StageConfig
+from mess_tf.data.examples import Examples
+from mess_tf.data.pipelines import network_input
+from mess_tf.data.sources import open_split
+from mess_tf.export_tflite import run_candidates, run_deployment
+from mess_tf.files import Asked, Deployment, Objective, Original, RegionStats, Stats
+from mess_tf.graph.policy import decide, decide_by_cell
+from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights, build_network
+from mess_tf.network.regions import segments_on_grid
+from mess_tf.optimise.regions import configuration_of, predict_regions, region_macs, search_regions, select, taken_shares
+from mess_tf.optimise.search import InfeasibleError
+from mess_tf.pipeline import Pipeline
+from mess_tf.region_candidates import RegionOptions, configurations, plan
+
+SIZE = (64, 96)
+HEAD = "fcn-r8-b0"
+THETA_IMG = (0.3, 0.7)
+
+
+def confidences(network: MultiExitNetwork, val: Examples) -> list[float]:
+    """The middle confidence of each early exit, rising."""
+    images = np.concatenate([network_input(val.load(i)[0], SIZE, "stretch") for i in range(len(val))])
+    logits = network.submodel(network.candidates[:2])(images, training=False).values()
+    return sorted(round(float(np.median(tf.reduce_max(tf.nn.softmax(each), -1))), 3) for each in logits)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, MultiExitNetwork, Examples]:
+    """A work folder with candidates and statistics of an untrained network whose stage 1 was to have regions; network and images."""
+    keras.utils.set_random_seed(0)
+    folder = tmp_path_factory.mktemp("work")
+    config = Config(
+        data=DataConfig(input_size=SIZE, synthetic_val=5),
+        backbone=BackboneConfig("keras_file", weights=str(folder / "small.keras")),
+        exits=ExitsConfig(count=3, layers=("block_3_add", "block_4_add"), plain_head=HEAD),
+        stage1=StageConfig(regions="nearest", region_cell=48),
+    )
+    (folder / "config.json").write_text(configs.to_json(config))
+    val = open_split(config.data, "val")
+    small_network(val.info.num_classes).save(config.backbone.weights)
+    network = build_network(config, val.info.num_classes)
+    network.add_heads([HeadSpec.parse(HEAD)], 0.9)
+    for part in (network.original, *network.heads.values()):
+        for kernel in (each for each in part.trainable_variables if each.ndim == 4):
+            kernel.assign(3 * kernel)  # sure of something, which differs from cell to cell
+    Path(best_weights(folder, "stage1")).parent.mkdir(parents=True)
+    network.save_weights(best_weights(folder, "stage1"))
+    run_candidates(folder)
+    paths = calibrate.run(folder, theta_pix=confidences(network, val), regions=RegionOptions(max_early=2, theta_img=THETA_IMG))
+    assert [path.name for path in paths] == ["stats.npz", "regions.npz"]
+
+    return folder, network, val
+
+
+@pytest.fixture(scope="module")
+def stats(made) -> RegionStats:
+    return RegionStats.load(made[0] / "regions.npz")
+
+
+def by_hand(network: MultiExitNetwork, stats: RegionStats, number: int, image: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
+    """Mask, budgets and cells by exit of a configuration: the masked segments of Keras, one after another."""
+    exits = stats.exits(number)
+    chain = [f"{choice.exit}.{choice.head}" for choice in exits]
+    first, *_ = network.segments(chain)
+    segments = segments_on_grid(network, chain, SIZE, stats.regions)
+    cells = [segments[0].cells_of(side, axis) for axis, side in enumerate(SIZE)]
+    tensors = dict(first({"image": image}, training=False))
+    alive, answer, taken = np.ones((1, *stats.regions.grid), bool), np.zeros((1, *stats.regions.grid), int), []
+    mask = None
+    for index, choice in enumerate(exits):
+        logits = tensors.pop("logits")
+        made = decide(logits, SIZE, ())["mask"]
+        mask = made if mask is None else segments[0].merged(mask, made, alive)
+        answer[alive] = index
+        if choice.theta_pix is None:
+            break
+        sure = np.where(alive, decide_by_cell(logits, SIZE, (choice.theta_pix, False), cells)["sure"], 2)
+        unsure = int((sure < choice.theta_img - 1e-5).sum())
+        if not unsure:
+            break
+        budget = min(each for each in stats.regions.budgets if each >= unsure)
+        taken.append(budget)
+        chosen = segments[index].active(segments[index].most_unsure(tf.constant(sure, tf.float32), budget))
+        tensors |= segments[index].masked({name: tensors[name] for name in segments[index].inputs}, chosen)
+        alive = alive & chosen.numpy()
+    counts = np.bincount(answer.ravel(), minlength=stats.cells.shape[2]).tolist()
+    return np.asarray(mask), taken + [0] * (stats.taken.shape[2] - len(taken)), counts
+
+
+def test_statistics_are_what_keras_does_image_by_image(made, stats):
+    _, network, val = made
+    assert stats.regions == Regions("nearest", (2, 2), (1, 2, 4))
+    assert stats.candidates == (f"exit1.{HEAD}", f"exit2.{HEAD}", FINAL)
+    assert len(stats.chains) == 4 * 2 * len(THETA_IMG)
+    budgets = set()
+    for i, k in itertools.product(range(len(val)), range(len(stats.chains))):
+        image, label = val.load(i)
+        mask, taken, cells = by_hand(network, stats, k, network_input(image, SIZE, "stretch"))
+        assert (stats.taken[k, i].tolist(), stats.cells[k, i].tolist()) == (taken, cells)
+        budgets.add(tuple(taken))
+        matrix = metrics.confusion_matrix(label[None], mask_at(mask, label.shape, "stretch"), val.info.num_classes)
+        tp, fp, fn = metrics.class_counts(matrix)
+        ties = label.size * 1e-3
+        assert np.abs(stats.tp[k, i] - tp).sum() + np.abs(stats.fp[k, i] - fp).sum() <= ties
+        np.testing.assert_array_equal(stats.labelled[i], tp + fn)
+    assert len(budgets) > 5 and {len(stats.exits(k)) for k in range(len(stats.chains))} == {2, 3}
+    everything = [k for k in range(len(stats.chains)) if (stats.taken[k, :, 0] == 4).all()]
+    whole = Stats.load(made[0] / "stats.npz")
+    for k in everything:
+        chain = stats.chains[k]
+        if (chain >= 0).sum() == 2:  # all cells went on: the later exit itself
+            assert np.abs(stats.tp[k] - whole.counts(whole.candidates.index(stats.candidates[chain[1]]))[0]).sum() < 20
+    assert stats.first_macs.tolist()[-1] == 0 and (np.diff(stats.pair_macs, axis=1) > 0).all()
+    position = whole.candidates.index(stats.candidates[0])
+    assert stats.first_macs[0] == whole.prefix_macs[0] + whole.head_macs[position]
+    total = whole.prefix_macs[-1] - whole.prefix_macs[0]
+    assert stats.pair_macs[stats.pair_of_hop[stats.chains[:, 1] == 2][0, 0], -1] == total
+
+
+def random_stats(seed: int, images: int = 5, classes: int = 3) -> RegionStats:
+    """Small numbers, so that ties abound; chains of two and three."""
+    rng = np.random.default_rng(seed)
+    chains = np.array([[0, 1, -1], [0, 2, -1], [1, 2, -1], [0, 1, 2]]).repeat(3, 0)
+    k, used = len(chains), chains >= 0
+    theta = np.where(used[:, 1:], np.arange(k)[:, None] / k, np.nan)
+    labelled = rng.integers(0, 5, (images, classes)) + 1
+    taken = np.where(used[:, 1:], rng.choice([0, 1, 4], (k, 2)), 0)[:, None].repeat(images, 1).astype(np.int32)
+    taken = np.where(rng.random(taken.shape) < 0.3, 0, taken).astype(np.int32)
+    taken[..., 1] = np.where(taken[..., 0] > 0, taken[..., 1], 0)
+    cells = np.zeros((k, images, 3), np.int32)
+    cells[..., 1:] = np.where(used[:, None, 1:], rng.integers(0, 3, (k, images, 2)), 0)
+    cells[..., 0] = 4 - cells.sum(2)
+    names = ("exit1.a", "exit2.a", "final.a")
+    return RegionStats(
+        split="val",
+        stats_sha256="0" * 64,
+        images=tuple(f"image{i}" for i in range(images)),
+        classes=tuple(f"class{c}" for c in range(classes)),
+        neighbours="stale",
+        grid=np.array([2, 2]),
+        budgets=np.array([1, 4]),
+        candidates=names,
+        chains=chains,
+        theta_pix=theta,
+        theta_img=theta,
+        tp=rng.integers(0, labelled + 1, (k, images, classes)).astype(np.int32),
+        fp=rng.integers(0, 4, (k, images, classes)).astype(np.int32),
+        labelled=labelled,
+        taken=taken,
+        cells=cells,
+        first_macs=np.array([2, 5, 0]),
+        first_parameters=np.array([10, 20, 0]),
+        pairs=np.array([[0, 1], [0, 2], [1, 2]]),
+        pair_macs=rng.integers(1, 9, (3, 2)),
+        pair_parameters=np.array([4, 9, 6]),
+        first_sha256=("1", "2", ""),
+        pair_sha256=tuple("abcdef"),
+        made_by="{}",
+        precision="fp32",
+    )
+
+
+def scored_by_hand(stats: RegionStats) -> list[tuple[float, dict[str, float]]]:
+    """mIoU and costs of every configuration, image by image."""
+    result = []
+    pairs = [tuple(pair) for pair in stats.pairs.tolist()]
+    for k, chain in enumerate(stats.chains.tolist()):
+        chain = [c for c in chain if c >= 0]
+        hops = [pairs.index(pair) for pair in itertools.pairwise(chain)]
+        costs = []
+        for i in range(len(stats.images)):
+            cost = int(stats.first_macs[chain[0]])
+            for hop, budget in zip(hops, stats.taken[k, i].tolist(), strict=False):
+                cost += int(stats.pair_macs[hop, stats.budgets.tolist().index(budget)]) if budget else 0
+            costs.append(cost)
+        tp, fp = stats.tp[k].sum(0), stats.fp[k].sum(0)
+        values = {"macs": float(np.mean(costs)), "macs_p90": float(sorted(costs)[int(np.ceil(0.9 * len(costs))) - 1])}
+        values["parameters"] = float(stats.first_parameters[chain[0]] + sum(stats.pair_parameters[hop] for hop in hops))
+        result.append((float(metrics.miou(tp, fp, stats.labelled.sum(0) - tp)), values))
+    return result
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_search_is_brute_force(seed):
+    stats = random_stats(seed)
+    costs, scored, original = region_macs(stats), scored_by_hand(stats), Original(0.5, 20.0)
+    rng = np.random.default_rng(seed)
+    for most, minimise in itertools.product((1, 2), (None, "macs", "macs_p90", "parameters")):
+        able = [k for k in range(len(scored)) if (stats.chains[k] >= 0).sum() <= most + 1]
+        example = scored[int(rng.choice(able))]
+        limits = {name: example[1][name] for name in rng.choice([*example[1]], rng.integers(0, 3), replace=False) if name != minimise}
+        objective = Objective(minimise, example[0] if minimise or seed % 2 else None, limits)
+        found = search_regions(stats, costs, objective, original, "exact", most)
+        meets = [
+            (accuracy, values)
+            for accuracy, values in (scored[k] for k in able)
+            if accuracy >= (objective.min_miou or 0) - 1e-12 and all(values[name] <= limit + 1e-9 for name, limit in limits.items())
+        ]
+        name = minimise or "macs"
+        order = [(-round(accuracy, 12), values[name]) for accuracy, values in meets]
+        best = min(order) if minimise is None else min(order, key=lambda each: (each[1], each[0]))
+        assert (round(found.predicted.miou, 12), found.predicted.costs[name]) == (-best[0], best[1])
+        assert (found.certificate.covered, found.certificate.scored, found.certificate.gap) == (len(able), len(able), 0)
+        number = configuration_of(stats, found.exits)
+        rates = [stats.cells[number, :, e].sum() / stats.cells[number].sum() for e in range(len(found.exits))]
+        assert found.predicted.exit_rates == pytest.approx(rates)
+        assert found.predicted.costs == pytest.approx(scored[number][1]) and found.regions == stats.regions
+    shares = taken_shares(stats, number)
+    assert shares.shape == (len(found.exits) - 1, 3) and shares.sum(1) == pytest.approx(1)
+
+
+def test_what_no_configuration_reaches_names_the_nearest():
+    stats = random_stats(0)
+    best = max(accuracy for accuracy, _ in scored_by_hand(stats))
+    with pytest.raises(InfeasibleError, match=rf"macs<=1 is out of reach where regions decide; .* mIoU {best:.6f}|highest mIoU is out of"):
+        search_regions(stats, region_macs(stats), Objective("macs", best, {"macs": 1}), Original(0.5, 20.0), "exact")
+    with pytest.raises(InfeasibleError, match="max_early_exits: must be at least 1 where regions decide"):
+        search_regions(stats, region_macs(stats), Objective(), Original(0.5, 20.0), "exact", 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"setting": "anytime", "cost_share": 0.5}, "decide: must be image with the setting anytime, got 'best'"),
+        ({"max_risk": 0.1}, "decide: must be image with max_risk, which is shown of whole images"),
+        ({"min_miou": 0.1, "limits": {"size_bytes": 9.0}}, "decide: must be image with size_bytes, which is not known of regions"),
+        ({"min_miou": 0.1, "minimise": "memory_bytes"}, "decide: must be image with memory_bytes, which is not known of regions"),
+    ],
+)
+def test_what_regions_cannot_be_asked(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Asked(**setting, decide="best")
+    assert Asked(**setting).deciders(True) == ("image",)
+
+
+def test_file_is_strict(tmp_path):
+    stats = random_stats(1)
+    stats.save(tmp_path / "regions.npz")
+    again = RegionStats.load(tmp_path / "regions.npz")
+    for field in dataclasses.fields(RegionStats):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(stats, field.name))
+    cells = stats.cells.copy()
+    cells[0, 0, 0] += 1
+    same = {name: np.minimum(getattr(stats, name), 0) for name in ("theta_pix", "theta_img")}
+    for changed, message in (
+        ({"budgets": np.array([1, 3])}, "budgets: must be such that the last is all 4 cells"),
+        (same, "chains: must be with other thresholds where they are the same"),
+        ({"neighbours": "none"}, "neighbours: must be one of stale, nearest, zeros"),
+        ({"chains": stats.chains[:, ::-1].copy()}, "chains: must be positions of two candidates or more, each deeper"),
+        ({"theta_img": np.nan_to_num(stats.theta_img, nan=0.5)}, "theta_img: must be in .0, 1. at every early exit, NaN elsewhere"),
+        ({"pairs": stats.pairs[[0, 0, 2]]}, "pairs: must be distinct, all neighbours in a chain among them"),
+        ({"tp": stats.tp + 9}, "tp: must be at most the labelled pixels"),
+        ({"tp": stats.tp.astype(np.int64)}, "tp: must be int32, got 'int64'"),
+        ({"taken": stats.taken + 1}, "taken: must be 0 or of the budgets .1, 4."),
+        ({"cells": cells}, "cells: must be 4 in each image"),
+        ({"pair_sha256": ()}, "pair_sha256: must be 6 strings"),
+        ({"first_macs": -stats.first_macs}, "first_macs: must be without negative values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(stats, **changed)
+    images = select(stats, np.array([1, 3]))
+    assert images.images == ("image1", "image3") and (images.tp == stats.tp[:, [1, 3]]).all()
+
+
+def test_what_cannot_be_planned(made):
+    folder, network, _ = made
+    config = configs.load_config(folder)
+    none = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, regions="none"))
+    assert plan(network, none, RegionOptions()) is None
+    chains = plan(network, none, RegionOptions("stale", 16, (FINAL, f"exit2.{HEAD}")))
+    assert chains.chains == [(f"exit2.{HEAD}", FINAL)] and chains.regions == Regions("stale", (4, 6), (3, 6, 12, 24))
+    with pytest.raises(ValueError, match=r"region_heads: must be of the candidates exit1.fcn-r8-b0, .* got 'exit1.other'"):
+        plan(network, config, RegionOptions(candidates=("exit1.other", FINAL)))
+    with pytest.raises(ValueError, match="region_heads: must be of two exits or more, one each"):
+        plan(network, config, RegionOptions(candidates=(FINAL,)))
+    with pytest.raises(ValueError, match="theta_img: must be increasing shares"):
+        RegionOptions(theta_img=(0.0, 0.5))
+    with pytest.raises(ValueError, match="at most 5000 configurations of regions, got 6000"):
+        configurations(chains, np.linspace(0.1, 0.9, 1000), [*range(6)])
+
+
+def latency_file(folder: Path) -> Path:
+    """Files take as long as they have bytes; of a region's budget, so many times more."""
+    rows = []
+    for path in sorted((folder / "candidates").glob("*.tflite")):
+        budget = path.stem.rpartition(".")[2]
+        slower = int(budget) / 4 if path.stem.startswith("region.") and budget.isdigit() else 1
+        time = path.stat().st_size / 1e5 * slower
+        rows.append(
+            LatencyRow(
+                path.stem,
+                file_sha256(path),
+                path.stat().st_size,
+                *("board", "soc", "os", "runtime", "1", "xnnpack", "xnnpack", 1),
+                *(time, time, time, 3, None, None),
+            )
+        )
+    write_json(folder / "latency.json", LatencyTable({}, tuple(rows)).to_json())
+    return folder / "latency.json"
+
+
+def test_search_of_a_work_folder(made, stats, tmp_path):
+    folder, *_ = made
+    names = {path.stem for path in (folder / "candidates").glob("region.*.tflite")}
+    first, second = f"exit1.{HEAD}", f"exit2.{HEAD}"
+    pairs = {f"region.{a}.{b}.{n}" for a, b in ((first, second), (first, FINAL), (second, FINAL)) for n in (1, 2, 4)}
+    assert names == {f"region.{first}", f"region.{second}"} | pairs
+    assert calibrate.is_calibrated(folder, "val") and calibrate.is_calibrated_with_regions(folder, configs.load_config(folder))
+    output, latency = tmp_path / "deployment.json", latency_file(folder)
+    for file in (None, latency):
+        found = {name: search.run(folder, Asked(min_miou=0.0, decide=name), file, output) for name in ("image", "regions")}
+        assert found["image"].regions is None and found["regions"].regions == stats.regions
+        best = search.run(folder, Asked(min_miou=0.0), file, output)
+        assert Deployment.load(output) == best
+        assert best.predicted.cost_mean == min(each.predicted.cost_mean for each in found.values())
+        assert {row.decide: row.cost_mean for row in best.combinations} == {name: each.predicted.cost_mean for name, each in found.items()}
+        lines = search.table(best).splitlines()
+        assert [line.split()[-1] == "chosen" for line in lines[1:3]] == [not row.reason for row in best.combinations]
+        assert "decides" in lines[0] and {"image", "regions"} == {line.split()[2] for line in lines[1:3]}
+        assert "cells of 2x2 leave, budgets 1, 2, 4, neighbours nearest" in search.table(found["regions"])
+    assert set(found["regions"].predicted.costs) == {"latency_ms", "latency_p90_ms", "macs", "macs_p90", "parameters"}
+    number = configuration_of(stats, found["regions"].exits)
+    expected = []
+    time = {row.submodel: row.p50_ms for row in LatencyTable.load(latency).rows}
+    chain = [f"{choice.exit}.{choice.head}" for choice in found["regions"].exits]
+    for taken in stats.taken[number]:
+        expected.append(time[f"region.{chain[0]}"] + (time[f"region.{chain[0]}.{chain[1]}.{taken[0]}"] if taken[0] else 0))
+        if len(chain) == 3 and taken[1]:
+            expected[-1] += time[f"region.{chain[1]}.{chain[2]}.{taken[1]}"] + max(time["plain.8x12"] - time["mask.8x12"], 0)
+    assert found["regions"].predicted.cost_mean == pytest.approx(np.mean(expected))
+    checked = search.run(folder, Asked(min_miou=0.0, decide="regions", check_share=0.4), None, output)
+    assert checked.predicted.images == 2
+
+    rows = [row for row in json.loads(latency.read_text())["rows"] if not row["submodel"].endswith(f"{FINAL}.2")]
+    write_json(tmp_path / "latency.json", {**json.loads(latency.read_text()), "rows": rows})
+    with pytest.raises(ValueError, match=r"decide: must be image, since latency.json: must have a row .* missing are region.exit1.*\.2"):
+        search.run(folder, Asked(min_miou=0.0, decide="best"), tmp_path / "latency.json", output)
+    without = search.run(folder, Asked(min_miou=0.0), tmp_path / "latency.json", output)
+    assert [row.reason != "" for row in without.combinations] == [False, True] and without.regions is None
+
+
+def test_pipeline_knows_what_regions_need(made, tmp_path):
+    config, latency = configs.load_config(made[0]), latency_file(made[0])
+
+    def done(decide: str | None) -> list[str]:
+        steps = Pipeline(tmp_path / "work", config, "", Asked(min_miou=0.0, decide=decide), latency).steps()
+        return [name for name in ("candidates", "calibrate") if steps[name][0]()]
+
+    shutil.copytree(made[0], tmp_path / "work")
+    assert done(None) == done("best") == ["candidates", "calibrate"]
+    (tmp_path / "work" / "regions.npz").unlink()
+    assert done("regions") == ["candidates"] and done("image") == ["candidates", "calibrate"]
+    (tmp_path / "work" / "candidates" / "regions.json").unlink()
+    assert done("regions") == [] and done("image") == ["candidates", "calibrate"]
+    plain = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, regions="none"))
+    with pytest.raises(ValueError, match=r"--decide: must be image without stage1\.regions, got 'best'"):
+        Pipeline(tmp_path / "work", plain, "", Asked(min_miou=0.0, decide="best"), latency).check()
+
+
+def test_prediction_is_what_the_bundle_does_and_the_report_says(made, stats, tmp_path, monkeypatch):
+    """The mask of a bundle's runs, budgets and cells, counted over the split that the search has seen."""
+    folder, _, val = made
+    numbers = [k for k in range(len(stats.chains)) if (stats.chains[k] >= 0).sum() == 3]
+    number = max(numbers, key=lambda k: len({tuple(taken) for taken in stats.taken[k].tolist()}))
+    predicted = predict_regions(stats, region_macs(stats), number)
+    deployment = search.run(folder, Asked(min_miou=0.0, decide="regions"), None, tmp_path / "deployment.json")
+    dataclasses.replace(deployment, exits=stats.exits(number), predicted=predicted).save(folder / "deployment.json")
+    run_deployment(folder, folder / "deployment.json", measure=False)
+    bundle = Bundle.load(folder / "bundle")
+    assert bundle.manifest.predicted.exit_rates == predicted.exit_rates and bundle.manifest.regions == stats.regions
+    runner, matrix = Runner(bundle, threads=1), 0
+    for i in range(len(val)):
+        image, label = val.load(i)
+        result = runner.run(image)
+        matrix += metrics.confusion_matrix(label, result.mask, val.info.num_classes)
+        assert [step.budget for step in result.trace[1:]] == [int(each) for each in stats.taken[number, i] if each]
+    assert metrics.miou(*metrics.class_counts(matrix)) == pytest.approx(predicted.miou, abs=2e-3)
+
+    monkeypatch.setattr(report, "front", lambda *_, **__: [])
+    words = " ".join(re.sub(r"<[^>]+>", " ", report.run(folder).read_text(encoding="utf-8")).split())
+    rates = [f"{each} {100 * rate:.1f} %" for each, rate in zip(("exit1", "exit2", "final"), predicted.exit_rates, strict=True)]
+    assert "Where cells leave exit leave here" in words and all(rate in words for rate in rates)
+    shares = " ".join(f"{100 * share:.1f} %" for share in taken_shares(stats, number)[0])
+    assert f"How many cells exits work on exit none 1 2 4 exit2 {shares} final" in words
