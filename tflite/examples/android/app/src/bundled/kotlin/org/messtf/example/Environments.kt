@@ -5,6 +5,8 @@ import com.google.ai.edge.litert.Environment
 
 /** LiteRT as it lies in the app. */
 object Environments {
+    const val HAS_GPU = true
+
     @Suppress("UNUSED_PARAMETER") // which the other flavour needs
     fun open(context: Context, ready: (Environment) -> Unit, failed: (Exception) -> Unit) {
         try {

@@ -35,7 +35,7 @@ class LiteRtEngine(private val model: CompiledModel) : Engine<TensorBuffer> {
     companion object {
         /** Opens and warms up the bundle in a folder of the assets. On a GPU, what it cannot run stays on the CPU. */
         fun open(assets: AssetManager, folder: String, environment: Environment, gpu: Boolean, threads: Int): Runner<TensorBuffer> {
-            fun text(name: String) = assets.open("$folder/$name").bufferedReader().readText()
+            fun text(name: String) = assets.open("$folder/$name").bufferedReader().use { it.readText() }
             val options = if (gpu) CompiledModel.Options(Accelerator.GPU, Accelerator.CPU) else CompiledModel.Options(Accelerator.CPU)
             options.cpuOptions = CompiledModel.CpuOptions(numThreads = threads)
             val model = CompiledModel.create(assets, "$folder/model.tflite", options, environment)

@@ -48,6 +48,7 @@ class MainActivity : Activity() {
         findViewById<Button>(R.id.camera).setOnClickListener {
             if (camera.isOn) camera.close() else requestPermissions(arrayOf(Manifest.permission.CAMERA), CAMERA)
         }
+        findViewById<CheckBox>(R.id.gpu).isEnabled = Environments.HAS_GPU
         findViewById<CheckBox>(R.id.gpu).setOnCheckedChangeListener { _, _ -> load() }
         findViewById<SeekBar>(R.id.deadline).setOnSeekBarChangeListener(Moved { setDeadline(it) })
         tell(getString(R.string.loading))
