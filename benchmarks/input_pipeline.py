@@ -7,7 +7,6 @@ share the cores. The last line is one JSON object: medians over the rounds, and 
 """
 
 import collections
-import dataclasses
 import json
 import math
 import os
@@ -55,11 +54,7 @@ def drawn(batches: tf.data.Dataset, use: Callable[[tuple, int], object] = lambda
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    configs.check_recipe(FLAGS.recipe)
-    config = configs.RECIPES[FLAGS.recipe or "default"]
-    if FLAGS.data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=FLAGS.data))
-    config = configs.with_data_dir(configs.apply_overrides(config, FLAGS.set), FLAGS.data_dir)
+    config = configs.with_data_dir(configs.of_recipe(FLAGS.recipe, FLAGS.data, FLAGS.set), FLAGS.data_dir)
     fix_summation_order()
     keras.utils.set_random_seed(0)
     batch_size = config.stage1.batch_size

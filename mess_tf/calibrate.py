@@ -11,6 +11,27 @@ With --regions, or a training whose stage1.regions is another than none, it also
 exits whose cells leave each for itself, for every theta_pix and --theta_img; see `mess_tf.region_candidates`.
 """
 
+from absl import flags
+
+from mess_runtime.bundle import FIDELITIES
+from mess_tf import arguments, terminal
+from mess_tf.files import THETA_IMG
+
+THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+if __name__ == "__main__":
+    arguments.define_network_flags()
+    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_string("split", "", "split to calibrate on; default: the validation split")
+    flags.DEFINE_enum("fidelity", FIDELITIES[0], FIDELITIES, "what the exit policy computes at full size, as in export_tflite")
+    flags.DEFINE_list("precisions", [], "calibrate candidates.PRECISION of each of these instead, as exported with the same flag")
+    flags.DEFINE_list("theta_pix", [str(theta) for theta in THETA_PIX], "grid of pixel thresholds")
+    arguments.define_region_flags()
+    flags.DEFINE_list("theta_img", [str(theta) for theta in THETA_IMG], "grid of shares of a region's pixels that must be confident")
+    flags.DEFINE_integer("max_early", 1, "early exits of a chain whose regions leave, at most", lower_bound=1, upper_bound=2)
+    terminal.run("mess_tf.calibrate", __doc__, arguments.check_workdir)
+
 import dataclasses
 import functools
 import hashlib
@@ -23,7 +44,6 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime.bundle import (
@@ -40,7 +60,7 @@ from mess_runtime.bundle import (
 )
 from mess_runtime.images import mask_at
 from mess_runtime.terminal import Bar
-from mess_tf import configs, metrics, terminal
+from mess_tf import configs, metrics
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.data.sources import open_split
@@ -64,22 +84,20 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS, convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.network.costs import Cost, model_cost
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
-from mess_tf.network.originals import check_flags, define_flags
+from mess_tf.network.originals import check_flags
 from mess_tf.region_candidates import (
     BY_TRAINING,
     NONE,
-    THETA_IMG,
     Plan,
     RegionOptions,
     configurations,
-    define_region_flags,
     options_of_flags,
     plan,
     statistics,
     submodels,
 )
 
-THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+FLAGS = flags.FLAGS
 CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
 SHARD = 64  # images whose counts are written at once
 SHARDS = "shards"  # in a work folder
@@ -423,18 +441,3 @@ def main() -> None:
     how = (FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity, FLAGS.precisions, regions)
     for path in run(FLAGS.workdir, FLAGS.data_dir, *how):
         print(path)
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    define_flags()
-    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
-    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
-    flags.DEFINE_string("split", "", "split to calibrate on; default: the validation split")
-    flags.DEFINE_enum("fidelity", policy.EXACT, policy.FIDELITIES, "what the exit policy computes at full size, as in export_tflite")
-    flags.DEFINE_list("precisions", [], "calibrate candidates.PRECISION of each of these instead, as exported with the same flag")
-    flags.DEFINE_list("theta_pix", [str(theta) for theta in THETA_PIX], "grid of pixel thresholds")
-    define_region_flags()
-    flags.DEFINE_list("theta_img", [str(theta) for theta in THETA_IMG], "grid of shares of a region's pixels that must be confident")
-    flags.DEFINE_integer("max_early", 1, "early exits of a chain whose regions leave, at most", lower_bound=1, upper_bound=2)
-    terminal.run(main)

@@ -31,6 +31,7 @@ ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
 # Fields of the data section that older files lack, with what was done then.
 _ADDED_TO_DATA = {"resize": "stretch", "label_values": ""}
+STRATEGIES = ("none", "mirrored", "multi_worker", "tpu")  # of `tf.distribute`
 _ADDED_TO_STAGES = {"regions": "none", "region_cell": 16, "region_warmup": 0, "jit_compile": False}
 
 # Sources of the user's own files, whose labels `data.label_values` may explain, and all that read files below `data.data_dir`.
@@ -456,9 +457,17 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return dataclasses.replace(config, **{name: _from_dict(type(sections[name]), documents[name], name) for name in sections})
 
 
-def check_recipe(name: str) -> None:
-    """Raises a ValueError that lists the nearest recipes if there is none of this name ('' is the default)."""
+def of_recipe(name: str, data: str, overrides: Sequence[str]) -> Config:
+    """A recipe ('' is the default) with another data source, if that is not empty, and overrides.
+
+    Raises:
+      ValueError: there is no such recipe or override, or a value is not allowed; the nearest names are given.
+    """
     _known(name or "default", RECIPES, "--recipe")
+    config = RECIPES[name or "default"]
+    if data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=data))
+    return apply_overrides(config, overrides)
 
 
 def with_data_dir(config: Config, data_dir: str) -> Config:

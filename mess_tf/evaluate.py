@@ -3,18 +3,29 @@
 `python -m mess_tf.evaluate --workdir=W [--split=val]` prints the table and writes WORKDIR/evaluation_SPLIT.json.
 """
 
+from absl import flags
+
+from mess_tf import arguments, terminal
+
+if __name__ == "__main__":
+    arguments.define_network_flags()
+    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_string("split", "", "split to evaluate on; default: the validation split")
+    terminal.run("mess_tf.evaluate", __doc__, arguments.check_workdir)
+
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
 from mess_runtime.bundle import check_writable, write_json
-from mess_tf import configs, terminal
+from mess_tf import configs
 from mess_tf.data.sources import open_split
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.model import load_network
-from mess_tf.network.originals import check_flags, define_flags
+from mess_tf.network.originals import check_flags
+
+FLAGS = flags.FLAGS
 
 
 def table(result: dict[str, Accuracy], classes: Sequence[str]) -> str:
@@ -45,12 +56,3 @@ def run(workdir: str, data_dir: str = "", split: str = "") -> Path:
 def main() -> None:
     check_flags(configs.load_config(FLAGS.workdir))
     print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split))
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    define_flags()
-    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
-    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
-    flags.DEFINE_string("split", "", "split to evaluate on; default: the validation split")
-    terminal.run(main)

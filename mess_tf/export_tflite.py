@@ -23,35 +23,106 @@ that is there, `--bundle=FOLDER`: see `mess_tf.targets`. For web LiteRT.js comes
 `npm pack` wrote.
 """
 
+from absl import flags
+
+from mess_runtime.bundle import EXTRA_SIGNATURES, FIDELITIES, FP32, INPUT_TYPES, INT8, PRECISIONS, RESIZES, check
+from mess_runtime.engines import BACKENDS
+from mess_tf import arguments, terminal
+
+OF_NETWORK = "workdir data_dir precision float_operations fidelity input resize extra_signatures verify measure"
+
+
+def check_arguments() -> None:
+    """Raises ValueError where flags do not go together."""
+    values = flags.FLAGS
+    given = [name for name in ("--candidates", "--deployment", "--bundle") if values[name[2:]].value]
+    check(len(given) == 1, "arguments", "one of --candidates, --deployment=FILE and --bundle=FOLDER", " ".join(given))
+    check(bool(values.bundle or values.workdir), "--workdir", f"given with {given[0]}", values.workdir)
+    terminal.check_left_out(bool(values.bundle), OF_NETWORK, "with --bundle")
+    terminal.check_left_out(values.candidates, "input resize measure extra_signatures verify target", "with --candidates")
+    terminal.check_left_out(not values.candidates, "precisions regions region_cell region_heads", "without --candidates")
+    terminal.check_left_out(bool(values.precisions), "precision", "with --precisions")
+    without = values.candidates and INT8 not in (values.precision, *values.precisions)
+    terminal.check_left_out(without, "float_operations", f"without --precision={INT8}")
+    terminal.check_left_out(not values.target, "output", "without --target")
+    terminal.check_left_out(values.target != "web", "litertjs", "without --target=web")
+    check(bool(values.target or not values.bundle), "--target", f"one of {', '.join(arguments.TARGETS)} with --bundle", values.target)
+    check(bool(values.output or not values.target), "--output", "given with --target", values.output)
+
+
+if __name__ == "__main__":
+    arguments.define_network_flags()
+    flags.DEFINE_string("workdir", None, "folder of a training, unless there is a bundle")
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_bool("candidates", False, "export everything that can be chosen, to measure it")
+    arguments.define_region_flags()
+    flags.DEFINE_string("deployment", "", "deployment.json of the search, to export its bundle")
+    flags.DEFINE_string("bundle", "", "folder of a bundle, to write what --target names")
+    flags.DEFINE_enum(
+        "target",
+        None,
+        arguments.TARGETS,
+        "another runtime that the bundle is made ready for: web, a folder for any web server; mediapipe, files for ImageSegmenter; "
+        "android, a folder for the assets of an app",
+    )
+    flags.DEFINE_string("output", "", "folder of the target")
+    flags.DEFINE_string("litertjs", "", "with --target=web: folder with the packages of LiteRT.js; by default npm fetches them")
+    flags.DEFINE_enum(
+        "precision",
+        None,
+        PRECISIONS,
+        "of weights and, with int8, of activations; default: that of the deployment's statistics, for candidates fp32",
+    )
+    flags.DEFINE_list("precisions", [], "candidates of each of these, in candidates.PRECISION, for a search that takes the best")
+    flags.DEFINE_list(
+        "float_operations", [], "with int8: patterns of the tensors whose operations stay in float32, see benchmarks/precision.py"
+    )
+    flags.DEFINE_enum(
+        "fidelity",
+        None,
+        FIDELITIES,
+        "what the exit policy computes at full size; default: that of the deployment's statistics, for candidates exact",
+    )
+    flags.DEFINE_enum("input", "uint8", INPUT_TYPES, "type of the image that goes into a bundle")
+    flags.DEFINE_enum("resize", None, RESIZES, "how images are fitted: that of the training, data.resize; another one is an error")
+    flags.DEFINE_multi_enum(
+        "extra_signatures",
+        [],
+        EXTRA_SIGNATURES,
+        "beside the segments of a bundle: every exit alone, for several in budgeted; everything",
+    )
+    flags.DEFINE_list(
+        "verify", [], f"backends ({', '.join(BACKENDS)}) on which a bundle must do what it does on the CPU; recorded in its manifest"
+    )
+    flags.DEFINE_bool("measure", True, "measure the mIoU of each exit on the validation split, for the manifest")
+    terminal.run("mess_tf.export_tflite", __doc__, check_arguments)
+
 import dataclasses
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from mess_runtime import bundle as bundles
-from mess_runtime.engines import BACKENDS
 from mess_runtime.files import replace_folder, write_atomically
 from mess_runtime.terminal import progress
-from mess_tf import configs, terminal
+from mess_tf import configs
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
 from mess_tf.files import CANDIDATES, DEPLOYMENT, STATS, Configuration, Deployment, ExitChoice, of_precision, read_arrays
 from mess_tf.graph import flatbuffer, policy
-from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
-from mess_tf.network.originals import check_flags, define_flags
-from mess_tf.region_candidates import BY_TRAINING, Plan, RegionOptions, define_region_flags, options_of_flags, plan
+from mess_tf.network.originals import check_flags
+from mess_tf.region_candidates import BY_TRAINING, Plan, RegionOptions, options_of_flags, plan
 from mess_tf.targets import android, check_whole_images, mediapipe, web
 
+FLAGS = flags.FLAGS
 WEIGHTS, REGIONS_OF_FILES = "weights.sha256", "regions.json"
-TARGETS = {"web": web, "mediapipe": mediapipe, "android": android}
-OF_NETWORK = "workdir data_dir precision float_operations fidelity input resize extra_signatures verify measure"
+MODULES = dict(zip(arguments.TARGETS, (web, mediapipe, android), strict=True))
 EXAMPLES = 8
 CALIBRATION_IMAGES = 64
 
@@ -113,11 +184,11 @@ def export_deployment(
     """
     for choice in deployment.exits:
         known = exporter.network.candidates
-        bundles.check(f"{choice.exit}.{choice.head}" in known, "deployment", f"of candidates of this network, {known}", choice)
+        check(f"{choice.exit}.{choice.head}" in known, "deployment", f"of candidates of this network, {known}", choice)
     required = f"{deployment.fidelity}, the fidelity of the statistics that the thresholds were chosen on"
-    bundles.check(exporter.fidelity == deployment.fidelity, "fidelity", required, exporter.fidelity)
+    check(exporter.fidelity == deployment.fidelity, "fidelity", required, exporter.fidelity)
     required = f"{deployment.precision}, the precision of the statistics that the thresholds were chosen on"
-    bundles.check(deployment.precision in ("", exporter.precision), "precision", required, exporter.precision)
+    check(deployment.precision in ("", exporter.precision), "precision", required, exporter.precision)
     exporter.regions_of(deployment)  # says what cannot be done before work starts
     cost = bundles.Cost(deployment.predicted.cost_name, deployment.original.cost)
     alone = Configuration(bundles.BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
@@ -175,7 +246,7 @@ def run_candidates(
 
     In int8, and with a policy that is not exact, there are no regions.
     """
-    bundles.check(set(precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(precisions))
+    check(set(precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(precisions))
     config, _, network = _open(workdir, data_dir)
     folders, chains = [], plan(network, config, regions)
     for precision in precisions or (None,):
@@ -207,16 +278,14 @@ def run_deployment(
     backends: Collection[str] = (),
 ) -> Path:
     """The command with --deployment: see `export_deployment`; also writes some images to try it on. Returns the folder of the bundle."""
-    bundles.check(set(backends) <= set(BACKENDS), "verify", f"of {', '.join(BACKENDS)}", ",".join(backends))
+    check(set(backends) <= set(BACKENDS), "verify", f"of {', '.join(BACKENDS)}", ",".join(backends))
     of_training = configs.load_config(workdir).data.resize
     required = f"{of_training}, the data.resize of this training, by which its statistics were taken; --set data.resize at its start"
-    bundles.check(resize in (None, of_training), "--resize", required, resize)
+    check(resize in (None, of_training), "--resize", required, resize)
     workdir, chosen = Path(workdir), Deployment.load(deployment)
     precision, fidelity = options.precision or chosen.precision or FP32, options.fidelity or chosen.fidelity
-    bundles.check(
-        precision == INT8 or not options.float_operations, "--float_operations", f"left out with {precision}", options.float_operations
-    )
-    bundles.check(chosen.precision in ("", precision), "--precision", f"{chosen.precision}, which was searched, or left out", precision)
+    check(precision == INT8 or not options.float_operations, "--float_operations", f"left out with {precision}", options.float_operations)
+    check(chosen.precision in ("", precision), "--precision", f"{chosen.precision}, which was searched, or left out", precision)
     chosen.check_stats(deployment, workdir / chosen.named(STATS))
     config, examples, network = _open(workdir, data_dir)
     exporter = _exporter(network, config, dataclasses.replace(options, precision=precision, fidelity=fidelity))
@@ -241,26 +310,13 @@ def is_bundled(workdir: str | os.PathLike, deployment: str | os.PathLike) -> boo
 
 
 def main() -> None:
-    given = [name for name in ("--candidates", "--deployment", "--bundle") if flags.FLAGS[name[2:]].value]
-    bundles.check(len(given) == 1, "arguments", "one of --candidates, --deployment=FILE and --bundle=FOLDER", " ".join(given))
-    bundles.check(bool(FLAGS.bundle or FLAGS.workdir), "--workdir", f"given with {given[0]}", FLAGS.workdir)
-    terminal.check_left_out(bool(FLAGS.bundle), OF_NETWORK, "with --bundle")
-    terminal.check_left_out(FLAGS.candidates, "input resize measure extra_signatures verify target", "with --candidates")
-    terminal.check_left_out(not FLAGS.candidates, "precisions regions region_cell region_heads", "without --candidates")
-    terminal.check_left_out(bool(FLAGS.precisions), "precision", "with --precisions")
-    without = FLAGS.candidates and INT8 not in (FLAGS.precision, *FLAGS.precisions)
-    terminal.check_left_out(without, "float_operations", f"without --precision={INT8}")
-    terminal.check_left_out(not FLAGS.target, "output", "without --target")
-    terminal.check_left_out(FLAGS.target != "web", "litertjs", "without --target=web")
-    bundles.check(bool(FLAGS.target or not FLAGS.bundle), "--target", f"one of {', '.join(TARGETS)} with --bundle", FLAGS.target)
-    bundles.check(bool(FLAGS.output or not FLAGS.target), "--output", "given with --target", FLAGS.output)
     check_flags(*([configs.load_config(FLAGS.workdir)] if FLAGS.workdir else []))
     options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)
     if FLAGS.candidates:
         for folder in run_candidates(FLAGS.workdir, FLAGS.data_dir, options, FLAGS.precisions, options_of_flags()):
             print(folder)
         return
-    target, output, packages = TARGETS.get(FLAGS.target), Path(FLAGS.output), [Path(FLAGS.litertjs)] if FLAGS.litertjs else []
+    target, output, packages = MODULES.get(FLAGS.target), Path(FLAGS.output), [Path(FLAGS.litertjs)] if FLAGS.litertjs else []
     if target:
         target.check(output, *packages)
     if target and target is not web:
@@ -274,52 +330,3 @@ def main() -> None:
     if target:
         target.write(bundles.Bundle.load(bundle), output, *packages)
         print(output)
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    define_flags()
-    flags.DEFINE_string("workdir", None, "folder of a training, unless there is a bundle")
-    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
-    flags.DEFINE_bool("candidates", False, "export everything that can be chosen, to measure it")
-    define_region_flags()
-    flags.DEFINE_string("deployment", "", "deployment.json of the search, to export its bundle")
-    flags.DEFINE_string("bundle", "", "folder of a bundle, to write what --target names")
-    flags.DEFINE_enum(
-        "target",
-        None,
-        list(TARGETS),
-        "another runtime that the bundle is made ready for: web, a folder for any web server; mediapipe, files for ImageSegmenter; "
-        "android, a folder for the assets of an app",
-    )
-    flags.DEFINE_string("output", "", "folder of the target")
-    flags.DEFINE_string("litertjs", "", "with --target=web: folder with the packages of LiteRT.js; by default npm fetches them")
-    flags.DEFINE_enum(
-        "precision",
-        None,
-        PRECISIONS,
-        "of weights and, with int8, of activations; default: that of the deployment's statistics, for candidates fp32",
-    )
-    flags.DEFINE_list("precisions", [], "candidates of each of these, in candidates.PRECISION, for a search that takes the best")
-    flags.DEFINE_list(
-        "float_operations", [], "with int8: patterns of the tensors whose operations stay in float32, see benchmarks/precision.py"
-    )
-    flags.DEFINE_enum(
-        "fidelity",
-        None,
-        policy.FIDELITIES,
-        "what the exit policy computes at full size; default: that of the deployment's statistics, for candidates exact",
-    )
-    flags.DEFINE_enum("input", "uint8", bundles.INPUT_TYPES, "type of the image that goes into a bundle")
-    flags.DEFINE_enum("resize", None, bundles.RESIZES, "how images are fitted: that of the training, data.resize; another one is an error")
-    flags.DEFINE_multi_enum(
-        "extra_signatures",
-        [],
-        bundles.EXTRA_SIGNATURES,
-        "beside the segments of a bundle: every exit alone, for several in budgeted; everything",
-    )
-    flags.DEFINE_list(
-        "verify", [], f"backends ({', '.join(BACKENDS)}) on which a bundle must do what it does on the CPU; recorded in its manifest"
-    )
-    flags.DEFINE_bool("measure", True, "measure the mIoU of each exit on the validation split, for the manifest")
-    terminal.run(main)

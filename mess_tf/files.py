@@ -57,6 +57,9 @@ REGION_COSTS = ("latency_ms", "latency_p90_ms", "macs", "macs_p90", "parameters"
 RISKS = ("final", "labels")
 # Who decides: the image as a whole, every cell of it, or whichever is better.
 IMAGE_DECIDES, REGIONS_DECIDE, BEST_DECIDES = DECIDES = ("image", "regions", "best")
+# What deployments that devices share make least, of their mean latencies: the total, or the largest.
+SUM, WORST = FLEETS = ("sum", "worst")
+THETA_IMG = (0.5, 0.7, 0.8, 0.9, 0.95)  # shares of a cell's pixels
 
 
 def made_by() -> dict[str, str]:

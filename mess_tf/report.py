@@ -5,6 +5,17 @@ which holds everything and needs nothing else: no other file, no network. What i
 and `pages/report.js` draws the charts and the image viewer. The tables need no JavaScript and hold the charts' values too.
 """
 
+from absl import flags
+
+from mess_tf import arguments, terminal
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of a training, with stats.npz and deployment.json", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_string("latency", "", "the latency.json that was searched; default: the workdir's")
+    arguments.define_network_flags()
+    terminal.run("mess_tf.report", __doc__, arguments.check_workdir)
+
 import base64
 import dataclasses
 import io
@@ -18,7 +29,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import tensorflow as tf
-from absl import flags
 from PIL import Image
 
 from mess_runtime.benchmark import LatencyTable
@@ -26,7 +36,7 @@ from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, check, check
 from mess_runtime.files import write_atomically
 from mess_runtime.images import mask_at, placed
 from mess_runtime.terminal import progress
-from mess_tf import configs, metrics, terminal
+from mess_tf import configs, metrics
 from mess_tf.configs import IGNORE
 from mess_tf.data.examples import Examples, palette
 from mess_tf.data.pipelines import network_input
@@ -34,12 +44,13 @@ from mess_tf.data.sources import open_split
 from mess_tf.files import DEPLOYMENT, REGIONS, STATS, Deployment, Predicted, RegionStats, Stats
 from mess_tf.graph import policy
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
-from mess_tf.network.originals import check_flags, define_flags
+from mess_tf.network.originals import check_flags
 from mess_tf.optimise import guarantee
 from mess_tf.optimise.regions import configuration_of, predict_regions, region_latencies, region_macs, select, taken_shares
 from mess_tf.optimise.search import front
 from mess_tf.optimise.space import Costs, evaluate_configuration, latency_costs, macs_costs, mixture, original, predict
 
+FLAGS = flags.FLAGS
 PAGES = Path(__file__).with_name("pages")
 FRONT_POINTS = 20
 FRONT_SECONDS = 2.0  # for each point, after which the best found is shown
@@ -556,12 +567,3 @@ def is_reported(workdir: str | os.PathLike) -> bool:
 def main() -> None:
     check_flags(configs.load_config(FLAGS.workdir))
     print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.latency))
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    flags.DEFINE_string("workdir", None, "folder of a training, with stats.npz and deployment.json", required=True)
-    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
-    flags.DEFINE_string("latency", "", "the latency.json that was searched; default: the workdir's")
-    define_flags()
-    terminal.run(main)

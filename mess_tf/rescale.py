@@ -5,15 +5,24 @@ follows training is done in it as in W.
 Which size is best for a device is then a matter of searching each folder with the same --min_miou or --max_cost.
 """
 
+from absl import flags
+
+from mess_tf import arguments, terminal
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
+    flags.DEFINE_float("input_scale", None, "share of the input size", required=True)
+    flags.DEFINE_string("output", None, "folder to make", required=True)
+    terminal.run("mess_tf.rescale", __doc__, arguments.check_workdir)
+
 import os
 from pathlib import Path
 
-from absl import flags
-
 from mess_runtime.bundle import check, check_writable
 from mess_runtime.files import write_atomically
-from mess_tf import configs, terminal
+from mess_tf import configs
 
+FLAGS = flags.FLAGS
 CHECKPOINTS = "checkpoints"
 
 
@@ -45,11 +54,3 @@ def rescale(workdir: Path, input_scale: float, output: Path) -> None:
 def main() -> None:
     rescale(Path(FLAGS.workdir), FLAGS.input_scale, Path(FLAGS.output))
     print(FLAGS.output)
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    flags.DEFINE_string("workdir", None, "folder of a training", required=True)
-    flags.DEFINE_float("input_scale", None, "share of the input size", required=True)
-    flags.DEFINE_string("output", None, "folder to make", required=True)
-    terminal.run(main)

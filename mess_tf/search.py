@@ -5,9 +5,37 @@ stats (what each candidate did to each image) → costs → the optimum of the s
 the best of all is taken; see `optimise.combinations`.
 """
 
+from absl import flags
+
+from mess_tf import arguments, terminal
+from mess_tf.files import FLEETS, SUM
+
+
+def check_flags() -> None:
+    """Raises ValueError where flags do not go together, or ask for nothing."""
+    values = flags.FLAGS
+    terminal.check_left_out(not values.latency, "device threads backends precisions all_devices", "without --latency")
+    terminal.check_left_out(values.all_devices, "device threads", "with --all_devices")
+    terminal.check_left_out(values.max_bundles is None, "fleet", "without --max_bundles")
+    arguments.questions()
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run, with stats.npz.", required=True)
+    flags.DEFINE_string("latency", None, "latency.json: the costs are its medians in ms; without it, they are MACs.")
+    arguments.define_question_flags()
+    flags.DEFINE_bool("all_devices", False, "A deployment for each device and number of threads of the file.")
+    flags.DEFINE_integer("max_bundles", None, "With --all_devices: so many deployments at most, which the devices share.", lower_bound=1)
+    flags.DEFINE_enum(
+        "fleet", SUM, FLEETS, "What the shared deployments make least: the total of the devices' mean latencies, or the largest."
+    )
+    flags.DEFINE_string(
+        "output", None, "The file to write, or the folder for several; default: deployment.json, deployments or fleet in the workdir."
+    )
+    terminal.run("mess_tf.search", __doc__, check_flags)
+
 import dataclasses
 import itertools
-import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,17 +43,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 
-from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, SETTINGS, check, check_writable, file_sha256, write_json
+from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, check, check_writable, file_sha256, write_json
 from mess_runtime.files import safe_name
-from mess_tf import terminal
 from mess_tf.files import (
-    DECIDES,
     DEPLOYMENT,
     IMAGE_DECIDES,
     REGIONS,
-    RISKS,
     STATS,
     VERIFICATION,
     Asked,
@@ -36,13 +60,12 @@ from mess_tf.files import (
     of_precision,
 )
 from mess_tf.optimise.combinations import Option, Regional, choose, deployed, options_of, reference, search_table, sha256
-from mess_tf.optimise.fleet import FLEETS, SUM, Shared, Variant, share
+from mess_tf.optimise.fleet import Shared, Variant, share
 from mess_tf.optimise.search import resolve_objective
-from mess_tf.optimise.space import Costs, matching, original
+from mess_tf.optimise.space import matching, original
 
 REASON_WIDTH = 120  # of the reason why a combination was not chosen, in the table
 FLEET = "fleet.json"
-CONSTRAINTS = ("min_miou", "max_drop_pp", "max_cost", "cost_share")
 
 
 def _unit(cost_name: str) -> tuple[str, float]:
@@ -301,47 +324,11 @@ def _of_devices(asked: Sequence[Asked], latency: str | None, all_devices: bool) 
     }
 
 
-def _limits(limits: Sequence[str]) -> dict[str, float]:
-    """NAME=NUMBER, several."""
-    result = {}
-    for text in limits:
-        name, _, number = text.partition("=")
-        check(name not in result, "limit", f"given once for {name}", list(limits))
-        try:
-            result[name] = float(number)
-        except ValueError:
-            raise ValueError(f"limit: must be NAME=NUMBER, got {text!r}") from None
-        check(0 < result[name] < math.inf, f"limit: {name}", "above 0 and finite", number)
-    return result
-
-
-def asked_of_flags() -> list[Asked]:
-    """What the flags of `define_question_flags` ask for; several where a constraint has several values."""
-    values = flags.FLAGS
-    terminal.check_left_out(values.max_risk is None, "confidence risk", "without --max_risk")
-    terminal.check_left_out(values.max_risk is not None, "minimise setting", "with --max_risk")
-    terminal.check_left_out(values.setting == BUDGETED, "max_early_exits", f"with --setting={BUDGETED}")
-    terminal.check_left_out(values.setting != INPUT_DEPENDENT, "quantiles", f"with --setting={values.setting}")
-    given = [(name, value) for name in CONSTRAINTS for value in terminal.numbers(name)]
-    names = [*dict(given)]
-    check(len(names) <= 1, "constraint", f"one of {', '.join(CONSTRAINTS)}", names)
-    if values.max_risk is not None:
-        check(not given, "max_risk", "given for one device, without another constraint", given)
-        given = [("max_risk", values.max_risk)]
-    others = [field.name for field in dataclasses.fields(Asked) if field.name not in (*CONSTRAINTS, "max_risk", "limits")]
-    common = {name: values[name].value for name in others} | {"limits": _limits(values.limit)}
-    common |= {name: tuple(values[name].value) for name in ("backends", "precisions")}
-    return [Asked(**{name: value}, **common) for name, value in given] or [Asked(**common)]
-
-
 def main() -> None:
     """The command; see the flags."""
     values = flags.FLAGS
-    terminal.check_left_out(not values.latency, "device threads backends precisions all_devices", "without --latency")
-    terminal.check_left_out(values.all_devices, "device threads", "with --all_devices")
-    terminal.check_left_out(values.max_bundles is None, "fleet", "without --max_bundles")
     check(os.path.isdir(values.workdir), "--workdir", "an existing folder", values.workdir)
-    devices = _of_devices(asked_of_flags(), values.latency, values.all_devices)
+    devices = _of_devices(arguments.questions(), values.latency, values.all_devices)
     questions = [*itertools.chain(*devices.values())]
     if values.max_bundles is not None:
         check(values.all_devices, "max_bundles", "given with --all_devices", values.max_bundles)
@@ -369,56 +356,3 @@ def main() -> None:
     deployment = run(values.workdir, asked, values.latency, output)
     print(table(deployment))
     print(output)
-
-
-def define_question_flags() -> None:
-    """Defines the flags that say what to search for."""
-    flags.DEFINE_string("device", None, "Whose latencies count, where the file has several devices.")
-    flags.DEFINE_integer("threads", None, "Latencies at how many threads count, where the file has several.")
-    flags.DEFINE_list("backends", [], "Of which the best is taken, such as xnnpack,gpu; default: all that the device was measured on.")
-    flags.DEFINE_list(
-        "precisions", [], "Of which the best is taken, such as fp16,int8, each with stats.PRECISION.npz; default: what stats.npz is of."
-    )
-    flags.DEFINE_enum(
-        "decide",
-        None,
-        DECIDES,
-        "Who decides where to leave: the image, its regions each for itself, or the best of both; default: best with a regions.npz.",
-    )
-    flags.DEFINE_list(
-        "min_miou",
-        None,
-        "Least cost with at least this mIoU, 0..1. Of this and the next three one is given; several values, with commas, make a table.",
-    )
-    flags.DEFINE_list("max_drop_pp", None, "Least cost with an mIoU at most so many percentage points below the original's.")
-    flags.DEFINE_list("max_cost", None, "Best mIoU with at most this mean cost, in MACs or ms.")
-    flags.DEFINE_list("cost_share", None, "Best mIoU with at most this share of the original's cost.")
-    flags.DEFINE_multi_string("limit", [], "Further limits, NAME=NUMBER: " + Costs.__doc__.split("Names: ")[1])
-    flags.DEFINE_string("minimise", None, "Cost that is minimised with --min_miou or --max_drop_pp; default: the mean cost of an image.")
-    flags.DEFINE_enum("setting", INPUT_DEPENDENT, SETTINGS, "How the network will run.")
-    flags.DEFINE_integer("max_early_exits", 2, "Largest number of exits in front of the last one.", lower_bound=0)
-    flags.DEFINE_integer(
-        "quantiles", None, "Values of theta_img per exit and theta_pix where several early exits decide; default: all.", lower_bound=2
-    )
-    flags.DEFINE_float("time_limit", 600.0, "Seconds after which the best found is taken, with a proven bound.")
-    flags.DEFINE_float("check_share", None, "Share of the images that have no part in choosing; the predictions are of them.")
-    flags.DEFINE_float("max_risk", None, "Least cost with a risk of at most this, guaranteed with --confidence; see --risk.")
-    flags.DEFINE_float("confidence", 0.95, "Of the guarantee, for images drawn like those of the calibration.")
-    flags.DEFINE_enum(
-        "risk", "labels", RISKS, "final: share of pixels that differ from the original's; labels: pixel accuracy lost against it."
-    )
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run, with stats.npz.", required=True)
-    flags.DEFINE_string("latency", None, "latency.json: the costs are its medians in ms; without it, they are MACs.")
-    define_question_flags()
-    flags.DEFINE_bool("all_devices", False, "A deployment for each device and number of threads of the file.")
-    flags.DEFINE_integer("max_bundles", None, "With --all_devices: so many deployments at most, which the devices share.", lower_bound=1)
-    flags.DEFINE_enum(
-        "fleet", SUM, FLEETS, "What the shared deployments make least: the total of the devices' mean latencies, or the largest."
-    )
-    flags.DEFINE_string(
-        "output", None, "The file to write, or the folder for several; default: deployment.json, deployments or fleet in the workdir."
-    )
-    terminal.run(main)

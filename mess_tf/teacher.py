@@ -5,6 +5,20 @@ over image sizes and mirror images. Such a teacher knows more than any one of th
 it: it reads the file instead of running the networks.
 """
 
+from absl import flags
+
+from mess_tf import arguments, terminal
+
+SCALES = (1.0, 1.25)
+
+if __name__ == "__main__":
+    arguments.define_network_flags()
+    flags.DEFINE_list("workdirs", None, "folders of trainings; the first one's data and input size count", required=True)
+    flags.DEFINE_string("output", None, "file to write, .npz", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_list("scales", [f"{scale:g}" for scale in SCALES], "image sizes, as shares of each network's own backbone.input_scale")
+    terminal.run("mess_tf.teacher", __doc__)
+
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,21 +27,20 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
 from mess_runtime.bundle import check, check_writable
 from mess_runtime.images import placed
 from mess_runtime.terminal import progress
-from mess_tf import configs, terminal
+from mess_tf import configs
 from mess_tf.configs import DataConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import SOFT_STRIDE, network_input
 from mess_tf.data.sources import open_split
 from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.network.model import load_network
-from mess_tf.network.originals import check_flags, define_flags
+from mess_tf.network.originals import check_flags
 
-SCALES = (1.0, 1.25)
+FLAGS = flags.FLAGS
 
 
 def predictor(network: keras.Model, input_size: tuple[int, int], resize: str, mirrored: bool) -> Callable[[np.ndarray], tf.Tensor]:
@@ -84,13 +97,3 @@ def run(workdirs: Sequence[str], output: str, data_dir: str = "", scales: Sequen
 def main() -> None:
     check_flags(*map(configs.load_config, FLAGS.workdirs))
     print(run(FLAGS.workdirs, FLAGS.output, FLAGS.data_dir, terminal.numbers("scales")))
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    define_flags()
-    flags.DEFINE_list("workdirs", None, "folders of trainings; the first one's data and input size count", required=True)
-    flags.DEFINE_string("output", None, "file to write, .npz", required=True)
-    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
-    flags.DEFINE_list("scales", [f"{scale:g}" for scale in SCALES], "image sizes, as shares of each network's own backbone.input_scale")
-    terminal.run(main)

@@ -1,8 +1,10 @@
 """How the commands `python -m mess_tf.X` meet the person at the terminal: `mess_runtime.terminal` for flags of absl.
 
-A command defines its flags where it is the main program, and ends with `terminal.run(main)`.
+A command begins, where it is the main program, with its flags and `terminal.run`, and only then imports what takes seconds: an error in
+the flags is said at once.
 """
 
+import importlib
 import inspect
 import math
 import re
@@ -17,31 +19,28 @@ from mess_runtime.bundle import check
 
 HELP = ("-h", "-help", "--help")
 
-_after_flags: list[Callable[[], None]] = []
 
+def run(name: str, docstring: str, check_flags: Callable[[], None] = lambda: None) -> NoReturn:
+    """Parses the flags, imports a command, runs its function `main` and exits; see `mess_runtime.terminal.run`.
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Parses the flags, runs a command's main function and exits; see `mess_runtime.terminal.run`."""
-    name = main.__globals__["__spec__"].name if main.__globals__.get("__spec__") else sys.argv[0]
+    Args:
+      name: of the module.
+      docstring: of the module, for --help.
+      check_flags: raises an error where the flags are wrong, before anything is imported.
+    """
     flags.DEFINE_bool("verbose", False, "Also show other libraries' lines, and the traceback of an error.", module_name=sys.argv[0])
 
     def command() -> None:
         if any(word in HELP for word in sys.argv[1:]):
-            print(_help(name, main.__globals__["__doc__"] or ""))
+            print(_help(name, docstring))
             return
         _parse(sys.argv)
         if flags.FLAGS.verbose:
             terminal.show_libraries()
-        for action in _after_flags:
-            action()
-        main()
+        check_flags()
+        importlib.import_module(name).main()
 
     sys.exit(terminal.run(name, command))
-
-
-def after_flags(action: Callable[[], None]) -> None:
-    """Does something between the flags and the main function, for a module that defines flags of several commands."""
-    _after_flags.append(action)
 
 
 def check_left_out(needless: bool, names: str, reason: str) -> None:

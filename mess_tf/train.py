@@ -6,6 +6,18 @@ last checkpoint if there is one. WORKDIR/config.json keeps the resolved configur
 `--strategy` says on which devices, and may be another one at each start.
 """
 
+from absl import flags
+
+from mess_tf import arguments, terminal
+from mess_tf.configs import STRATEGIES
+
+if __name__ == "__main__":
+    arguments.define_network_flags()
+    arguments.define_training_flags()
+    flags.DEFINE_enum("stages", "both", ["stage1", "both"], "stages to run")
+    flags.DEFINE_enum("strategy", "none", STRATEGIES, "devices: one, all GPUs here, all GPUs of the machines in TF_CONFIG, or a TPU")
+    terminal.run("mess_tf.train", __doc__, arguments.check_training)
+
 import dataclasses
 import hashlib
 import json
@@ -18,12 +30,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import keras
-from absl import flags
 
 from mess_runtime.bundle import FORMAT, check, check_writable, decode_versioned, file_sha256, read_json, write_json
 from mess_runtime.files import locked, temporary_beside, write_atomically
 from mess_runtime.terminal import complain, first_few
-from mess_tf import configs, terminal
+from mess_tf import configs
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.examples import DataError, Examples
 from mess_tf.data.sources import open_split, open_training
@@ -31,9 +42,10 @@ from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.costs import uncounted_layers
 from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
-from mess_tf.network.originals import check_flags, define_flags, load_original
-from mess_tf.network.replicas import STRATEGIES, count, open_strategy, own_replicas
+from mess_tf.network.originals import check_flags, load_original
+from mess_tf.network.replicas import count, open_strategy, own_replicas
 
+FLAGS = flags.FLAGS
 CONFIG, RECORD, DATA_RECORD = "config.json", "training.json", "data.json"
 SHOWN_DIFFERENCES = 3
 
@@ -164,11 +176,7 @@ def resolve_config(workdir: str, recipe: str, data: str, data_dir: str, override
     Raises:
       ValueError: for an unknown recipe or override, or if WORKDIR was made with other values than the flags ask for; they are named.
     """
-    configs.check_recipe(recipe)
-    config = configs.RECIPES[recipe or "default"]
-    if data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=data))
-    config = configs.apply_overrides(config, overrides)
+    config = configs.of_recipe(recipe, data, overrides)
     path = os.path.join(workdir, CONFIG)
     if os.path.exists(path):
         kept = configs.load_config(workdir)
@@ -327,25 +335,7 @@ def forget(workdir: str | os.PathLike, config: Config) -> None:
             shutil.rmtree((workdir / name).rename(temporary_beside(workdir / name)))
 
 
-def define_training_flags() -> None:
-    """Defines the flags that say what to train on what."""
-    flags.DEFINE_string("workdir", None, "folder for everything that this run makes", required=True)
-    flags.DEFINE_string("recipe", "", f"one of {sorted(configs.RECIPES)}")
-    flags.DEFINE_string("data", "", f"data source, in place of the recipe's: synthetic, {', '.join(configs.FILE_SOURCES)} or tfds:NAME")
-    flags.DEFINE_string("data_dir", "", "root folder of the data")
-    flags.DEFINE_multi_string("set", [], "section.field=value, e.g. stage1.epochs=30; may be given several times")
-
-
 def main() -> None:
     config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
     check_flags(config)
     print(run_on(FLAGS.strategy, FLAGS.workdir, config, FLAGS.stages))
-
-
-if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    define_flags()
-    define_training_flags()
-    flags.DEFINE_enum("stages", "both", ["stage1", "both"], "stages to run")
-    flags.DEFINE_enum("strategy", "none", STRATEGIES, "devices: one, all GPUs here, all GPUs of the machines in TF_CONFIG, or a TPU")
-    terminal.run(main)

@@ -156,12 +156,12 @@ def test_with_data_dir():
     assert configs.with_data_dir(config, "D") == configs.apply_overrides(config, ["data.data_dir=D"]) != config
 
 
-def test_check_recipe():
-    configs.check_recipe("")
+def test_recipes_are_known_by_name():
+    assert configs.of_recipe("", "", []) == configs.RECIPES["default"]
     for name in RECIPES:
-        configs.check_recipe(name)
+        configs.of_recipe(name, "", [])
     with pytest.raises(ValueError, match=r"--recipe: must be a known name, nearest \['camvid_lite0'.*, got 'camvid'"):
-        configs.check_recipe("camvid")
+        configs.of_recipe("camvid", "", [])
 
 
 # === Heads ===

@@ -83,7 +83,7 @@ LINES = {
     "run": (r'\{"image": ".*", "mask": "\S+\.png", "exit": "\w+", "confidence": \S+, "latency_ms": \S+, "segments": \[.*\]\}',),
 }
 # On a slow machine, after ten seconds.
-SLOW = rf"(evaluate|calibrate|teacher|export|check {PATH}|search): .*, (eta \d+|\d+ of at most \d+) s"
+SLOW = rf"(evaluate|calibrate|teacher|export|report|check {PATH}|search): .*, (eta \d+|\d+ of at most \d+) s"
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,6 @@ def command(monkeypatch, capsys):
     def call(name: str, *words) -> tuple[int, str, str]:
         before = set(flags.FLAGS)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-        monkeypatch.setattr("mess_tf.terminal._after_flags", [])
         capsys.readouterr()
         try:
             with warnings.catch_warnings(action="ignore", category=RuntimeWarning), pytest.raises(SystemExit) as end:
@@ -474,6 +473,44 @@ def test_a_fault_of_a_command_shows_its_traceback(command, tmp_path, monkeypatch
     monkeypatch.setattr(configs, "load_config", lambda workdir: {}["fault"])
     code, _, err = command("rescale", f"--workdir={tmp_path}", "--input_scale=0.5", "--output=new")
     assert code == 1 and "Traceback" in err and "KeyError: 'fault'" in err and "this is a fault of the program" in err
+
+
+def test_flags_are_read_before_anything_that_takes_seconds(tmp_path):
+    """In a process of its own, where nothing is imported yet: --help, a slip of the pen, and flags that do not go together."""
+    names = sorted(path.stem for path in (REPOSITORY / "mess_tf").glob("*.py") if '__name__ == "__main__"' in path.read_text())
+    code = """
+import runpy, sys
+from absl import flags
+for command, *words in [line.split() for line in sys.stdin]:
+    for name in list(flags.FLAGS):
+        delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+    sys.argv = [f"{command}.py", *words]
+    try:
+        runpy.run_module(f"mess_tf.{command}", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == (words != ["--help"]), (command, words, end.code)
+    assert not {"keras", "tensorflow", "numba", "scipy"} & {*sys.modules}, (command, words)
+"""
+    together = [
+        "pipeline --workdir=W --max_drop_pp=1 --max_cost=2",
+        "pipeline --workdir=W",
+        "pipeline --workdir=W --recipe=smok --max_cost=2",
+    ]
+    together += [
+        "train --workdir=W --set=stage1.epochs=-3",
+        "search --workdir=W",
+        "export_tflite --workdir=W",
+        "evaluate --workdir=nowhere",
+    ]
+    lines = [f"{name} {words}" for name in names for words in ("--help", "--workdir=W --slip")] + together
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == [
+        f"mess_tf.{line.split()[0]}" for line in lines if "--help" not in line
+    ]
 
 
 def test_help_lists_the_flags_of_the_command_alone(command):

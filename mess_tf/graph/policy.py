@@ -19,15 +19,14 @@ window of the median is cut off at the border of the image; of an even number of
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import get_args
 
 import numpy as np
 import tensorflow as tf
 
-from mess_runtime.bundle import CONFIDENT_PIXELS, MASK, SURE, Fidelity
+from mess_runtime.bundle import CONFIDENT_PIXELS, FIDELITIES, MASK, SURE
 
 # What is computed at the size of the image, the rest at that of the logits: everything; the mask only; nothing.
-EXACT, LOW_CONFIDENCE, LOW = FIDELITIES = get_args(Fidelity)
+EXACT, LOW_CONFIDENCE, LOW = FIDELITIES
 
 # Logits are shifted to -LOGIT_SCALE or below, where neighbouring float32 are at least 2**-16 apart: more than 255 steps of the index.
 # Neighbouring float16 above LEAST_INDEX, the least that is no subnormal, are one step apart.

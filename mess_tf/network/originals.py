@@ -18,21 +18,17 @@ from mess_tf.network.layers import LogProbability, TwoClasses
 # What inputs and outputs are called beside the names of layers, in segments, heads and files.
 _RESERVED = re.compile(r"image|pixels|logits|mask|confident_pixels|sure|cells|tap\..*|(exit\d+|final)\..*|.*:.*")
 HALF = ("float16", "bfloat16")
-_IMPORT, _UNSAFE = "import", "unsafe_loading"
-
-
-def define_flags() -> None:
-    """Defines the flags of every command that may load a network of custom classes. What they ask for is done before `main` begins."""
-    flags.DEFINE_multi_string(_IMPORT, [], "module to import first, which registers the custom classes of a .keras file")
-    flags.DEFINE_bool(_UNSAFE, False, "run the Python code that a .keras file carries in Lambda layers; only for files that you trust")
-    terminal.after_flags(lambda: allow(flags.FLAGS[_IMPORT].value, flags.FLAGS[_UNSAFE].value))
 
 
 def check_flags(*trainings: Config) -> None:
-    """Raises a ValueError where the flags of `define_flags` are given, but none of these trainings is of a .keras file."""
-    terminal.check_left_out(
-        all(config.backbone.name != "keras_file" for config in trainings), f"{_IMPORT} {_UNSAFE}", "without backbone.name=keras_file"
-    )
+    """Does what the flags --import and --unsafe_loading ask for, see `allow`.
+
+    Raises:
+      ValueError: they are given, but none of these trainings is of a .keras file, or as `allow`.
+    """
+    needless = all(config.backbone.name != "keras_file" for config in trainings)
+    terminal.check_left_out(needless, "import unsafe_loading", "without backbone.name=keras_file")
+    allow(flags.FLAGS["import"].value, flags.FLAGS.unsafe_loading)
 
 
 def allow(imports: Sequence[str], unsafe_loading: bool) -> None:
@@ -49,7 +45,7 @@ def allow(imports: Sequence[str], unsafe_loading: bool) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"--{_IMPORT}: must name modules that Python finds (see PYTHONPATH), got {module!r}: {error}") from error
+            raise ValueError(f"--import: must name modules that Python finds (see PYTHONPATH), got {module!r}: {error}") from error
     if unsafe_loading:
         keras.config.enable_unsafe_deserialization()
 
@@ -70,10 +66,10 @@ def load_original(path: str) -> keras.Model:
         text, hint = str(error), ""
         if unknown := re.search(r"(?:Could not locate|Unknown) (?:class|function|layer|object)?:? ?'(.+?)'", text):
             text = f"it does not know {unknown[1]!r}"
-            hint = f"; --{_IMPORT}=MODULE imports the module that registers it with keras.saving.register_keras_serializable"
+            hint = "; --import=MODULE imports the module that registers it with keras.saving.register_keras_serializable"
         elif "Lambda" in text and "safe_mode" in text:
             text = "a Lambda layer carries Python code"
-            hint = f"; if you trust the file, --{_UNSAFE} runs it; better is a layer class of your own and --{_IMPORT}=MODULE"
+            hint = "; if you trust the file, --unsafe_loading runs it; better is a layer class of your own and --import=MODULE"
         raise ValueError(f"backbone.weights: Keras cannot load {path!r}: {text}{hint}") from error
 
 

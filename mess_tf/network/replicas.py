@@ -15,8 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from mess_runtime.bundle import check
-
-STRATEGIES = ("none", "mirrored", "multi_worker", "tpu")
+from mess_tf.configs import STRATEGIES
 
 
 def open_strategy(name: str) -> tf.distribute.Strategy:

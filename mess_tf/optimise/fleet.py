@@ -26,14 +26,13 @@ from typing import Any
 import numpy as np
 
 from mess_runtime.bundle import check
-from mess_tf.files import Certificate, Configuration, Objective, Stats
+from mess_tf.files import FLEETS, SUM, Certificate, Configuration, Objective, Stats
 from mess_tf.optimise import kernels
 from mess_tf.optimise.search import InfeasibleError, find
 from mess_tf.optimise.space import Costs, Resource, evaluate_configuration
 
 # All ways to divide so many devices are bounded in a moment; there are 3 to the power of their number.
 MOST_DEVICES = 10
-SUM, WORST = FLEETS = ("sum", "worst")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -47,9 +47,10 @@ INPUT_DEPENDENT = "input-dependent"
 BUDGETED = "budgeted"
 ANYTIME = "anytime"
 SETTINGS = (INPUT_DEPENDENT, BUDGETED, ANYTIME)
-PRECISIONS = ("fp32", "fp16", "int8")
+FP32, FP16, INT8 = PRECISIONS = ("fp32", "fp16", "int8")
 INPUT_TYPES = ("uint8", "float32")
 Fidelity = Literal["exact", "low_confidence", "low"]
+FIDELITIES = typing.get_args(Fidelity)
 RESIZES = ("stretch", "letterbox")
 NEIGHBOURS = ("stale", "nearest", "zeros")
 OPTIONAL = ("backend", "verified", "regions", "decide")  # keys that earlier files do not have
