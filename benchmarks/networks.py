@@ -2,7 +2,8 @@
 
 `python benchmarks/networks.py --output=FOLDER [--names=unet_xception,pidnet]` saves small re-buildings of published networks
 (`tests/networks`) as .keras files, writes a small data set of drawn scenes, and runs `mess_tf.pipeline` on each with the settings of
-`--recipe=smoke`: untrained networks, whose mIoU means nothing. What is shown is whether each step takes them, and for how long.
+`--recipe=smoke`: untrained networks, whose mIoU means nothing. What is shown is whether each step takes them, and for how long; all that a
+pipeline prints is in FOLDER/NAME.log.
 """
 
 import dataclasses
@@ -65,6 +66,7 @@ def run(name: str, kind, folder: Path) -> dict:
     start = time.monotonic()
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False)
+    (folder / f"{name}.log").write_text(done.stdout + done.stderr)
     row = {
         "network": name,
         "output": kind.output,

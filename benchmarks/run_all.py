@@ -57,6 +57,7 @@ def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list
         "regions_blocks": ["--networks=mobilenet_v2", "--precisions=fp32", "--blocks=1", "--rounds=3"],
         "gain_policy": [workdir, "--blocks=4"],
         "precision": [workdir, "--rounds=3"],
+        "mixed_precision": [workdir, "--rounds=3"],
         "policy_cost": [workdir, "--rounds=3", "--images=4", "--threads=1"],
         "runtime_overhead": [workdir, "--rounds=3"],
         "anytime": [workdir, "--images=20", "--deadlines=4"],

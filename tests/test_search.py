@@ -676,17 +676,24 @@ def test_the_best_of_all_backends_and_precisions_equals_brute_force(setting):
         questions = [Asked(cost_share=0.8), Asked(max_cost=reference.cost), Asked(min_miou=0.9 * reference.miou)]
         if setting != "anytime":
             questions += [Asked(max_drop_pp=1.0), Asked(max_drop_pp=-2.0, minimise="size_bytes")]
+
+        @functools.cache
+        def scores(horizon: float | None, costs=costs, by_precision=by_precision) -> list[tuple[tuple[str, str], float, dict[str, float]]]:
+            of_all = []
+            for key, of_costs in costs.items():
+                stats = by_precision[key[0]]
+                for each in enumerate_space(stats, setting, 1, None, horizon):
+                    of_all.append((key, evaluate_configuration(stats, of_costs, each)[0], configuration_costs(stats, of_costs, each)))
+            return of_all
+
         for asked in (dataclasses.replace(each, setting=setting, max_early_exits=1) for each in questions):
             objective = resolve_objective(reference, costs["fp16", "gpu"], setting, **asked.constraint)
             horizon = objective.limits.get("latency_ms", reference.cost) if setting == "anytime" else None
             scored = []
-            for key, of_costs in costs.items():
-                for configuration in enumerate_space(by_precision[key[0]], setting, 1, None, horizon):
-                    accuracy = evaluate_configuration(by_precision[key[0]], of_costs, configuration)[0]
-                    values = configuration_costs(by_precision[key[0]], of_costs, configuration)
-                    if meets(objective, accuracy, values):
-                        rank = (-accuracy,) if objective.minimise is None else (values[objective.minimise], -accuracy)
-                        scored.append((*(round(value, 9) for value in rank), round(values["latency_ms"], 9), key))
+            for key, accuracy, values in scores(horizon):
+                if meets(objective, accuracy, values):
+                    rank = (-accuracy,) if objective.minimise is None else (values[objective.minimise], -accuracy)
+                    scored.append((*(round(value, 9) for value in rank), round(values["latency_ms"], 9), key))
             options = options_of(stats, rows)
             if not scored:
                 with pytest.raises(InfeasibleError, match=r"^--\w+=\S+: fp16 on gpu: .*; fp16 on xnnpack: .*; int8 on gpu: "):
