@@ -23,7 +23,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(dict.fromkeys(SINGLE_THREAD, "1"))
 # The files that take longest, in the order in which the workers begin them: none is left with one of these alone at the end.
-LONGEST = ("search", "networks", "train", "terminal", "backends", "export", "pipeline", "android", "model", "backbones", "originals")
+LONGEST = (
+    "search",
+    "networks",
+    "recipes",
+    "train",
+    "terminal",
+    "backends",
+    "export",
+    "pipeline",
+    "android",
+    "model",
+    "backbones",
+    "originals",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,17 +1,72 @@
-"""The recipes of the paper's size and the page that describes them."""
+"""The recipes of the paper's size, each from its data set in its own layout to a deployment, small."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from mess_tf.configs import RECIPES
+import numpy as np
+import pytest
+from test_datasets import coco_config, coco_document, filled, make_ade20k, make_cityscapes, write
 
-NAMES = ("voc_mobilenet_v2", "coco21_resnet50", "cityscapes_lite0", "ade20k_mobilenet_v3")
+from mess_tf import calibrate, configs, search, train
+from mess_tf.configs import RECIPES
+from mess_tf.files import Asked, Deployment, Stats
+
+SMALL = (
+    *("backbone.weights=none", "data.input_size=[64, 64]", "data.crop_size=[0, 0]", 'exits.heads=["fcn-r8-b0"]'),
+    *(f"{stage}.{value}" for stage in ("stage1", "stage2") for value in ("epochs=1", "batch_size=2", "eval_epochs=1")),
+)
+
+
+def make_voc(root: Path) -> None:
+    """SBD's labels lie beside VOC's own; a list of `train_aug` holds paths."""
+    year, shape = root / "VOCdevkit" / "VOC2012", (375, 500)
+    for name in ("2007_000032", "2008_000002", "2007_000033"):
+        write(year / "JPEGImages" / f"{name}.jpg", np.zeros((*shape, 3), np.uint8))
+        folder = "SegmentationClassAug" if name.startswith("2008") else "SegmentationClass"
+        write(year / folder / f"{name}.png", filled(shape, 0, 1, 15, 255))
+    lists = year / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    names = (("/JPEGImages/2007_000032.jpg", "/SegmentationClass/2007_000032.png"),)
+    names += (("/JPEGImages/2008_000002.jpg", "/SegmentationClassAug/2008_000002.png"),)
+    (lists / "train_aug.txt").write_text("".join(f"{image} {label}\n" for image, label in names))
+    (lists / "val.txt").write_text("2007_000033\n")
+
+
+def make_coco(root: Path) -> None:
+    for split in ("train2017", "val2017"):
+        coco_config(root, coco_document(), split)
+
+
+# With fewer exits than the recipe, or none fewer where it names their layers.
+DATA: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "voc_mobilenet_v2": (make_voc, ("exits.count=2", "backbone.width=0.35")),
+    "coco21_resnet50": (make_coco, ("exits.count=2",)),
+    "cityscapes_lite0": (make_cityscapes, ()),
+    "ade20k_mobilenet_v3": (make_ade20k, ("exits.count=2",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATA)
+def test_a_recipe_runs_from_its_data_to_a_deployment(name, tmp_path):
+    make, overrides = DATA[name]
+    make(tmp_path / "data")
+    workdir = tmp_path / "work"
+    config = train.resolve_config(str(workdir), name, "", str(tmp_path / "data"), [*SMALL, *overrides])
+    train.run(workdir, config)
+    (path,) = calibrate.run(str(workdir), theta_pix=(0.5, 0.9))
+    stats = Stats.load(path)
+    assert stats.candidates == ("exit1.fcn-r8-b0", *(["exit2.fcn-r8-b0"] if config.exits.layers else []), "final.original")
+    assert len(stats.classes) == {"voc": 21, "coco21": 21, "cityscapes": 19, "ade20k": 150}[config.data.source]
+    search.run(workdir, Asked(min_miou=0.0))
+    assert Deployment.load(workdir / "deployment.json").exits
 
 
 def test_recipes_of_the_papers_size_have_commands_and_hyperparameters():
     """What the page says of each stands in its configuration."""
     page = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
-    for name in NAMES:
-        config = RECIPES[name]
+    for name in DATA:
+        config: configs.Config = RECIPES[name]
         assert f"--recipe={name} " in page
         (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` | {config.backbone.name}"))
         height, width = config.data.input_size
