@@ -1,7 +1,7 @@
 """One pass over the calibration split: everything the search needs, per image, exit and head, in WORKDIR/stats.npz.
 
-The split is counted in shards, each a file in WORKDIR/shards that is left as it is when the command starts again after a kill; all of them
-together are the statistics, whatever the shards were.
+The split is counted in shards, each a task with a file in WORKDIR/shards that is left as it is when the command starts again after a kill;
+all of them together are the statistics, whatever the shards were and wherever they were counted (`--ray`, see `tasks`).
 
 `python -m mess_tf.calibrate --workdir=W [--data_dir=D]`, after `export_tflite --candidates`: the submodels are what runs, so the statistics
 are those of their precision and name the files whose latencies belong to them. The exit policy runs as the .tflite that devices run,
@@ -14,7 +14,7 @@ exits whose cells leave each for itself, for every theta_pix and --theta_img; se
 from absl import flags
 
 from mess_runtime.bundle import FIDELITIES
-from mess_tf import arguments, terminal
+from mess_tf import arguments, tasks, terminal
 from mess_tf.files import THETA_IMG
 
 THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -27,6 +27,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("fidelity", FIDELITIES[0], FIDELITIES, "what the exit policy computes at full size, as in export_tflite")
     flags.DEFINE_list("precisions", [], "calibrate candidates.PRECISION of each of these instead, as exported with the same flag")
     flags.DEFINE_list("theta_pix", [str(theta) for theta in THETA_PIX], "grid of pixel thresholds")
+    tasks.define_flag()
     arguments.define_region_flags()
     flags.DEFINE_list("theta_img", [str(theta) for theta in THETA_IMG], "grid of shares of a region's pixels that must be confident")
     flags.DEFINE_integer("max_early", 1, "early exits of a chain whose regions leave, at most", lower_bound=1, upper_bound=2)
@@ -41,6 +42,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -84,7 +86,7 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS, convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.network.costs import Cost, model_cost
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
-from mess_tf.network.originals import check_flags
+from mess_tf.network.originals import allow, allowed, check_flags
 from mess_tf.region_candidates import (
     BY_TRAINING,
     NONE,
@@ -101,6 +103,7 @@ FLAGS = flags.FLAGS
 CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
 SHARD = 64  # images whose counts are written at once
 SHARDS = "shards"  # in a work folder
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())  # of an interpreter; Ray sets it to the CPUs of a task
 
 EXPORT_AGAIN = "`python -m mess_tf.export_tflite --candidates` makes them anew"
 
@@ -126,7 +129,7 @@ def logits_of_files(prefixes: Mapping[str, Path], heads: Mapping[str, Path]) -> 
     """Runs exported submodels: prefixes by exit, heads by candidate, both shallow to deep."""
 
     def outputs_of(path: Path, inputs: Sequence[Mapping[str, np.ndarray]]) -> list[Mapping[str, np.ndarray]]:
-        runner = Interpreter(str(path), num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
+        runner = Interpreter(str(path), num_threads=THREADS).get_signature_runner(SIGNATURE)
         details = runner.get_input_details()
         return [runner(**{name: each[name].astype(tensor["dtype"], copy=False) for name, tensor in details.items()}) for each in inputs]
 
@@ -188,16 +191,15 @@ class Calibration:
         def runner(shape: tuple[int, ...]):
             graph = convert(lambda logits: policy.decide(logits, self.size, thresholds, self.fidelity), {"logits": shape})
             content = flatbuffer.write({SIGNATURE: graph})
-            return Interpreter(model_content=content, num_threads=os.cpu_count()).get_signature_runner(SIGNATURE)
+            return Interpreter(model_content=content, num_threads=THREADS).get_signature_runner(SIGNATURE)
 
         return lambda logits: runner(logits.shape)(logits=logits)
 
-    def count(self, images: range, advance: Callable[[str], None] = lambda _: None) -> dict[str, np.ndarray]:
+    def count(self, images: range) -> dict[str, np.ndarray]:
         """Runs every exit and head once over some images.
 
         Args:
           images: positions in the split, one after another.
-          advance: is called with the candidate after each mask.
 
         Returns:
           The arrays of `files.packed`, `confident` and `changed` of these images, see `Stats`.
@@ -207,36 +209,28 @@ class Calibration:
         confident = np.zeros((len(candidates), len(images), self.theta_pix.size, 2), np.int32)
         changed = np.zeros(confident.shape[:2], np.int32)
         batches = enumerate(evaluation_batches(self.examples, images).as_numpy_iterator())
-        while chunk := list(itertools.islice(batches, CHUNK)):
-            final_masks: dict[int, np.ndarray] = {}
-            for candidate, logits in self.logits_of([network_input(image, self.size, self.resize) for _, (image, _) in chunk]):
-                k = candidates.index(candidate)
-                for (i, (_, label)), each in zip(chunk, logits, strict=True):
-                    outputs = self._decide(each)
-                    confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(confident.shape[2:])
-                    prediction = mask_at(outputs[MASK], label.shape[1:3], self.resize)
-                    counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label, prediction, num_classes))
-                    if candidate == FINAL:
-                        final_masks[i] = outputs[MASK]
-                    changed[k, i] = (outputs[MASK] != final_masks[i]).sum()
-                    advance(candidate)
+        with Bar("calibrate", counts[0, ..., 0].size, "mask") as bar:
+            while chunk := list(itertools.islice(batches, CHUNK)):
+                final_masks: dict[int, np.ndarray] = {}
+                for candidate, logits in self.logits_of([network_input(image, self.size, self.resize) for _, (image, _) in chunk]):
+                    k = candidates.index(candidate)
+                    for (i, (_, label)), each in zip(chunk, logits, strict=True):
+                        outputs = self._decide(each)
+                        confident[k, i] = outputs[CONFIDENT_PIXELS].reshape(confident.shape[2:])
+                        prediction = mask_at(outputs[MASK], label.shape[1:3], self.resize)
+                        counts[:, k, i] = metrics.class_counts(metrics.confusion_matrix(label, prediction, num_classes))
+                        if candidate == FINAL:
+                            final_masks[i] = outputs[MASK]
+                        changed[k, i] = (outputs[MASK] != final_masks[i]).sum()
+                        bar.advance(candidate)
         tp, fp, fn = counts
         return packed(tp, fp, (tp + fn)[-1]) | {"confident": confident, "changed": changed}
 
-    def shard(self, images: range, folder: Path, advance: Callable[[str], None] = lambda _: None) -> Path:
-        """The file with the `count` of some images, made unless it is there and of the same images, files and thresholds.
-
-        Args:
-          images, advance: see `count`.
-          folder: of the file.
-        """
+    def key(self, images: range) -> str:
+        """SHA-256 of all that the `count` of some images depends on, in lower-case hexadecimal."""
         digest = self._sha256.copy()
         digest.update(json.dumps([(self.examples.names[i], self.examples.digest(i)) for i in images]).encode())
-        path, key = folder / f"{images.start}-{images.stop}.npz", np.array(digest.hexdigest())
-        if not _is_of(path, key):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, key=key, **self.count(images, advance))
-        return path
+        return digest.hexdigest()
 
     def stats(self, parts: Sequence[Mapping[str, np.ndarray]]) -> Stats:
         """The statistics of the split, of the `count` of each of its parts, in order."""
@@ -264,16 +258,9 @@ class Calibration:
             precision=self.precision,
         )
 
-    def shards(self, images: int = SHARD) -> list[range]:
+    def shards(self, images: int) -> list[range]:
         """The split in parts of so many images."""
         return [range(len(self.examples))[start : start + images] for start in range(0, len(self.examples), images)]
-
-
-def _is_of(path: Path, key: np.ndarray) -> bool:
-    try:
-        return bool(map_arrays(path)["key"] == key)
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
 
 
 def calibrate(*args, **kwargs) -> Stats:
@@ -300,19 +287,40 @@ def calibrations(
     return {precision: Calibration(network, examples, split, fixed[0], folder, *fixed[1:]) for precision, folder in folders.items()}
 
 
-def count_shards(shards: Sequence[range], workdir: str, precision: str | None = None, **kwargs) -> list[Path]:
-    """A task of its own, files in and files out: some shards of a split. What an earlier try has finished is left as it is.
+def _opened(allowance: tuple[Sequence[str], bool], *of: Any) -> dict[str | None, Calibration]:
+    """What tasks count with, in another process: see `originals.allow` and `calibrations`."""
+    allow(*allowance)
+    return calibrations(*of)
 
-    Args:
-      shards: some of `Calibration.shards`.
-      workdir, kwargs: see `calibrations`.
-      precision: of the candidates.
 
-    Returns:
-      The files, for `merge`.
+def count_shard(opened: tasks.Opened[Mapping[str | None, Calibration]], precision: str | None, images: range, key: str, path: Path) -> None:
+    """A task: writes the `count` of some images.
+
+    Raises:
+      ValueError: what is counted here does not have this key, see `Calibration.key`.
     """
-    calibration = calibrations(workdir, precisions=(precision,), **kwargs)[precision]
-    return [calibration.shard(images, Path(workdir, of_precision(SHARDS, precision))) for images in shards]
+    calibration = opened.value[precision]
+    check(calibration.key(images) == key, "workdir", "the same on all machines, and the data too", str(path.parent))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(path, key=np.array(key), **calibration.count(images))
+
+
+def _is_of(path: Path, key: str) -> bool:
+    try:
+        return bool(map_arrays(path)["key"] == key)
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def shard_tasks(
+    opened: tasks.Opened[Mapping[str | None, Calibration]], workdir: str, precision: str | None = None, shard: int = SHARD
+) -> list[tasks.Task]:
+    """The tasks that count a split, so many images each; those are done whose files are there, whole, and of the same images and files."""
+    folder, calibration, result = Path(workdir, of_precision(SHARDS, precision)), opened.value[precision], []
+    for images in calibration.shards(shard):
+        path, key = folder / f"{images.start}-{images.stop}.npz", calibration.key(images)
+        result.append(tasks.Task(count_shard, (opened, precision, images, key, path), path, _is_of(path, key)))
+    return result
 
 
 def merge(calibration: Calibration, shards: Sequence[Path], path: Path) -> None:
@@ -370,10 +378,12 @@ def run(
     fidelity: str = policy.EXACT,
     precisions: Sequence[str] = (),
     regions: RegionOptions = BY_TRAINING,
+    ray: str = "",
+    shard: int = SHARD,
 ) -> list[Path]:
-    """The command: see `calibrations`. Returns the paths of the statistics.
+    """The command: see `calibrations` and, for `ray`, `tasks.run`; `shard`: images of a task. Returns the paths of the statistics.
 
-    With regions, see `calibrate_regions`, too; in int8 they are left out.
+    With regions, see `calibrate_regions`, too, in this process; in int8 they are left out.
     """
     check_theta_pix(theta_pix)
     check_writable("workdir", workdir, folder=True)
@@ -381,21 +391,19 @@ def run(
     for folder in (Path(workdir, of_precision(CANDIDATES, each)) for each in precisions):
         command = f"`python -m mess_tf.export_tflite --candidates --precisions={','.join(precisions)}`"
         check((folder / WEIGHTS).exists(), "precisions", f"those of exported candidates; {command} makes them", str(folder))
-    counting = calibrations(workdir, data_dir, split, theta_pix, fidelity, precisions or (None,))
-    chains = plan(next(iter(counting.values())).network, configs.load_config(workdir), regions)
+    of = workdir, data_dir, split, theta_pix, fidelity, precisions or (None,)
+    opened = tasks.Opened(calibrations(*of), _opened, allowed(), *of)
+    chains = plan(next(iter(opened.value.values())).network, configs.load_config(workdir), regions)
     if chains:
         check(fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", fidelity)
         count = len(configurations(chains, theta_pix, regions.theta_img))
         print(f"regions: {len(chains.chains)} chains, {count} configurations")
+    todo = {precision: shard_tasks(opened, workdir, precision, shard) for precision in opened.value}
+    tasks.run([*itertools.chain(*todo.values())], "calibrate", "shard", ray)
     paths = []
-    for precision, calibration in counting.items():
-        folder, path = (Path(workdir, of_precision(name, precision)) for name in (SHARDS, STATS))
-        with Bar("calibrate", len(calibration.examples) * len(calibration.network.candidates), "mask") as bar:
-            done = []
-            for images in calibration.shards():
-                done.append(calibration.shard(images, folder, bar.advance))
-                bar.reach(images.stop * len(calibration.network.candidates))  # of a shard that was there, too
-        merge(calibration, done, path)
+    for precision, calibration in opened.value.items():
+        path = Path(workdir, of_precision(STATS, precision))
+        merge(calibration, [task.output for task in todo[precision]], path)
         paths.append(path)
         if chains and calibration.precision == INT8:
             print(f"regions: left out in {INT8}, which their masked segments do not run in")
@@ -434,10 +442,11 @@ def is_calibrated(workdir: str | os.PathLike, split: str, precision: str | None 
 def main() -> None:
     config = configs.load_config(FLAGS.workdir)
     check_flags(config)
+    tasks.check_installed(FLAGS.ray)
     theta_img = tuple(terminal.numbers("theta_img"))
     regions = dataclasses.replace(options_of_flags(), max_early=FLAGS.max_early, theta_img=theta_img)
     without = regions.of(config).neighbours == NONE
     terminal.check_left_out(without, "region_cell region_heads max_early theta_img", "without --regions")
-    how = (FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity, FLAGS.precisions, regions)
+    how = (FLAGS.split, terminal.numbers("theta_pix"), FLAGS.fidelity, FLAGS.precisions, regions, FLAGS.ray)
     for path in run(FLAGS.workdir, FLAGS.data_dir, *how):
         print(path)

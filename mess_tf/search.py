@@ -7,7 +7,7 @@ the best of all is taken; see `optimise.combinations`.
 
 from absl import flags
 
-from mess_tf import arguments, terminal
+from mess_tf import arguments, tasks, terminal
 from mess_tf.files import FLEETS, SUM
 
 
@@ -29,14 +29,18 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "fleet", SUM, FLEETS, "What the shared deployments make least: the total of the devices' mean latencies, or the largest."
     )
+    tasks.define_flag()
     flags.DEFINE_string(
         "output", None, "The file to write, or the folder for several; default: deployment.json, deployments or fleet in the workdir."
     )
     terminal.run("mess_tf.search", __doc__, check_flags)
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import os
+import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +48,7 @@ from typing import Any
 
 import numpy as np
 
-from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, check, check_writable, file_sha256, write_json
+from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, check, check_writable, file_sha256, read_json, write_json
 from mess_runtime.files import safe_name
 from mess_tf.files import (
     DEPLOYMENT,
@@ -59,9 +63,9 @@ from mess_tf.files import (
     Stats,
     of_precision,
 )
-from mess_tf.optimise.combinations import Option, Regional, choose, deployed, options_of, reference, search_table, sha256
+from mess_tf.optimise.combinations import Option, Regional, choose, deployed, options_of, reference, sha256
 from mess_tf.optimise.fleet import Shared, Variant, share
-from mess_tf.optimise.search import resolve_objective
+from mess_tf.optimise.search import InfeasibleError, resolve_objective
 from mess_tf.optimise.space import matching, original
 
 REASON_WIDTH = 120  # of the reason why a combination was not chosen, in the table
@@ -131,7 +135,7 @@ def compared(rows: Sequence[Combination], cost_name: str) -> list[str]:
 
 
 def overview(rows: Sequence[tuple[str, Asked, Deployment | None]]) -> str:
-    """One line per row of `search_table`."""
+    """One line per row of `run_table`."""
     lines = [f"{'device':<24}{'constraint':<28}{'mIoU %':>8}{'mean':>12}{'':<6} {'original':>9}  exits"]
     for device, each, deployment in rows:
         asked = ", ".join(f"{name}={value:g}" for name, value in each.constraint.items() if isinstance(value, float))
@@ -220,24 +224,56 @@ def is_searched(workdir: str | os.PathLike, asked: Asked, latency: str | os.Path
     return found.asked == asked and found.costs_sha256 == sha256(options(workdir, asked, latency))
 
 
+def search_row(opened: tasks.Opened[Sequence[Option]], asked: Asked, costs_sha256: str, path: Path) -> None:
+    """A task: writes the best deployment for one device and constraint, or null where the constraint is out of reach.
+
+    Raises:
+      ValueError: what is searched here does not have this hash, see `combinations.sha256`.
+    """
+    check(sha256(opened.value) == costs_sha256, "workdir", "the same on all machines, and the latencies too", str(path.parent))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        dataclasses.replace(choose(opened.value, asked), costs_sha256=costs_sha256).save(path)
+    except InfeasibleError:
+        write_json(path, None)
+
+
 def run_table(
-    workdir: str | os.PathLike, asked: Mapping[str, Sequence[Asked]], latency: str | os.PathLike | None, folder: str | os.PathLike
+    workdir: str | os.PathLike,
+    asked: Mapping[str, Sequence[Asked]],
+    latency: str | os.PathLike | None,
+    folder: str | os.PathLike,
+    ray: str = "",
 ) -> list[tuple[str, Asked, Deployment | None]]:
-    """The command for several devices or constraints, see `search_table`.
+    """The command for several devices or constraints.
+
+    Each is a task with a file in FOLDER/rows; the folder is deleted when all are there.
 
     Args:
       workdir, latency: as of `run`.
       asked: by name of the device.
       folder: of the files to write, one for each row.
+      ray: see `tasks.run`.
+
+    Returns:
+      Device, question and the best deployment, None where the constraint is out of reach.
     """
-    choices = {name: options(workdir, each[0], latency) for name, each in asked.items()}
-    found = search_table(choices, asked)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, each, deployment in found:
-        if deployment is not None:
+    folder, todo, rows = Path(folder), [], [(name, each) for name in asked for each in asked[name]]
+    for name, questions in asked.items():
+        of = workdir, questions[0], latency
+        opened = tasks.Opened(options(*of), options, *of)
+        costs_sha256 = sha256(opened.value)
+        for each in questions:
+            about = json.dumps([name, dataclasses.asdict(each), costs_sha256])
+            path = folder / "rows" / f"{hashlib.sha256(about.encode()).hexdigest()}.json"
+            todo.append(tasks.Task(search_row, (opened, each, costs_sha256, path), path, path.exists()))
+    found = []
+    for (name, each), path in zip(rows, tasks.run(todo, "search", "row", ray), strict=True):
+        found.append((name, each, Deployment.load(path) if read_json(path, lambda value: value) else None))
+        if (deployment := found[-1][2]) is not None:
             (given,) = (f"{key}-{value:g}" for key, value in each.constraint.items() if isinstance(value, float))
-            dataclasses.replace(deployment, costs_sha256=sha256(choices[name])).save(folder / f"{safe_name(name)}-{given}.json")
+            deployment.save(folder / f"{safe_name(name)}-{given}.json")
+    shutil.rmtree(folder / "rows")
     return found
 
 
@@ -327,12 +363,13 @@ def _of_devices(asked: Sequence[Asked], latency: str | None, all_devices: bool) 
 def main() -> None:
     """The command; see the flags."""
     values = flags.FLAGS
+    tasks.check_installed(values.ray)
     check(os.path.isdir(values.workdir), "--workdir", "an existing folder", values.workdir)
     devices = _of_devices(arguments.questions(), values.latency, values.all_devices)
     questions = [*itertools.chain(*devices.values())]
     if values.max_bundles is not None:
         check(values.all_devices, "max_bundles", "given with --all_devices", values.max_bundles)
-        terminal.check_left_out(True, "check_share max_risk minimise max_cost cost_share", "with --max_bundles")
+        terminal.check_left_out(True, "check_share max_risk minimise max_cost cost_share ray", "with --max_bundles")
         check(len(questions) == len(devices), "constraint", "one with one value with --max_bundles", len(questions) // len(devices))
         check(values.setting != ANYTIME, "setting", f"{INPUT_DEPENDENT} or {BUDGETED} with --max_bundles", values.setting)
         check(values.decide in (None, IMAGE_DECIDES), "decide", f"{IMAGE_DECIDES} with --max_bundles", values.decide)
@@ -347,9 +384,10 @@ def main() -> None:
         terminal.check_left_out(True, "check_share", "where several constraints or devices make a table")
         folder = values.output or os.path.join(values.workdir, "deployments")
         check_writable("--output", folder, folder=True)
-        print(overview(run_table(values.workdir, devices, values.latency, folder)))
+        print(overview(run_table(values.workdir, devices, values.latency, folder, values.ray)))
         print(folder)
         return
+    check(not values.ray, "--ray", "left out where no constraints or devices make a table", values.ray)
     (asked,) = questions
     output = Path(values.output or os.path.join(values.workdir, DEPLOYMENT))
     check_writable("--output", output)

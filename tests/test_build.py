@@ -12,8 +12,8 @@ OURS = ("android_bench", "mess_runtime", "mess_tf")
 FOLDERS = (ROOT / "android_bench", ROOT / "tflite/mess_runtime", ROOT / "mess_tf")
 # Distribution of a module, where its name is another.
 DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl_py", "cv2": "opencv_python_headless", "google": "protobuf"}
-# Imported where it is there: other interpreters, the reader of videos and cameras, that of COCO's regions.
-OPTIONAL = {"tflite_runtime", "cv2", "pycocotools", ("mess_runtime", "tensorflow")}
+# Imported where it is there: other interpreters, the reader of videos and cameras, that of COCO's regions, clusters.
+OPTIONAL = {"tflite_runtime", "cv2", "pycocotools", "ray", ("mess_runtime", "tensorflow")}
 # Needed by a module that another package loads by its name.
 INDIRECT = {("learning", "tensorboard")}
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -21,7 +22,7 @@ from android_bench import __main__ as android
 from mess_runtime import benchmark
 from mess_runtime.bundle import Bundle, file_sha256
 from mess_runtime.files import locked
-from mess_tf import calibrate, configs, pipeline, train
+from mess_tf import calibrate, configs, evaluate, pipeline, tasks, train
 from mess_tf.data.synthetic import SYNTHETIC_CLASSES
 from mess_tf.files import Asked, Deployment, Stats
 from mess_tf.network.model import best_weights
@@ -190,23 +191,62 @@ def test_other_latencies_are_searched_again(again, tmp_path):
 
 
 def test_shards_counted_apart_make_the_same_statistics(again, monkeypatch):
-    """What is finished is not done again, what is broken or of other thresholds is."""
-    path = again.workdir / "stats.npz"
+    """What is finished is not done again, what is broken or of other thresholds is; another process makes the same of what it is sent."""
+    path, workdir = again.workdir / "stats.npz", str(again.workdir)
     expected = path.read_bytes()
-    (calibration,) = calibrate.calibrations(str(again.workdir)).values()
-    shards, counted, count = calibration.shards(1), [], calibrate.Calibration.count
-    assert len(shards) == len(calibration.examples) > 1
-    monkeypatch.setattr(calibrate.Calibration, "count", lambda self, images, *rest: counted.append(images) or count(self, images, *rest))
-    (last,) = calibrate.count_shards(shards[-1:], str(again.workdir))
+    made = {"exact": calibrate.calibrations(workdir), "coarse": calibrate.calibrations(workdir, theta_pix=(0.5,))}
+    opened = {
+        "exact": tasks.Opened(made["exact"], calibrate._opened, ((), False), workdir),
+        "coarse": tasks.Opened(made["coarse"], calibrate._opened, ((), False), workdir, "", "", (0.5,)),
+    }
+    counted, count = [], calibrate.Calibration.count
+    monkeypatch.setattr(calibrate.Calibration, "count", lambda self, images: counted.append(images) or count(self, images))
+
+    def todo(name="exact"):
+        return calibrate.shard_tasks(opened[name], workdir, shard=1)
+
+    assert len(todo()) == len(made["exact"][None].examples) > 1
+    (last,) = tasks.run(todo()[-1:], "calibrate", "shard")
     last.write_bytes(last.read_bytes()[:-100])
-    files = calibrate.count_shards(shards[:-1], str(again.workdir), theta_pix=(0.5,))
-    assert calibrate.count_shards(shards[:-1], str(again.workdir)) == files
+    tasks.run(todo("coarse")[:-1], "calibrate", "shard")
+    assert [task.done for task in todo()] == [False] * len(todo())
+    for task in todo()[:-1]:  # as a process of its own does
+        assert tasks._elsewhere(os.getcwd(), pickle.dumps((tasks._place(task.function), task.arguments))) is None
+    assert [task.done for task in todo()] == [True] * (len(todo()) - 1) + [False]
     counted.clear()
-    files = calibrate.count_shards(shards, str(again.workdir))
-    assert counted == shards[-1:]
-    calibrate.merge(calibration, files, path)
+    files = tasks.run(todo(), "calibrate", "shard")
+    assert counted == [range(len(files) - 1, len(files))]
+    calibrate.merge(made["exact"][None], files, path)
     assert path.read_bytes() == expected
     assert not files[0].parent.exists()
+
+
+def test_what_is_not_the_same_elsewhere_is_said(again):
+    workdir = str(again.workdir)
+    opened = tasks.Opened(calibrate.calibrations(workdir), calibrate._opened, ((), False), workdir, "", "train")
+    task = calibrate.shard_tasks(opened, workdir)[0]
+    answer = tasks._elsewhere(os.getcwd(), pickle.dumps((tasks._place(task.function), task.arguments)))
+    assert str(answer).startswith("workdir: must be the same on all machines, and the data too, got ")
+
+
+def test_evaluation_in_shards_is_that_of_the_whole_split(again, monkeypatch):
+    """A second start counts what the first has not."""
+    workdir, counted, whole = str(again.workdir), [], evaluate.confusion_matrices
+    expected = evaluate.run(workdir).read_bytes()
+
+    def once(predict, examples, images):
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+        counted.append(images)
+        return whole(predict, examples, images)
+
+    monkeypatch.setattr(evaluate, "confusion_matrices", once)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(workdir, shard=1)
+    first, counted[:] = [*counted], []
+    path = evaluate.run(workdir, shard=1)
+    assert first + counted == [range(start, start + 1) for start in range(4)]
+    assert path.read_bytes() == expected and not path.with_suffix("").exists()
 
 
 @pytest.mark.usefixtures("without_bundle_and_report")

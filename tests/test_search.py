@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mess_tf.search
 from benchmarks.paper_space import drawn_stats
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import file_sha256, write_json
@@ -31,7 +32,7 @@ from mess_tf.files import (
     packed,
 )
 from mess_tf.optimise import guarantee, optimum, pairs
-from mess_tf.optimise.combinations import Option, choose, options_of, reference, search_table, sha256
+from mess_tf.optimise.combinations import choose, options_of, reference, sha256
 from mess_tf.optimise.search import InfeasibleError, exit_orders, front, resolve_objective, search, search_guaranteed
 from mess_tf.optimise.space import (
     Costs,
@@ -491,15 +492,34 @@ def test_front_has_every_step_once():
     assert np.array([(point.predicted.miou, point.predicted.cost_mean) for point in points]) == pytest.approx(np.array(expected))
 
 
-def test_table_of_devices_and_constraints():
+def test_table_of_devices_and_constraints(tmp_path, monkeypatch):
+    """Each row is a search of its own, and a table that was stopped goes on."""
     stats = two_images()
-    devices = {"slow": macs_costs(stats), "other": some_costs(stats)}
-    asked = [Asked(min_miou=0.9), Asked(max_cost=1.0)]
-    rows = search_table({name: [Option(None, stats, costs)] for name, costs in devices.items()}, dict.fromkeys(devices, asked))
+    stats.save(tmp_path / "stats.npz")
+    devices = {"slow": [Asked(min_miou=0.9), Asked(max_cost=1.0)], "other": [Asked(min_miou=0.5), Asked(max_cost=1.0)]}
+    choose, asked = mess_tf.search.choose, []
+
+    def stopped(options, each):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(each)
+        return choose(options, each)
+
+    monkeypatch.setattr(mess_tf.search, "choose", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_table(tmp_path, devices, None, tmp_path / "table")
+    asked.clear()
+    rows = run_table(tmp_path, devices, None, tmp_path / "table")
+    assert asked == devices["other"][1:]
     assert [(device, each, deployment is None) for device, each, deployment in rows] == [
-        (device, each, each.max_cost is not None) for device in devices for each in asked
+        (device, each, each.max_cost is not None) for device in devices for each in devices[device]
     ]
-    assert rows[0][2].predicted == search(stats, devices["slow"], Objective("macs", 0.9)).predicted
+    assert {path.name for path in (tmp_path / "table").iterdir()} == {"slow-min_miou-0.9.json", "other-min_miou-0.5.json"}
+    assert Deployment.load(tmp_path / "table" / "slow-min_miou-0.9.json") == rows[0][2]
+    alone = run(tmp_path, devices["slow"][0])
+    assert rows[0][2] == dataclasses.replace(
+        alone, certificate=dataclasses.replace(alone.certificate, seconds=rows[0][2].certificate.seconds)
+    )
     assert [line.split()[:2] for line in overview(rows).splitlines()[1:]][:2] == [["slow", "min_miou=0.9"], ["slow", "max_cost=1"]]
 
 

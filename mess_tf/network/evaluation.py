@@ -68,11 +68,14 @@ def keras_predictor(
     return predict
 
 
-def confusion_matrices(predict: Predictor, examples: Examples) -> dict[Hashable, np.ndarray]:
-    """Sums confusion matrices over a split: name to int64 [C, C] (see `metrics.confusion_matrix`). Every replica takes its share."""
+def confusion_matrices(predict: Predictor, examples: Examples, images: range | None = None) -> dict[Hashable, np.ndarray]:
+    """Sums confusion matrices over a split, or some of its images: name to int64 [C, C] (see `metrics.confusion_matrix`).
+
+    Every replica takes its share.
+    """
     total: dict[Hashable, np.ndarray] = {}
     replicas, own = count(), own_replicas()
-    indices = [index for index in range(len(examples)) if index % replicas in own]
+    indices = [index for index in images or range(len(examples)) if index % replicas in own]
     pairs = iter(terminal.progress(evaluation_batches(examples, indices), "evaluate", "image"))
     while group := list(itertools.islice(pairs, len(own))):
         for name, masks in predict(*(image.numpy() for image, _ in group)).items():

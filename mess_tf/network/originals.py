@@ -31,6 +31,14 @@ def check_flags(*trainings: Config) -> None:
     allow(flags.FLAGS["import"].value, flags.FLAGS.unsafe_loading)
 
 
+_allowed: tuple[tuple[str, ...], bool] = (), False
+
+
+def allowed() -> tuple[tuple[str, ...], bool]:
+    """What `allow` was last given, for another process."""
+    return _allowed
+
+
 def allow(imports: Sequence[str], unsafe_loading: bool) -> None:
     """Lets networks with custom classes be loaded.
 
@@ -41,6 +49,8 @@ def allow(imports: Sequence[str], unsafe_loading: bool) -> None:
     Raises:
       ValueError: a module that cannot be imported.
     """
+    global _allowed
+    _allowed = tuple(imports), unsafe_loading
     for module in imports:
         try:
             importlib.import_module(module)

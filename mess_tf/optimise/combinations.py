@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mess_runtime import terminal
 from mess_runtime.bundle import PRECISIONS, check
 from mess_tf.files import (
     IMAGE_DECIDES,
@@ -290,25 +289,3 @@ def deployed(option: Option, asked: Asked, configuration: Configuration, objecti
         made_by=made_by(),
     )
     return _of_option(deployment, option, asked, ())
-
-
-def search_table(
-    devices: Mapping[str, Sequence[Option]], asked: Mapping[str, Sequence[Asked]]
-) -> list[tuple[str, Asked, Deployment | None]]:
-    """The best deployment for every device and constraint.
-
-    Args:
-      devices: name to options.
-      asked: by the same names.
-
-    Returns:
-      Device, question and deployment, None where the constraint is out of reach.
-    """
-    rows = []
-    questions = [(name, each) for name in devices for each in asked[name]]
-    for name, each in terminal.progress(questions, "search", "row"):
-        try:
-            rows.append((name, each, choose(devices[name], each)))
-        except InfeasibleError:
-            rows.append((name, each, None))
-    return rows

@@ -1,0 +1,88 @@
+"""Tasks without a cluster, and on one of two machines of which one dies. What runs as tasks is tested where it is made."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import task_for_ray
+
+from mess_tf import tasks
+from mess_tf.files import Asked
+from mess_tf.search import run_table
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+def test_what_is_done_is_left_as_it_is(tmp_path):
+    todo = task_for_ray.tasks_in(tmp_path, 3)
+    (tmp_path / "killed").touch()
+    done = tasks.Task(todo[0].function, todo[0].arguments, todo[0].output, done=True)
+    assert tasks.run([done, *todo[1:]], "test", "task") == [task.output for task in todo]
+    assert [path.name for path in sorted(tmp_path.glob("*.txt"))] == ["1.txt", "2.txt"]
+
+
+def test_an_error_ends_all(tmp_path):
+    missing = tasks.Task(run_table, (tmp_path, {"a": [Asked(min_miou=0.5)]}, None, tmp_path), tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"stats\.npz"):
+        tasks.run([missing], "test", "task")
+
+
+def test_without_ray_its_flag_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tasks.check_installed("")
+    with pytest.raises(ValueError, match=r"^--ray: must be left out without Ray, which `pip install \.\[cluster\]` brings, got 'local'"):
+        tasks.check_installed("local")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of two machines with a CPU each, on this one."""
+    pytest.importorskip("ray", reason="needs Ray: pip install .[cluster]")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # which pytest has added to
+        nodes = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+        yield nodes
+        nodes.shutdown()
+
+
+@pytest.mark.slow
+def test_tasks_of_a_machine_that_dies_are_run_again(cluster, tmp_path):
+    """And no other: every task waits until one machine is killed with what it runs."""
+    other = cluster.add_node(**NODE)
+    todo = task_for_ray.tasks_in(tmp_path, 4)
+
+    def starts():
+        return [line.split() for path in tmp_path.glob("*.started") for line in path.read_text().splitlines()]
+
+    def kill():
+        while not (there := [pid for pid, node in starts() if node == other.node_id]) or len(starts()) < 2:
+            time.sleep(0.05)
+        cluster.remove_node(other, allow_graceful=False)
+        for pid in there:  # what runs on the machine dies with it
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        (tmp_path / "killed").touch()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outputs = tasks.run(todo, "test", "task", cluster.address)
+    killer.join()
+    assert [output.read_text() for output in outputs] == [f"result of {number}" for number in range(4)]
+    assert sorted(len(path.read_text().splitlines()) for path in tmp_path.glob("*.started")) == [1, 1, 1, 2]
+
+
+@pytest.mark.slow
+def test_errors_of_a_cluster_answer_like_those_here(cluster, tmp_path):
+    missing = tasks.Task(run_table, (tmp_path, {"a": [Asked(min_miou=0.5)]}, None, tmp_path), tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"stats\.npz"):
+        tasks.run([missing], "test", "task", cluster.address)
+    unseen = tasks.Task(os.fspath, ("file",), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"^--ray: must be machines that share the work folder, got "):
+        tasks.run([unseen], "test", "task", cluster.address)
