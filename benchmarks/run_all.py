@@ -21,7 +21,7 @@ from absl import app, flags
 from mess_runtime.files import write_atomically
 from mess_tf import configs
 
-NEEDS = {"search_vs_peers": ("optuna", "pymoo"), "policy_cost": ("cv2",)}
+NEEDS = {"search_vs_peers": ("optuna", "pymoo"), "policy_cost": ("cv2",), "cluster": ("ray",)}
 
 
 def subset(config: configs.Config, folder: Path, images: int) -> None:
@@ -77,6 +77,7 @@ def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list
         "search_vs_peers": ["--seeds=1", "--max_early_exits=1", "--time_limit=20"],
         "fleet_plan": ["--sample=1", "--constraints=1", "--shared=3", "--heads=8", "--images=50"],
         "guarantee": ["--sets=3"],
+        "cluster": [workdir, "--images=16"],
     }
 
 
@@ -136,7 +137,7 @@ def main(argv) -> None:
             continue
         missing = [module for module in NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]
         if missing:
-            print(f"{name:<18} left out: needs {', '.join(missing)}, see benchmarks/requirements.txt", flush=True)
+            print(f"{name:<18} left out: needs {', '.join(missing)}, see CONTRIBUTING.md", flush=True)
             continue
         outcomes[name] = run(name, words, output / f"{name}.log")
         print(f"{name:<18} {outcomes[name]['seconds']:6.0f} s  {summary(outcomes[name])}", flush=True)

@@ -1,0 +1,93 @@
+"""Calibration, evaluation and search as tasks of a cluster of two machines, one of which is killed: the same results as in one process.
+
+`python benchmarks/cluster.py --workdir=W [--data_dir=D --images=4]`, W with exported candidates. Ray's two machines are processes of this
+one, with a core each. Each command runs in a copy of W here and in another one there; the second machine is killed, with what runs on it,
+once the first shard of calibration is finished.
+The last line is one JSON object:
+  shards, before_kill: of calibration, and how many were finished when the machine was killed.
+  statistics_equal, evaluation_equal, deployments_equal: whether they are the same, bit for bit (but for the seconds in certificates).
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from mess_tf import calibrate, evaluate
+from mess_tf.files import STATS, Asked
+from mess_tf.search import run_table
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+ASKED = {"macs": [Asked(max_drop_pp=drop) for drop in (1.0, 10.0)]}
+
+
+def children(process: int) -> list[int]:
+    """Of a process, and theirs."""
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [each for child in map(int, found) for each in (child, *children(child))]
+
+
+def kill_machine(cluster, node) -> None:
+    """All at once, as when the power fails."""
+    gone = [each for _, process in node.live_processes() for each in (process.pid, *children(process.pid))]
+    for process in gone:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def results(work: Path, address: str) -> tuple[bytes, bytes, list[object]]:
+    """Statistics, evaluation and deployments of a work folder."""
+    common = {"data_dir": FLAGS.data_dir, "ray": address, "shard": FLAGS.images}
+    (statistics,) = calibrate.run(str(work), **common)
+    evaluation = evaluate.run(str(work), **common)
+    rows = run_table(work, ASKED, None, work / "deployments", address)
+    deployments = [each and dataclasses.replace(each, certificate=dataclasses.replace(each.certificate, seconds=0.0)) for *_, each in rows]
+    return statistics.read_bytes(), evaluation.read_bytes(), deployments
+
+
+def main(argv) -> None:
+    del argv
+    from ray.cluster_utils import Cluster
+
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    with tempfile.TemporaryDirectory() as folder:
+        here, there = Path(folder, "here"), Path(folder, "there")
+        for copy in (here, there):
+            shutil.copytree(FLAGS.workdir, copy, ignore=shutil.ignore_patterns("ckpt-*", "shards", STATS, "logs"))
+        expected = results(here, "")
+        cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+        second, killed = cluster.add_node(**NODE), []
+
+        def kill() -> None:
+            while not (done := [*there.glob("shards/[0-9]*.npz")]):
+                time.sleep(0.05)
+            kill_machine(cluster, second)
+            killed.append(len(done))
+
+        threading.Thread(target=kill, daemon=True).start()
+        found = results(there, cluster.address)
+        cluster.shutdown()
+        shards = len(calibrate.calibrations(str(here), FLAGS.data_dir)[None].shards(FLAGS.images))
+    same = {
+        f"{name}_equal": one == other for name, one, other in zip(("statistics", "evaluation", "deployments"), expected, found, strict=True)
+    }
+    print(json.dumps({"shards": shards, "before_kill": killed[0] if killed else None} | same))
+    sys.exit(not (killed and killed[0] < shards and all(same.values())))
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("workdir", None, "folder of a training, with candidates", required=True)
+    flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
+    flags.DEFINE_integer("images", 4, "of a shard", lower_bound=1)
+    app.run(main)
