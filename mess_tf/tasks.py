@@ -12,6 +12,7 @@ import importlib.util
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from mess_runtime import terminal
 from mess_runtime.bundle import check
 
 LOCAL = "local"
+CONNECT_S = 10.0
 MAX_RETRIES = 3  # of a task whose process or machine has died
 
 T = TypeVar("T")
@@ -148,6 +150,9 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)  # Ray sets one that ends the process without a word
     try:
         with terminal.reading("--ray", "local, auto or the address of a cluster"):
+            if address not in (LOCAL, "auto") and "://" not in address:  # where nobody answers, Ray tries for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), CONNECT_S).close()
             ray.init(address, **quiet, **({"include_dashboard": False} if address == LOCAL else {}))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

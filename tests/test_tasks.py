@@ -39,6 +39,13 @@ def test_without_ray_its_flag_says_what_to_do(monkeypatch):
         tasks.check_installed("local")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "first"])
+def test_an_address_where_nobody_answers_is_said(tmp_path, address):
+    pytest.importorskip("ray", reason="needs Ray: pip install .[cluster]")
+    with pytest.raises(ValueError, match=r"^--ray: must be local, auto or the address of a cluster, got "):
+        tasks.run(task_for_ray.tasks_in(tmp_path, 1), "test", "task", address)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster of two machines with a CPU each, on this one."""
