@@ -279,3 +279,18 @@ def test_the_policy_of_a_head_is_of_the_size_of_its_logits(factor, tmp_path):
     assert sizes == {"exit3.fcn-r8-b0": (4, 6), "exit3.rest": (2 * factor, 3 * factor), FINAL: (4 * factor, 6 * factor)}
     assert exporter.head(tmp_path, "exit3.rest").outputs["logits"].shape == (1, 2 * factor, 3 * factor, CLASSES)
     assert policy_name("exit3.rest", exporter.shapes, "mask", "exact") == f"mask.{2 * factor}x{3 * factor}"
+
+
+def test_sizes_that_do_not_fit_are_refused_before_training():
+    image = keras.Input((None, None, 3))
+    skip = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(image)
+    x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(keras.layers.MaxPooling2D()(skip))
+    x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(keras.layers.MaxPooling2D()(x))
+    x = keras.layers.Conv2DTranspose(4, 2, strides=4)(x)
+    unet = keras.Model(image, keras.layers.Conv2D(2, 1)(keras.layers.Concatenate(name="skips")([x, skip])), name="unet")
+    message = (
+        r"input_size: must fit the layers of unet, got \(18, 24\), where skips joins maps of 16x24 and 18x24 positions; sides that are "
+    )
+    with pytest.raises(ValueError, match=message + r"divisible by 4 fit, such as \(20, 24\)"):
+        convert(unet, 2, (18, 24))
+    assert len(convert(unet, 2, (20, 24)).exit_points) == 1

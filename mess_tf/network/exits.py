@@ -61,9 +61,18 @@ def find_exit_points(network: keras.Model, exits: int | Sequence[str], input_siz
       input_size: (height, width) in pixels for which the workload is counted.
 
     Raises:
-      ValueError: if the graph has too few boundaries, or a layer that is named is not passed by every path, or out of order.
+      ValueError: if the graph has too few boundaries, or a layer that is named is not passed by every path, or out of order, or two maps
+        that a layer joins differ in size, as a U-Net's where a side cannot be halved.
     """
     nodes = graph_nodes(with_input_size(network, input_size))
+    if unfit := _unfit(nodes):
+        hint = ""
+        for multiple in (2**power for power in range(1, 9)):
+            rounded = tuple(multiple * math.ceil(side / multiple) for side in input_size)
+            if not _unfit(graph_nodes(with_input_size(network, rounded))):
+                hint = f"; sides that are divisible by {multiple} fit, such as {rounded}"
+                break
+        raise ValueError(f"input_size: must fit the layers of {network.name}, got {tuple(input_size)}, where {unfit}{hint}")
     if not any(node.macs for node in nodes):
         raise ValueError(f"model: must multiply its image with weights, none of the layers of {network.name} does")
     by_name = {node.name: node for node in nodes}
@@ -323,6 +332,19 @@ def build_head(spec: HeadSpec, exit_point: ExitPoint, num_classes: int, momentum
         x = _separable(x, width * 3 // 2, momentum)
     logits = keras.layers.Conv2D(num_classes, 1, dtype="float32", name="logits")(x)
     return keras.Model(inputs, logits, name=f"{exit_point.name}.{spec.name}")
+
+
+def _unfit(nodes: Sequence[Node]) -> str:
+    """Says which layer joins maps that differ in size, which Keras finds only when it computes; empty if none does."""
+    shapes = {node.name: tuple(node.output.shape) for node in nodes}
+    for node in nodes:
+        if isinstance(node.operation, keras.layers.Concatenate):
+            axis = node.operation.axis % len(shapes[node.name])
+            others = {shapes[name][:axis] + shapes[name][axis + 1 :] for name in node.inputs}
+            if len(others) > 1:
+                sizes = " and ".join("x".join(map(str, shapes[name][1:-1])) for name in node.inputs)
+                return f"{node.name} joins maps of {sizes} positions"
+    return ""
 
 
 def build_rest(original: keras.Model, exit_point: ExitPoint, input_size: tuple[int, int] | None = None) -> keras.Model:
