@@ -352,6 +352,29 @@ def test_anytime_gives_the_latest_result_in_time(timed, net, images, deadline_ms
     np.testing.assert_array_equal(result.mask, net.everything(images[2])[0][executed - 1])
 
 
+def test_time_counts_until_a_result_can_be_read_as_a_gpu_works_on_behind_its_call(folder, monkeypatch, images):
+    clock, at_work = [0], [0]
+    monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter_ns=lambda: clock[0]))
+    run = Runner(Bundle.load(folder), engine=engines.INTERPRETER)
+    called, read = run._engine.run, run._engine.get
+
+    def returning_at_once(signature, inputs):
+        at_work[0] = 10_000_000
+        return called(signature, inputs)
+
+    def waiting(*value):
+        clock[0] += at_work[0]
+        at_work[0] = 0
+        return read(*value)
+
+    monkeypatch.setattr(run._engine, "run", returning_at_once)
+    monkeypatch.setattr(run._engine, "get", waiting)
+    for options, steps in (({"setting": "anytime", "deadline_ms": 1000}, len(EXITS)), ({"setting": "budgeted"}, 1)):
+        result = run.run(images[2], **options)
+        assert [step.latency_ms for step in result.trace] == [10] * steps
+        assert result.latency_ms == 10 * steps
+
+
 def test_anytime_drops_a_result_that_turned_out_late(timed, net, images):
     run, durations = timed
     durations["final"] = 30

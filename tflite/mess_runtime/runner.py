@@ -163,6 +163,7 @@ class Runner:
         self._fastest_ms: dict[str, float] = {}
         self._tensors: dict[str, object] = {}  # the image and features by name, as the engine holds them
         self._outputs: dict[str, dict[str, object]] = {}  # by signature
+        self._read: dict[str, dict[str, np.ndarray]] = {}  # of the outputs, likewise
         self._turn = 0
         made = {IMAGE: Tensor(self._input.dtype, self._shape)}
         own = () if self._regions else (MASK, CONFIDENT_PIXELS)
@@ -302,7 +303,7 @@ class Runner:
         return min(budget, int(np.count_nonzero(self._sure(signature) < GONE))) / self._regions.cells
 
     def _sure(self, signature: str) -> np.ndarray:
-        return self._engine.get(signature, SURE, self._outputs[signature][SURE])
+        return self._get(signature, SURE)
 
     def _leaves(self, index: int) -> bool:
         """Whether the image that has reached a segment's exit leaves there."""
@@ -393,14 +394,18 @@ class Runner:
         self._turn += 1
 
     def _step(self, signature: str, budget: int = 0, active: int = 0) -> StepTrace:
-        """Runs one signature; what it reads must have been made from the same image. 0 cells: they do not leave."""
+        """Runs one signature; what it reads must have been made from the same image. 0 cells: they do not leave.
+
+        A GPU may still be at work when `run` returns: what is read then, inside of the time taken, waits for it.
+        """
         engine, tensors = self._engine, self._tensors
         inputs = {name: tensors[name] for name in engine.inputs[signature]}
         start = time.perf_counter_ns()
         outputs = engine.run(signature, inputs)
+        self._outputs[signature], self._read[signature] = outputs, {}
+        self._get(signature, next(name for name in (CONFIDENT_PIXELS, SURE, MASK) if name in outputs))
         latency_ms = (time.perf_counter_ns() - start) / 1e6
         tensors |= outputs
-        self._outputs[signature] = outputs
         if latency_ms < self._fastest_ms[signature]:
             self._fastest_ms[signature] = latency_ms
         confidence = self._confident_pixels(signature) / self._pixels if CONFIDENT_PIXELS in outputs else None
@@ -408,11 +413,18 @@ class Runner:
             confidence = 1 - self._unsure(signature) / self._regions.cells
         return StepTrace(_exit_of(signature), confidence, latency_ms, budget or None, active if budget else None)
 
+    def _get(self, signature: str, name: str) -> np.ndarray:
+        """What the last run of a signature made, read once."""
+        read = self._read[signature]
+        if name not in read:
+            read[name] = self._engine.get(signature, name, self._outputs[signature][name])
+        return read[name]
+
     def _confident_pixels(self, signature: str) -> int:
-        return int(self._engine.get(signature, CONFIDENT_PIXELS, self._outputs[signature][CONFIDENT_PIXELS])[0])
+        return int(self._get(signature, CONFIDENT_PIXELS)[0])
 
     def _result(self, signature: str, trace: list[StepTrace], image: np.ndarray) -> Result:
-        mask = self._engine.get(signature, MASK, self._outputs[signature][MASK])[0]
+        mask = self._get(signature, MASK)[0]
         mask = mask_at(mask, image.shape[:2], self._input.resize)
         return Result(mask, _exit_of(signature), tuple(trace), sum(step.latency_ms for step in trace))
 
