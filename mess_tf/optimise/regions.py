@@ -17,7 +17,7 @@ from mess_runtime.bundle import INPUT_DEPENDENT, check
 from mess_tf.files import Certificate, Deployment, ExitChoice, Objective, Original, Predicted, RegionStats, Stats, made_by
 from mess_tf.metrics import miou
 from mess_tf.optimise import guarantee, kernels
-from mess_tf.optimise.search import InfeasibleError, asked_in_words
+from mess_tf.optimise.search import InfeasibleError, asked_in_words, relaxed
 from mess_tf.optimise.space import Costs, matching, measured
 
 
@@ -242,14 +242,8 @@ def _best(accuracy: np.ndarray, values: Mapping[str, np.ndarray], objective: Obj
 
 def _nearest(stats: RegionStats, accuracy: np.ndarray, values: Mapping[str, np.ndarray], objective: Objective, first: str) -> str:
     """Says for each constraint how near to it one gets if the others hold."""
-    relaxed = {}
-    if objective.min_miou is not None:
-        relaxed["highest mIoU"] = Objective(limits=objective.limits)
-    for name in objective.limits:
-        others = {other: limit for other, limit in objective.limits.items() if other != name}
-        relaxed[f"least {name}"] = Objective(name, objective.min_miou or 0.0, others)
     nearest = []
-    for axis, asked in relaxed.items():
+    for axis, asked in relaxed(objective).items():
         if (k := _best(accuracy, values, asked, first)) is None:
             nearest.append(f"the {axis} is out of reach as well")
             continue

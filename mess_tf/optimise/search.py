@@ -230,16 +230,21 @@ def asked_in_words(objective: Objective) -> str:
     return " and ".join(asked + [f"{name}<={limit:.6g}" for name, limit in objective.limits.items()])
 
 
-def _nearest(stats: Stats, costs: Costs, objective: Objective, best) -> str:
-    """Says for each constraint how near to it one gets if the others hold."""
-    relaxed = {}
+def relaxed(objective: Objective) -> dict[str, Objective]:
+    """For each constraint, in words, what gets nearest to it if the others hold."""
+    found = {}
     if objective.min_miou is not None:
-        relaxed["highest mIoU"] = Objective(limits=objective.limits)
+        found["highest mIoU"] = Objective(limits=objective.limits)
     for name in objective.limits:
         others = {other: limit for other, limit in objective.limits.items() if other != name}
-        relaxed[f"least {name}"] = Objective(name, objective.min_miou or 0.0, others)
+        found[f"least {name}"] = Objective(name, objective.min_miou or 0.0, others)
+    return found
+
+
+def _nearest(stats: Stats, costs: Costs, objective: Objective, best) -> str:
+    """Says for each constraint how near to it one gets if the others hold."""
     nearest = []
-    for axis, asked in relaxed.items():
+    for axis, asked in relaxed(objective).items():
         configuration, _ = best(asked)
         if configuration is None:
             nearest.append(f"the {axis} is out of reach as well")
