@@ -59,8 +59,10 @@ def parse_label_values(label_values: str | Mapping[str, int]) -> dict[int | tupl
     if isinstance(label_values, str):
         _check(label_values in ("", *LABEL_VALUES), where, f"a table or one of {', '.join(LABEL_VALUES)}", label_values)
         label_values = LABEL_VALUES.get(label_values, {})
+    _check(isinstance(label_values, Mapping), where, "a table or the name of one", label_values)
     parsed: dict[int | tuple[int, int, int], int] = {}
     for key, value in label_values.items():
+        _check(isinstance(key, str), where, 'with keys like "7" (a value), "#804080" or "128,64,128" (a colour), as text', key)
         if re.fullmatch(r"#[0-9A-Fa-f]{6}", key):
             stored = tuple(bytes.fromhex(key[1:]))
         else:
@@ -68,7 +70,7 @@ def parse_label_values(label_values: str | Mapping[str, int]) -> dict[int | tupl
             known = numbers != [-1] and max(numbers) <= (255 if len(numbers) == 3 else 65535)
             _check(known, where, "with keys like 7 (a value), #804080 or 128,64,128 (a colour)", key)
             stored = tuple(numbers) if len(numbers) == 3 else numbers[0]
-        _check(0 <= value <= IGNORE, where, f"with classes from 0 on, {IGNORE} for none", value)
+        _check(type(value) is int and 0 <= value <= IGNORE, where, f"with classes from 0 on, {IGNORE} for none", value)
         _check(stored not in parsed, where, "without a value or colour twice", key)
         parsed[stored] = value
     _check(len({type(stored) for stored in parsed}) < 2, where, "of values or of colours, not of both", label_values)

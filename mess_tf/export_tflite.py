@@ -249,7 +249,7 @@ def run_candidates(
     check(set(precisions) <= set(PRECISIONS), "precisions", f"of {', '.join(PRECISIONS)}", ",".join(precisions))
     config, _, network = _open(workdir, data_dir)
     folders, chains = [], plan(network, config, regions)
-    for precision in precisions or (None,):
+    for precision in dict.fromkeys(precisions or (None,)):
         chosen = dataclasses.replace(options, precision=precision or options.precision or FP32, fidelity=options.fidelity or policy.EXACT)
         folder = Path(workdir, of_precision(CANDIDATES, precision))
         able = chosen.precision != INT8 and chosen.fidelity == policy.EXACT

@@ -257,8 +257,14 @@ def run_table(
 
     Returns:
       Device, question and the best deployment, None where the constraint is out of reach.
+
+    Raises:
+      ValueError: two rows would be written into one file.
     """
     folder, todo, rows = Path(folder), [], [(name, each) for name in asked for each in asked[name]]
+    files = [folder / f"{safe_name(name)}-{_given(each)}.json" for name, each in rows]
+    twice = [path.name for path in files if files.count(path) > 1]
+    check(not twice, "constraint", "such that no two rows of the table have a file of one name", ", ".join(dict.fromkeys(twice)))
     for name, questions in asked.items():
         of = workdir, questions[0], latency
         opened = tasks.Opened(options(*of), options, *of)
@@ -268,13 +274,18 @@ def run_table(
             path = folder / "rows" / f"{hashlib.sha256(about.encode()).hexdigest()}.json"
             todo.append(tasks.Task(search_row, (opened, each, costs_sha256, path), path, path.exists()))
     found = []
-    for (name, each), path in zip(rows, tasks.run(todo, "search", "row", ray), strict=True):
+    for (name, each), path, file in zip(rows, tasks.run(todo, "search", "row", ray), files, strict=True):
         found.append((name, each, Deployment.load(path) if read_json(path, lambda value: value) else None))
         if (deployment := found[-1][2]) is not None:
-            (given,) = (f"{key}-{value:g}" for key, value in each.constraint.items() if isinstance(value, float))
-            deployment.save(folder / f"{safe_name(name)}-{given}.json")
+            deployment.save(file)
     shutil.rmtree(folder / "rows")
     return found
+
+
+def _given(asked: Asked) -> str:
+    """The constraint in the name of a file."""
+    (given,) = (f"{key}-{value:g}" for key, value in asked.constraint.items() if isinstance(value, float))
+    return given
 
 
 def run_fleet(

@@ -56,14 +56,14 @@ def check_left_out(needless: bool, names: str, reason: str) -> None:
 
 
 def numbers(name: str) -> list[float]:
-    """The numbers of a list flag, none if it was not given.
+    """The numbers of a list flag, each once, none if it was not given.
 
     Raises:
       ValueError: one is not a finite number.
     """
     text = ",".join(flags.FLAGS[name].value or ())
     try:
-        values = [float(word) for word in flags.FLAGS[name].value or ()]
+        values = list(dict.fromkeys(float(word) for word in flags.FLAGS[name].value or ()))
     except ValueError:
         raise ValueError(f"--{name}: must be numbers with commas between, got {text!r}") from None
     check(all(map(math.isfinite, values)), f"--{name}", "finite", text)

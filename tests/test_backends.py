@@ -151,7 +151,34 @@ def test_values_that_are_not_finite_fail(bundle, images, backend):
                 outputs["segment.exit1"][name] = np.full_like(value, np.nan)
 
     backend(faulty)
-    assert not verify.verify(bundle.folder, "gpu", images[:1], runs=1).ok
+    report = verify.verify(bundle.folder, "gpu", images[:1], runs=1)
+    assert not report.ok and report.faults
+    assert all(re.fullmatch(r"segment\.exit1: \S+: (\d+) of \1 values are not finite on gpu", fault) for fault in report.faults)
+    json.dumps(report.to_json(), allow_nan=False)  # as android_bench writes it
+
+
+@pytest.mark.parametrize("weight", [np.nan, 3e38])
+def test_weights_that_make_nothing_finite_fail_though_the_mask_is_the_same(images, backend, tmp_path, weight):
+    kernel = tf.fill([3, 3, 3, 5], np.float32(weight))
+    graph = convert(lambda image: {"mask": tf.argmax(tf.nn.conv2d(image, kernel, 1, "SAME"), -1, tf.int32)}, {"image": (1, *SIZE, 3)})
+    (tmp_path / "x.tflite").write_bytes(flatbuffer.write({SIGNATURE: graph}))
+    backend()
+    report = verify.verify(tmp_path / "x.tflite", "gpu", images[:1], runs=1)
+    assert [each.worst for each in report.differences] == [0.0] and not report.ok
+    (fault,) = report.faults
+    assert re.fullmatch(rf"{SIGNATURE}: \S+, inside: \d+ of \d+ values are not finite on the CPU", fault)
+
+
+def test_a_network_whose_values_are_not_finite_is_not_exported(network, tmp_path):
+    layer = next(each for each in network.submodel(["final.original"]).layers if isinstance(each, tf.keras.layers.Conv2D))
+    before = layer.get_weights()
+    layer.set_weights([np.full_like(each, np.nan) for each in before])
+    try:
+        with pytest.raises(ExportError, match=r"must be finite, but \d+ of \d+ values that Keras computes are not"):
+            Exporter(network, SIZE).bundle(tmp_path / "kept", configuration(), None, CLASSES)
+    finally:
+        layer.set_weights(before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_labels_give_the_miou_of_both_sides(bundle, images, backend):

@@ -10,7 +10,8 @@ from PIL import Image
 from pngs import png
 
 from mess_runtime import terminal
-from mess_runtime.images import GREY, mask_at, placed
+from mess_runtime.frames import open_sources
+from mess_runtime.images import GREY, SUFFIXES, mask_at, placed
 from mess_tf.configs import IGNORE, RECIPES, DataConfig
 from mess_tf.data import examples as examples_module
 from mess_tf.data.examples import DataError, palette
@@ -524,6 +525,21 @@ def test_labels_are_those_of_the_photo_as_it_is_shown(tmp_path):
     np.testing.assert_array_equal(open_split(config, "train").load(1)[1], label)
 
 
+def test_labels_that_may_be_of_the_stored_photo_are_warned_of(tmp_path, capsys):
+    config = folder_config(tmp_path, count=5)
+    square = np.zeros((40, 40, 3), np.uint8)
+    for name, orientation, array in ((1, 3, None), (2, 2, None), (3, 6, square), (4, 4, None)):
+        path = tmp_path / f"train/images/{name}.jpg"
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8) if array is None else array).save(path, exif=turned(orientation))
+    write_image(tmp_path / "train/labels/3.png", np.zeros((40, 40), np.uint8))
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path / "train/labels/4.png", exif=turned(4))  # which says itself how it lies
+    assert len(open_split(config, "train")) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"warning: {tmp_path}/train: 3 photos, such as 1.jpg, are stored turned or mirrored (EXIF orientation): their labels"
+    )
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_grey_labels_of_any_depth_are_true_values(tmp_path, bits):
     config = folder_config(tmp_path, (0, 1), classes=60, count=1)
@@ -609,6 +625,9 @@ def test_labels_may_be_colours(tmp_path):
         ({"0,0,256": 0}, "with keys like 7"),
         ({"65536": 0}, "with keys like 7"),
         ({"0": 256}, "with classes from 0 on"),
+        ({"0": "1"}, "with classes from 0 on, 255 for none, got '1'"),
+        ({7: 0}, "with keys like .*, as text, got 7"),
+        ([0, 7], "a table or the name of one"),
         ({"0": 0, "00": 1}, "without a value or colour twice, got '00'"),
         ({"0": 0, "#000000": 1}, "of values or of colours, not of both"),
     ],
@@ -641,6 +660,39 @@ def test_two_images_of_one_name_and_nested_folders_are_refused(tmp_path):
     (tmp_path / "train/city").rename(tmp_path / "train/images/city")
     with pytest.raises(DataError, match=r"train/images: must hold files .*; its folder city does"):
         open_split(config, "train")
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "how"),
+    [("caf\u00e9", "cafe\u0301", "in how Unicode composes its letters"), ("A", "a", "by case"), ("\u00c9", "e\u0301", "by case")],
+)
+def test_names_that_people_read_as_the_same_are_hinted_at(tmp_path, image, label, how):
+    config = folder_config(tmp_path, count=1)
+    (tmp_path / "train/images/0.jpg").rename(tmp_path / f"train/images/{image}.jpg")
+    (tmp_path / "train/labels/0.png").rename(tmp_path / f"train/labels/{label}.png")
+    with pytest.raises(
+        DataError, match=rf"labels/{image}\.png: the label of .* is missing; there is {label}\.png, whose name differs {how}"
+    ):
+        open_split(config, "train")
+
+
+def test_a_photo_of_a_list_whose_name_differs_by_case_is_hinted_at(tmp_path):
+    config = voc_list(tmp_path, b"a\nb\n")
+    (tmp_path / "JPEGImages/b.jpg").rename(tmp_path / "JPEGImages/b.JPG")
+    with pytest.raises(DataError, match=r"b\.jpg: not a readable image: missing; there is b\.JPG, whose name differs by case"):
+        open_split(config, "train_aug")
+
+
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+def test_the_runtime_reads_the_photos_that_training_reads(tmp_path, suffix):
+    config = folder_config(tmp_path, count=1)
+    photo = tmp_path / "train/images/0.jpg"
+    with Image.open(photo) as image:
+        image.save(photo.with_suffix(suffix))
+    if suffix != ".jpg":
+        photo.unlink()
+    ((_, frames),) = open_sources([str(photo.parent)])
+    np.testing.assert_array_equal(open_split(config, "train").load(0)[0], next(frames)[1])
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
@@ -707,7 +759,11 @@ def test_voc_lists_of_every_kind(tmp_path, content, names, first):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a  1\nb -1\n", "each line must be a name, .* got 'a  1'"),
+        (
+            b"a  1\nb -1\n",
+            r"each line must be a name, .* got 'a  1'; this is the list of one class, where `awk '\{print \$1\}' train_aug\.txt`",
+        ),
+        (b"a b\n", "each line must be a name, .* got 'a b'$"),
         (b"a\nb\na\n", r"must hold each name once, got .*/a\.jpg and .*/a\.jpg"),
         (b"a\nstra\xdfe\n", "must be text in UTF-8, got byte 0xdf at 6"),
         (b"\n", "the split has no images"),

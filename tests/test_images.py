@@ -14,7 +14,7 @@ from pngs import png
 
 from mess_runtime import images
 from mess_runtime.frames import open_sources
-from mess_runtime.images import UnreadableError, files_in, fit, mask_at, photo_size, placed, read_photo
+from mess_runtime.images import UnreadableError, files_in, fit, mask_at, photo_header, placed, read_photo
 
 # By EXIF orientation, what a viewer makes of the stored pixels.
 UPRIGHT = {
@@ -51,7 +51,7 @@ def test_photos_are_upright(tmp_path, photo, orientation, suffix, options):
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(photo).save(path, exif=exif(orientation), **options)
     expected = UPRIGHT[orientation](photo)
-    assert photo_size(path) == expected.shape[:2]
+    assert photo_header(path) == (expected.shape[:2], orientation)
     ((_, frames),) = open_sources([str(path)])
     for read in (read_photo(path), next(frames)[1]):
         assert read.shape == expected.shape
@@ -64,7 +64,7 @@ def test_tiff_is_upright(tmp_path, photo, orientation, compression):
     Image.fromarray(photo).save(tmp_path / "x.tif", compression=compression, tiffinfo={0x0112: orientation})
     expected = UPRIGHT[orientation](photo)
     np.testing.assert_array_equal(read_photo(tmp_path / "x.tif"), expected)
-    assert photo_size(tmp_path / "x.tif") == expected.shape[:2]
+    assert photo_header(tmp_path / "x.tif") == (expected.shape[:2], orientation)
 
 
 def test_orientation_behind_the_pixels_of_a_png(tmp_path, photo):
@@ -75,7 +75,7 @@ def test_orientation_behind_the_pixels_of_a_png(tmp_path, photo):
 @pytest.mark.parametrize("content", [b"Exif\0\0no tags", b"Exif\0\0II*\0\xff\xff\xff\xff", exif(9).tobytes(), exif(0).tobytes()])
 def test_broken_orientation_is_none(tmp_path, photo, content):
     Image.fromarray(photo).save(tmp_path / "x.jpg", exif=content, quality=95, subsampling=0)
-    assert photo_size(tmp_path / "x.jpg") == (40, 64)
+    assert photo_header(tmp_path / "x.jpg") == ((40, 64), 1)
     assert np.abs(read_photo(tmp_path / "x.jpg").astype(int) - photo).max() <= 6
 
 
@@ -214,7 +214,7 @@ def test_whatever_pillow_raises_names_the_file(tmp_path, photo, monkeypatch, err
 
 
 def test_a_folder_lists_its_photos_and_says_what_it_leaves_out(tmp_path, photo, capsys):
-    for name in ("b.JPG", "a.tif", "._b.JPG", "sub/c.png"):
+    for name in ("b.JPG", "a.tif", "._b.JPG", ".hidden/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(photo).save(tmp_path / name)
     for name in ("Thumbs.db", ".DS_Store", "notes.txt"):
@@ -225,6 +225,16 @@ def test_a_folder_lists_its_photos_and_says_what_it_leaves_out(tmp_path, photo, 
         (tmp_path / name).write_text("")
     files_in(tmp_path, images.SUFFIXES)
     assert re.search(r"c\.heic: left out, the suffix must be one of \.bmp, .*; likewise .*, 2 in all$", capsys.readouterr().err.strip())
+
+
+@pytest.mark.parametrize("read", [lambda folder: files_in(folder, images.SUFFIXES), lambda folder: open_sources([str(folder)])])
+def test_photos_in_folders_beside_photos_are_said_to_be_left_out(tmp_path, photo, capsys, read):
+    for name in ("a.png", "sub/b.png", "sub/deep/c.JPG", "sub/._b.png", "sub/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(photo).save(tmp_path / name, "PNG")
+    assert len(read(tmp_path)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{tmp_path}: files must lie in the folder itself, 2 in the folders below are left out, such as sub/b.png"
 
 
 def test_a_folder_of_folders_is_explained(tmp_path, photo):

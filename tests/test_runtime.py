@@ -524,6 +524,12 @@ def test_manifest_with_a_missing_key(copy):
         Bundle.load(copy)
 
 
+def test_a_manifest_that_is_not_utf8(copy):
+    (copy / bundle.MANIFEST).write_bytes('{"classes": ["stra\u00dfe"]}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^{copy / bundle.MANIFEST}: must be JSON in UTF-8, got byte 0xdf at 18$"):
+        Bundle.load(copy)
+
+
 def test_thetas_follow_the_setting(copy):
     edit(copy, lambda value: value["segments"][2].update(theta_pix=0.9, theta_img=0.5))
     with pytest.raises(ValueError, match=r"segments\[2\]\.theta_img: must be null in the last segment"):
@@ -933,7 +939,7 @@ def test_benchmark_measures_folders_and_merges(command, submodels, tmp_path):
         (["--setting=anytime"], "deadline_ms: must be positive milliseconds for anytime, got None"),
         (["--setting=budgeted", "--exit=exit9"], "exit: must be one of exit1, exit2, final, got 'exit9'"),
         (["--setting=budgeted", "--hold_latency"], "hold_latency: must be left out unless the setting is input-dependent"),
-        (["--backend=gpu"], "backend: must be cpu on this machine (ai-edge-litert 2.1.6 or newer and a GPU with a driver for Vulkan"),
+        (["--backend=gpu"], "--backend=gpu needs ai-edge-litert 2.1.6 or newer and a GPU with a driver for Vulkan, got 'gpu'"),
         ([], "none.png"),
     ],
 )
@@ -1032,6 +1038,7 @@ BUNDLE_MADE = "the folder that `python -m mess_tf.export_tflite --deployment=FIL
         (["run", "nowhere"], "sources, --output: must be given, got nothing"),
         (["run", "a", "b", "--outptu=x"], "--outptu: must be a flag of this command, nearest --output, "),
         (["run", "a", "b", "--output=/proc/x"], "--output: must be a folder that can be written to, got '/proc/x'"),
+        (["run", "a", "b", "--output=x.json"], "--output: must be a folder that can be written to, not a .json file, got 'x.json'"),
         (["benchmark", "a", "--output=/proc/x.json"], "--output: must be a file in a folder that exists and can be written to, got"),
         (["fly"], "command: must be one of 'run', 'verify', 'benchmark', 'inspect', got 'fly'"),
     ],

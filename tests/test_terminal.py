@@ -373,6 +373,8 @@ def test_wrong_arguments_are_one_line(command, tmp_path, monkeypatch, words, lin
 
 
 LEFT_OUT = "must be left out"
+NO_JSON = "must be a folder that can be written to, not a .json file"
+NO_TWINS = "must be such that no two rows of the table have a file of one name"
 NOT_OURS = "must be a folder that is new, empty or of an earlier export, with litertjs in it"
 NO_FOLDER = "must be a file in a folder that exists and can be written to, got 'no/where.npz'"
 
@@ -393,6 +395,13 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
             ["--max_cost=1,2", "--check_share=0.5"],
             f"--check_share: {LEFT_OUT} where several constraints or devices make a table, got 0.5",
         ),
+        (
+            "search",
+            ["--max_drop_pp=1,1.0"],
+            "W/stats.npz: must exist, `python -m mess_tf.calibrate` makes it, got no such file",
+        ),  # of one row
+        ("search", ["--max_cost=1,2", "--output=W/x.json"], f"--output: {NO_JSON}, got 'W/x.json'"),
+        ("search", ["--max_cost=1,1.0000001"], f"constraint: {NO_TWINS}, got 'macs-max_cost-1.json'"),
         ("search", ["--max_drop_pp=nan"], "--max_drop_pp: must be finite, got 'nan'"),
         (
             "search",

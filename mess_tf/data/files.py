@@ -5,13 +5,14 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from mess_runtime.files import printable
-from mess_runtime.images import SUFFIXES, UnreadableError, files_in, photo_size, read_photo
+from mess_runtime.images import SUFFIXES, UnreadableError, files_in, photo_header, read_photo
 from mess_runtime.terminal import Bar, complain, first_few
 from mess_tf.configs import IGNORE, OWN_LABELS, DataConfig
 from mess_tf.data.examples import DataError, DatasetInfo, Examples
@@ -43,8 +44,8 @@ class LabelFile:
     def read(self) -> np.ndarray:
         if not self.path.is_file():
             others = [path.name for path in sorted(self.path.parent.glob("*.*")) if path.stem == self.path.stem]
-            hint = f"; there is {others[0]}, labels must be PNG" if others else ""
-            raise DataError(f"{self}: the label of {printable(str(self.image))} is missing{printable(hint)}")
+            hint = f"; there is {printable(others[0])}, labels must be PNG" if others else _nearly(self.path)
+            raise DataError(f"{self}: the label of {printable(str(self.image))} is missing{hint}")
         return self.reader.read(self.path)
 
     def content(self) -> bytes:
@@ -52,6 +53,20 @@ class LabelFile:
 
     def __str__(self) -> str:
         return printable(str(self.path))
+
+
+def _nearly(path: pathlib.Path) -> str:
+    """A hint at a file that there is instead of a missing one, whose name people read as the same."""
+
+    def read(name: str) -> str:
+        return unicodedata.normalize("NFC", name).casefold()
+
+    for other in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+        if read(other.name) == read(path.name):
+            by_case = unicodedata.normalize("NFC", other.name) != unicodedata.normalize("NFC", path.name)
+            how = "by case" if by_case else "in how Unicode composes its letters (NFC, NFD)"
+            return f"; there is {printable(other.name)}, whose name differs {how}"
+    return ""
 
 
 def open_folder(config: DataConfig, split: str) -> Examples:
@@ -119,13 +134,14 @@ def open_pairs(config: DataConfig, classes: Sequence[str], pairs: Sequence[tuple
         paths[path.stem] = path
     info = DatasetInfo(config.source, tuple(classes))
     counts = np.zeros(info.num_classes, np.int64)
-    problems = []
+    problems, doubtful = [], []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, Bar(f"checking {where.stem}", len(pairs), "label") as bar:
-        for result in pool.map(lambda pair: _check_pair(*pair, info.num_classes), pairs):
+        for (path, _), result in zip(pairs, pool.map(lambda pair: _check_pair(*pair, info.num_classes), pairs), strict=True):
             if isinstance(result, Exception):
                 problems.append(str(result))
             else:
-                counts += result
+                counts += result[0]
+                doubtful += [path] if result[1] else []
             bar.advance()
     if problems:
         raise DataError(first_few(problems))
@@ -133,6 +149,12 @@ def open_pairs(config: DataConfig, classes: Sequence[str], pairs: Sequence[tuple
         told = f"; data.ignore_value is {config.ignore_value}, data.label_values tells what label files mean"
         hint = told if config.source in OWN_LABELS else "; those of a test split may be kept back"
         raise DataError(f"{printable(str(where))}: must hold labelled pixels, got none in {len(pairs)} labels{hint}")
+
+    if doubtful:
+        which = f"{len(doubtful)} photos, such as {printable(doubtful[0].name)}, are stored turned or mirrored (EXIF orientation)"
+        complain(
+            f"warning: {printable(str(where))}: {which}: their labels, of the same size either way, are taken to be as viewers show them"
+        )
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray]:
         path, label = pairs[index]
@@ -152,12 +174,20 @@ def open_pairs(config: DataConfig, classes: Sequence[str], pairs: Sequence[tuple
     return Examples(info, names, read, class_pixels=counts, content=content)
 
 
-def _check_pair(path: pathlib.Path, label: Label, num_classes: int) -> np.ndarray | ValueError:
-    """Returns the pixels per class, int64 [C], or what is wrong with the pair. Decodes the label, of the image only the header."""
+def _check_pair(path: pathlib.Path, label: Label, num_classes: int) -> tuple[np.ndarray, bool] | ValueError:
+    """The pixels per class, int64 [C], and whether the label may be of the photo as it is stored rather than shown; or what is wrong.
+
+    Decodes the label, of the image only the header.
+    """
     try:
         pixels = label.read()
-        _check_sizes(photo_size(path), pixels, label)
-        return np.bincount(pixels.ravel(), minlength=256)[:num_classes]
+        if not path.is_file():
+            raise DataError(f"{printable(str(path))}: not a readable image: missing{_nearly(path)}")
+        size, orientation = photo_header(path)
+        _check_sizes(size, pixels, label)
+        same_either_way = orientation in range(2, 5) or (orientation > 4 and size[0] == size[1])
+        told = isinstance(label, LabelFile) and photo_header(label.path)[1] != 1
+        return np.bincount(pixels.ravel(), minlength=256)[:num_classes], same_either_way and not told
     except (DataError, UnreadableError) as error:
         return error
 

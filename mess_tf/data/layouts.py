@@ -57,7 +57,9 @@ def _voc(root: pathlib.Path, listing: pathlib.Path) -> Iterator[Paths]:
             words = [line]
         is_path = ["/" in word or pathlib.Path(word).suffix.lower() in SUFFIXES for word in words]
         if len(words) > 2 or (len(words) == 2 and not all(is_path)):
-            raise DataError(f"{printable(str(listing))}: each line must be {_COLUMNS}, got {line!r}")
+            of_class = len(words) == 2 and words[1] in ("-1", "0", "1")
+            hint = f"; this is the list of one class, where `awk '{{print $1}}' {listing.name}` leaves the names" if of_class else ""
+            raise DataError(f"{printable(str(listing))}: each line must be {_COLUMNS}, got {line!r}{printable(hint)}")
         if is_path[0]:
             image, *labels = (root / word.lstrip("/") if "/" in word else root / "JPEGImages" / word for word in words)
             yield image, labels[0] if labels else label(image.stem)

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -142,6 +143,8 @@ def check_outputs(got: Tensors, expected: Tensors, logits: Tensors, tolerance: f
       logits: the logits float32 [1, h, w, C] behind each mask, by the mask's name.
       tolerance: see TOLERANCE.
     """
+    for name, value in {**{f"the logits of {name}": value for name, value in logits.items()}, **expected}.items():
+        check_finite(name, value)
     for name, value in expected.items():
         if name in logits:
             best = np.sort(tf.image.resize(logits[name], value.shape[1:]).numpy(), axis=-1)
@@ -152,8 +155,15 @@ def check_outputs(got: Tensors, expected: Tensors, logits: Tensors, tolerance: f
         elif value.dtype == np.int32:
             if np.abs(got[name] - value).max() > 10 * tolerance * expected[name.replace(bundles.CONFIDENT_PIXELS, bundles.MASK)].size:
                 raise _mismatch(f"{name}: Keras counts {value.tolist()}, the file {got[name].tolist()}")
-        elif np.abs(got[name] - value).max() > tolerance * max(1.0, np.abs(value).max()):
+        elif not np.abs(got[name] - value).max() <= tolerance * max(1.0, np.abs(value).max()):  # which a NaN is not either
             raise _mismatch(f"{name}: differs from Keras by {np.abs(got[name] - value).max():.2g}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises ExportError unless all that Keras computes is finite."""
+    wrong = int(np.size(value) - np.isfinite(value).sum())
+    if wrong:
+        raise ExportError(f"{name}: must be finite, but {wrong} of {np.size(value)} values that Keras computes are not")
 
 
 def run_signature(content: bytes, inputs: Tensors) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from mess_tf.graph.conversion import (
     ExportError,
     Function,
     Tensors,
+    check_finite,
     check_parity,
     convert,
     converter_of,
@@ -331,10 +332,13 @@ class Exporter:
           The graphs of `deployed`.
 
         Raises:
-          ExportError: the file differs from Keras, or its segments, one after another, from the network run at a stretch, or a backend from
-            the CPU.
+          ExportError: what Keras computes is not finite, the file differs from it, or its segments, one after another, from the network run
+            at a stretch, or a backend from the CPU.
           ValueError: a backend is not there.
         """
+        names = [f"{choice.exit}.{choice.head}" for choice in configuration.exits]
+        for name, logits in self.network.submodel(names)(tf.constant(self.images[0]), training=False).items():
+            check_finite(name, logits)
         input_spec = input_spec or bundles.InputSpec(*self.size)
         everything = self.deployed(configuration, input_spec.dtype)
         kept = (bundles.segment_signature(""), *extra_signatures)

@@ -230,7 +230,7 @@ class RegionChain:
         check_outputs(got, expected, {bundles.MASK: made[LOGITS]}, tolerance)
         if threshold:
             error = np.abs(got[SURE] - np.where(active, decided[SURE], GONE)).mean()
-            if error > max(10 * tolerance, 1 / mask.size):  # as many pixels as of a whole image, see `check_outputs`
+            if not error <= max(10 * tolerance, 1 / mask.size):  # as many pixels as of a whole image, see `check_outputs`
                 raise ExportError(f"{SURE}: differs from Keras by {error:.2g} as a mean over the cells")
 
     def _content(self, graph: flatbuffer.Graph) -> bytes:
@@ -313,5 +313,5 @@ def _check_close(content: bytes, inputs: Tensors, expected: Mapping[str, np.ndar
         return
     for name, value in expected.items():
         error = math.sqrt(np.square(got[name] - value).mean(dtype=np.float64) / max(np.square(value).mean(dtype=np.float64), 1e-12))
-        if error > INT8_TOLERANCE:
+        if not error <= INT8_TOLERANCE:  # which a NaN is not either
             raise ExportError(f"{name}: differs from Keras by {error:.2g} of its size")

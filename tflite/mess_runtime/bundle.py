@@ -397,10 +397,10 @@ def check_writable(argument: str, path: str | os.PathLike, folder: bool = False)
     path = Path(path)
     if folder:
         parent = next(each for each in (path, *path.absolute().parents) if each.exists())
-        required = "a folder that can be written to"
+        required = "a folder that can be written to, not a .json file" if path.suffix == ".json" else "a folder that can be written to"
     else:
         parent, required = path.absolute().parent, "a file in a folder that exists and can be written to"
-    ok = folder or not path.is_dir()
+    ok = path.suffix != ".json" if folder else not path.is_dir()
     try:  # what is allowed need not be possible, as in /proc
         tempfile.TemporaryFile(dir=parent).close()
     except OSError:

@@ -12,19 +12,19 @@ import numpy as np
 from mess_runtime.bundle import check
 
 try:
-    from ai_edge_litert.interpreter import Interpreter
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     RUNTIME = "ai-edge-litert"
 except ModuleNotFoundError:
     try:
-        from tflite_runtime.interpreter import Interpreter
+        from tflite_runtime.interpreter import Interpreter, OpResolverType
 
         RUNTIME = "tflite-runtime"
     except ModuleNotFoundError:
         try:
             import tensorflow
 
-            Interpreter = tensorflow.lite.Interpreter
+            Interpreter, OpResolverType = tensorflow.lite.Interpreter, tensorflow.lite.experimental.OpResolverType
             RUNTIME = "tensorflow"
         except ModuleNotFoundError:
             raise ImportError("an interpreter is needed: install ai-edge-litert or tflite-runtime, see requirements.txt") from None
@@ -40,6 +40,13 @@ MEASURED = {"xnnpack": CPU, "cpu": CPU, "gpu": GPU}  # by the names of latency.j
 _REFUSALS = (ValueError, RuntimeError, MemoryError)  # of a runtime that cannot load a file
 
 
+def not_finite(value: np.ndarray) -> int:
+    """How many values are not finite, or the largest of their type, at which TensorFlow Lite's kernels hold what is above."""
+    if not np.issubdtype(value.dtype, np.floating):
+        return 0
+    return int(value.size - (np.abs(value) < np.finfo(value.dtype).max).sum())
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """Type and shape of an input or output."""
@@ -49,10 +56,13 @@ class Tensor:
 
 
 class InterpreterEngine:
-    """Signature runners of one interpreter. Tensors between signatures are NumPy arrays, copied out and in."""
+    """Signature runners of one interpreter. Tensors between signatures are NumPy arrays, copied out and in.
 
-    def __init__(self, path: str | os.PathLike, threads: int):
-        self._interpreter = open_interpreter(path, threads)
+    With `keep`, every tensor inside stays to be looked at, at the price of memory and of kernels that are slower than XNNPACK's.
+    """
+
+    def __init__(self, path: str | os.PathLike, threads: int, keep: bool = False):
+        self._path, self._interpreter = path, open_interpreter(path, threads, keep)
         signatures = self._interpreter.get_signature_list()
         self._runners = {}
         self.inputs: dict[str, dict[str, Tensor]] = {}
@@ -82,6 +92,31 @@ class InterpreterEngine:
         """Turns an output of `run` into an array that stays as it is."""
         return value
 
+    def not_finite(self) -> dict[str, tuple[str, int, int]]:
+        """With `keep`: the first tensor of each signature that is not finite, weights included, after its last run.
+
+        Returns:
+          By signature: name of the tensor, how many of its values are not, of how many.
+        """
+        content, found = Path(self._path).read_bytes(), {}
+        model = _offset(content, 0)
+        graphs = _tables(content, model, 2)
+        for definition in _tables(content, model, 7):
+            field = _field(content, definition, 4)
+            graph = int.from_bytes(content[field : field + 4], "little") if field else 0
+            for number, tensor in enumerate(_tables(content, graphs[graph], 0)):
+                field = _field(content, tensor, 1)
+                if field and content[field] not in _FLOATS:
+                    continue
+                try:
+                    value = self._interpreter.get_tensor(number, graph)
+                except ValueError:  # one that no operation has made
+                    continue
+                if wrong := not_finite(value):
+                    found[_string(content, definition, 2)] = _string(content, tensor, 3), wrong, value.size
+                    break
+        return found
+
 
 class CompiledEngine:
     """LiteRT's CompiledModel. What one signature makes, another reads from the same buffer, on a GPU in its memory.
@@ -97,11 +132,10 @@ class CompiledEngine:
         try:
             self._model = CompiledModel.from_file(os.fspath(path), options=options)
         except _REFUSALS as error:
-            cannot = _cannot_load(path, error)
             if backend == CPU:
-                raise cannot from error
-            needs = "ai-edge-litert 2.1.6 or newer and a GPU with a driver for Vulkan are needed"
-            raise ValueError(f"backend: must be {CPU} on this machine ({needs}), got {backend!r}: {cannot}") from error
+                raise _cannot_load(path, error) from error
+            needs = f"--backend={backend} needs ai-edge-litert 2.1.6 or newer and a GPU with a driver for Vulkan"
+            raise ValueError(f"backend: must be {CPU} on this machine, since {needs}, got {backend!r}") from error
         self.fully_accelerated = self._model.is_fully_accelerated()
         signatures = self._model.get_signature_list()
         self._inputs: dict[str, Any] = {}  # of `put`
@@ -176,13 +210,14 @@ def verify(path: str | os.PathLike) -> None:
     _load(path)
 
 
-def open_interpreter(path: str | os.PathLike, threads: int) -> Interpreter:
-    """Returns an interpreter of a .tflite with its tensors allocated.
+def open_interpreter(path: str | os.PathLike, threads: int, keep: bool = False) -> Interpreter:
+    """Returns an interpreter of a .tflite with its tensors allocated. `keep`: see `InterpreterEngine`.
 
     Raises:
       ValueError: the file is not a model, or needs operations that the runtime does not have.
     """
-    interpreter = _load(path, num_threads=threads)
+    kept = {"experimental_preserve_all_tensors": True, "experimental_op_resolver_type": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES}
+    interpreter = _load(path, num_threads=threads, **(kept if keep else {}))
     try:
         interpreter.allocate_tensors()
     except _REFUSALS as error:
@@ -190,7 +225,7 @@ def open_interpreter(path: str | os.PathLike, threads: int) -> Interpreter:
     return interpreter
 
 
-def _load(path: str | os.PathLike, **options: int) -> Interpreter:
+def _load(path: str | os.PathLike, **options: Any) -> Interpreter:
     """An interpreter of a file whose flatbuffer is whole, and whose tensors have names: asked for one that is not there, it crashes."""
     try:
         interpreter = Interpreter(os.fspath(path), **options)
@@ -207,8 +242,10 @@ def _cannot_load(path: str | os.PathLike, error: Exception) -> ValueError:
     return ValueError(f"{os.fspath(path)}: {RUNTIME} cannot load it: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-# A flatbuffer that was verified: tables of fields by number, as TensorFlow Lite's schema has them (Model.subgraphs 2, SubGraph.tensors 0,
-# Tensor.name 3). tflite-runtime brings no reader.
+# A flatbuffer that was verified: tables of fields by number, as TensorFlow Lite's schema has them (Model.subgraphs 2 and signature_defs 7,
+# SubGraph.tensors 0, Tensor.type 1 and name 3, SignatureDef.signature_key 2 and subgraph_index 4). tflite-runtime brings no reader.
+
+_FLOATS = (0, 1, 10)  # of TensorType: 32, 16, 64 bits
 
 
 def _offset(content: bytes, at: int) -> int:
@@ -233,3 +270,10 @@ def _tables(content: bytes, table: int, number: int) -> list[int]:
     vector = _offset(content, field)
     count = int.from_bytes(content[vector : vector + 4], "little")
     return [_offset(content, vector + 4 + 4 * i) for i in range(count)]
+
+
+def _string(content: bytes, table: int, number: int) -> str:
+    """The text in a field of a table."""
+    text = _offset(content, _field(content, table, number))
+    size = int.from_bytes(content[text : text + 4], "little")
+    return content[text + 4 : text + 4 + size].decode(errors="backslashreplace")

@@ -120,7 +120,9 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"must be JSON in UTF-8, got byte {error.object[error.start]:#04x} at {error.start}") from error
+    except json.JSONDecodeError as error:
         raise ValueError(f"must be JSON, got {error}") from error
 
 

@@ -1,6 +1,7 @@
 """Photos as pixels and their fit to a network's input: the one rule of training, calibration, evaluation and the device."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ class UnreadableError(ValueError):
 def files_in(folder: Path, suffixes: set[str]) -> list[Path]:
     """Lists the files of some suffixes (in small letters) that lie directly in a folder, in the order of their names.
 
-    Hidden files are passed over, as macOS' `._x.jpg`. Where photos are looked for, pictures of other kinds are named in a warning.
+    Hidden files are passed over, as macOS' `._x.jpg`. Where photos are looked for, warnings tell of pictures of other kinds, and of photos
+    in folders below.
 
     Raises:
       ValueError: there is none; tells whether the folders in it hold some.
@@ -66,11 +68,23 @@ def files_in(folder: Path, suffixes: set[str]) -> list[Path]:
     if others and suffixes & SUFFIXES:
         reason = f"left out, the suffix must be one of {', '.join(sorted(suffixes))}"
         complain(first_few([f"{printable(str(path))}: {reason}" for path in others]))
+    nested = sorted(_below(folder, suffixes)) if suffixes & SUFFIXES or not files else []
     if not files:
-        nested = [path.name for path in entries if path.is_dir() and any(each.suffix.lower() in suffixes for each in path.iterdir())]
-        hint = f"; its folder {printable(nested[0])} does, they must lie in the folder itself" if nested else ""
+        hint = f"; its folder {printable(str(nested[0].parent))} does, they must lie in the folder itself" if nested else ""
         raise ValueError(f"{printable(str(folder))}: must hold files with the suffix {' or '.join(sorted(suffixes))}, got none{hint}")
+    if nested:
+        left_out = f"{len(nested)} in the folders below are left out, such as {printable(str(nested[0]))}"
+        complain(f"{printable(str(folder))}: files must lie in the folder itself, {left_out}")
     return files
+
+
+def _below(folder: Path, suffixes: set[str]) -> Iterator[Path]:
+    """The files of some suffixes in the folders of a folder, without hidden ones, as paths from it."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(root).relative_to(folder)
+        if inside.parts:
+            yield from (inside / name for name in names if not name.startswith(".") and Path(name).suffix.lower() in suffixes)
 
 
 @contextlib.contextmanager
@@ -109,16 +123,17 @@ def upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
     return pixels if turn is None else pixels.transpose(turn)
 
 
-def photo_size(path: str | Path) -> tuple[int, int]:
-    """Returns (height, width) of a photo as viewers show it, from its header.
+def photo_header(path: str | Path) -> tuple[tuple[int, int], int]:
+    """Returns (height, width) of a photo as viewers show it, and its EXIF orientation (1 to 8), from its header.
 
     Raises:
       UnreadableError: see `read_photo`.
     """
     with opened(path) as image:
         width, height = image.size
-        turned = image.format != "TIFF" and _orientation(image, Image.Image.getexif) >= 5  # TIFF tells the upright size itself
-        return (width, height) if turned else (height, width)
+        orientation = _orientation(image, Image.Image.getexif)
+        turned = image.format != "TIFF" and orientation >= 5  # TIFF tells the upright size itself
+        return (width, height) if turned else (height, width), orientation
 
 
 def _orientation(image: Image.Image, getexif=lambda image: image.getexif()) -> int:

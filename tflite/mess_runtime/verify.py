@@ -114,7 +114,8 @@ class Report:
       decisions: images that leave at another exit, with regions of which other cells leave at one; None without a decision.
       mious: by exit, and where there is a decision for the whole image of the `POLICY`, which takes each image where it leaves; of the CPU
         and of the backend, where there were labels.
-      faults: what the backend's libraries wrote of errors.
+      faults: what the backend's libraries wrote of errors, and what is not finite: of the outputs on either side, and of all tensors on
+        the CPU with the first image. A mask alone does not tell of it.
     """
 
     path: str
@@ -241,7 +242,7 @@ def compare(
         differences=tuple(_differences(expected, got, turns, LIMITS[precision])) if expected else (),
         decisions=_decisions(bundle, expected, got[turns - 1 :]) if expected else None,
         mious=_mious(bundle, expected, got[turns - 1 :], labels) if expected else {},
-        faults=ran.faults,
+        faults=(*ran.faults, *_not_finite_inside(file, pixels[0]), *_not_finite("the CPU", expected), *_not_finite(backend, got)),
     )
 
 
@@ -252,6 +253,25 @@ def record(folder: str | os.PathLike, report: Report) -> None:
         each for each in manifest.verified if (each.backend, each.runtime, each.device) != (fresh.backend, fresh.runtime, fresh.device)
     ]
     write_manifest(folder, dataclasses.replace(manifest, verified=(*others, fresh)))
+
+
+def _not_finite_inside(file: Path, image: np.ndarray) -> list[str]:
+    """What is not finite in a file on the CPU, weights included."""
+    engine = engines.InterpreterEngine(file, os.cpu_count() or 1, keep=True)
+    for signature in engine.inputs:
+        engine.prepare(signature)
+    for _ in _outputs(engine, [image], 1):
+        pass
+    found = engine.not_finite().items()
+    return [f"{signature}: {name}, inside: {wrong} of {size} values are not finite on the CPU" for signature, (name, wrong, size) in found]
+
+
+def _not_finite(where: str, turns: Sequence[Outputs]) -> Iterator[str]:
+    """The outputs that are not finite at some turn, with how many of their values."""
+    for signature, names in turns[0].items() if turns else ():
+        for name, value in names.items():
+            if wrong := max(engines.not_finite(outputs[signature][name]) for outputs in turns):
+                yield f"{signature}: {name}: {wrong} of {value.size} values are not finite on {where}"
 
 
 def _version() -> str:
@@ -346,6 +366,7 @@ def _differences(expected: Sequence[Outputs], got: Sequence[Outputs], runs: int,
         size = next((value.size for name, value in names.items() if name.endswith(MASK)), 1)
         for name in names:
             pairs = [(expected[max(0, turn - runs + 1)][signature][name], outputs[signature][name]) for turn, outputs in enumerate(got)]
+            pairs = [_both_finite(*pair) for pair in pairs]
             errors = [_error(name, cpu, here, size) for cpu, here in pairs]
             largest = max(float(np.abs(cpu.astype(np.float64) - here.astype(np.float64)).max()) for cpu, here in pairs)
             whole = name == SURE or name.endswith((MASK, CONFIDENT_PIXELS))
@@ -360,6 +381,12 @@ def _differences(expected: Sequence[Outputs], got: Sequence[Outputs], runs: int,
             )
 
 
+def _both_finite(cpu: np.ndarray, here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both with 0 where one is not finite, which is a fault of its own, so that reports hold numbers."""
+    finite = np.isfinite(cpu) & np.isfinite(here)
+    return np.where(finite, cpu, cpu.dtype.type(0)), np.where(finite, here, here.dtype.type(0))
+
+
 def _error(name: str, cpu: np.ndarray, here: np.ndarray, pixels: int) -> float:
     if name.endswith(MASK):
         return float((cpu != here).mean())
@@ -368,8 +395,6 @@ def _error(name: str, cpu: np.ndarray, here: np.ndarray, pixels: int) -> float:
         return float(np.abs(cpu - here).mean())
     if name.endswith(CONFIDENT_PIXELS):
         return float(np.abs(cpu - here).max() / pixels)
-    if not np.isfinite(here).all():
-        return float("inf")
     scale = cpu - cpu.min() if cpu.size else cpu  # quantised tensors have their zero anywhere
     return float(np.sqrt(np.square(cpu - here).mean() / max(np.square(scale).mean(), 1e-12)))
 
