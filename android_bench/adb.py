@@ -29,7 +29,7 @@ EXIT_CODE = re.compile(r"\n?__exit=(\d+)\s*\Z")
 THERMAL_TYPES = {"0", "1", "2", "3", "4", "5", "9"}
 
 
-class AdbError(RuntimeError):
+class AdbError(OSError):
     """A device, what was being done, and what went wrong."""
 
     def __init__(self, serial: str, step: str, problem: str):

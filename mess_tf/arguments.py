@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 
 from absl import flags
 
 from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, NEIGHBOURS, SETTINGS, check
 from mess_tf import configs, terminal
-from mess_tf.files import COSTS, DECIDES, RISKS, Asked
+from mess_tf.files import COSTS, DECIDES, RISKS, Asked, trained_weights
 
 TARGETS = ("web", "mediapipe", "android")  # modules of `mess_tf.targets`
 CONSTRAINTS = ("min_miou", "max_drop_pp", "max_cost", "cost_share")
@@ -18,16 +19,40 @@ CONSTRAINTS = ("min_miou", "max_drop_pp", "max_cost", "cost_share")
 
 
 def define_network_flags() -> None:
-    """Defines the flags of every command that may load a network of custom classes; see `originals.check_flags`."""
+    """Defines the flags of every command that may load a network of custom classes; see `originals.allow_flags`."""
     flags.DEFINE_multi_string("import", [], "module to import first, which registers the custom classes of a .keras file")
     flags.DEFINE_bool(
         "unsafe_loading", False, "run the Python code that a .keras file carries in Lambda layers; only for files that you trust"
     )
 
 
-def check_workdir() -> None:
-    """Raises FileNotFoundError, ValueError where --workdir is no folder of a training."""
-    configs.load_config(flags.FLAGS.workdir)
+def _check_network_flags(*trainings: configs.Config) -> None:
+    needless = all(config.backbone.name != "keras_file" for config in trainings)
+    terminal.check_left_out(needless, "import unsafe_loading", "without backbone.name=keras_file")
+
+
+# === Work folders and their data ===
+
+
+def check_trained(*workdirs: str) -> None:
+    """Checks folders of trainings, by default --workdir, and what the flags say of their networks and of the data of the first.
+
+    Raises:
+      FileNotFoundError, ValueError: one is not trained, or a flag is wrong.
+    """
+    workdirs = workdirs or (flags.FLAGS.workdir,)
+    trainings = [configs.load_config(workdir) for workdir in workdirs]
+    _check_network_flags(*trainings)
+    _check_data_dir(trainings[0])
+    for workdir in workdirs:
+        trained_weights(workdir)
+
+
+def _check_data_dir(config: configs.Config, needed: bool = True) -> None:
+    """`needed`: whether the data are needed although --data_dir does not name them."""
+    data = configs.with_data_dir(config, flags.FLAGS.data_dir).data
+    there = data.source not in configs.FILE_SOURCES or os.path.isdir(data.data_dir)
+    check(there or not (needed or flags.FLAGS.data_dir), "--data_dir", f"the existing root folder of {data.source!r} data", data.data_dir)
 
 
 # === Training ===
@@ -43,8 +68,13 @@ def define_training_flags() -> None:
 
 
 def check_training() -> None:
-    """Raises ValueError where the flags of `define_training_flags` ask for no configuration."""
-    configs.of_recipe(flags.FLAGS.recipe, flags.FLAGS.data, flags.FLAGS.set)
+    """Raises ValueError where the flags of `define_training_flags` ask for no configuration, or for data that are not there."""
+    values = flags.FLAGS
+    config = configs.of_recipe(values.recipe, values.data, values.set)
+    if not (values.recipe or values.data or values.set) and os.path.exists(os.path.join(values.workdir, "config.json")):
+        config = configs.load_config(values.workdir)
+    _check_network_flags(config)
+    _check_data_dir(config, not os.path.isdir(os.path.join(values.workdir, "checkpoints")))  # what is trained needs them no more
 
 
 # === Regions ===
@@ -60,6 +90,14 @@ def define_region_flags() -> None:
 
 
 # === Search ===
+
+
+def check_latency() -> None:
+    """Raises ValueError where --latency names something else than a latency.json."""
+    if flags.FLAGS.latency:
+        from mess_runtime.benchmark import LatencyTable  # needs an interpreter
+
+        LatencyTable.load(flags.FLAGS.latency)
 
 
 def define_question_flags() -> None:

@@ -15,9 +15,16 @@ from absl import flags
 
 from mess_runtime.bundle import FIDELITIES
 from mess_tf import arguments, tasks, terminal
-from mess_tf.files import THETA_IMG
+from mess_tf.files import THETA_IMG, check_theta_pix
 
 THETA_PIX = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+def check_flags() -> None:
+    """Raises FileNotFoundError, ValueError where a flag is wrong, or --workdir is not trained."""
+    check_theta_pix(terminal.numbers("theta_pix"))
+    arguments.check_trained()
+
 
 if __name__ == "__main__":
     arguments.define_network_flags()
@@ -31,7 +38,7 @@ if __name__ == "__main__":
     arguments.define_region_flags()
     flags.DEFINE_list("theta_img", [str(theta) for theta in THETA_IMG], "grid of shares of a region's pixels that must be confident")
     flags.DEFINE_integer("max_early", 1, "early exits of a chain whose regions leave, at most", lower_bound=1, upper_bound=2)
-    terminal.run("mess_tf.calibrate", __doc__, arguments.check_workdir)
+    terminal.run("mess_tf.calibrate", __doc__, check_flags)
 
 import dataclasses
 import functools
@@ -73,7 +80,6 @@ from mess_tf.files import (
     STATS,
     RegionStats,
     Stats,
-    check_theta_pix,
     joined,
     made_by,
     map_arrays,
@@ -86,7 +92,7 @@ from mess_tf.graph.conversion import FP32, INT8, PRECISIONS, convert
 from mess_tf.graph.exporter import head_cost, head_name, policy_name, tensor_shapes
 from mess_tf.network.costs import Cost, model_cost
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
-from mess_tf.network.originals import allow, allowed, check_flags
+from mess_tf.network.originals import allow, allow_flags, allowed
 from mess_tf.region_candidates import (
     BY_TRAINING,
     NONE,
@@ -441,7 +447,7 @@ def is_calibrated(workdir: str | os.PathLike, split: str, precision: str | None 
 
 def main() -> None:
     config = configs.load_config(FLAGS.workdir)
-    check_flags(config)
+    allow_flags()
     tasks.check_installed(FLAGS.ray)
     theta_img = tuple(terminal.numbers("theta_img"))
     regions = dataclasses.replace(options_of_flags(), max_early=FLAGS.max_early, theta_img=theta_img)

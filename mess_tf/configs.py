@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
+import pathlib
 import re
 import types
 import typing
@@ -31,6 +32,7 @@ ORIGINAL = "original.keras"  # in a work folder: the copy of the user's network
 IGNORE = 255
 # Fields of the data section that older files lack, with what was done then.
 _ADDED_TO_DATA = {"resize": "stretch", "label_values": ""}
+PCI, GOOGLE = "/sys/bus/pci/devices", "0x1ae0"  # where Linux lists devices, and who makes TPUs
 STRATEGIES = ("none", "mirrored", "multi_worker", "tpu")  # of `tf.distribute`
 _ADDED_TO_STAGES = {"regions": "none", "region_cell": 16, "region_warmup": 0, "jit_compile": False}
 
@@ -47,6 +49,26 @@ LABEL_VALUES = {
 def _check(ok: bool, argument: str, required: str, received: Any) -> None:
     if not ok:
         raise ValueError(f"{argument}: must be {required}, got {received!r}")
+
+
+def check_strategy(name: str) -> None:
+    """Checks what can be known of a strategy, see `replicas.open_strategy`, without TensorFlow.
+
+    Raises:
+      ValueError: there is no such one, or this machine has nothing of the kind.
+    """
+    _check(name in STRATEGIES, "--strategy", f"one of {', '.join(STRATEGIES)}", name)
+    if name == "multi_worker":
+        required = '{"cluster":{"worker":["HOST:PORT",...]},"task":{"type":"worker","index":0}} with --strategy=multi_worker'
+        text = os.environ.get("TF_CONFIG", "")
+        try:
+            named = len(json.loads(text)["cluster"]["worker"]) > 1 and json.loads(text)["task"]["type"] == "worker"
+        except (ValueError, KeyError, TypeError):
+            named = False
+        _check(named, "TF_CONFIG", required, text)
+    if name == "tpu":
+        there = any(path.read_text().strip() == GOOGLE for path in pathlib.Path(PCI).glob("*/vendor"))
+        _check(there, "--strategy", "none or mirrored on a machine without a TPU", name)
 
 
 def parse_label_values(label_values: str | Mapping[str, int]) -> dict[int | tuple[int, int, int], int]:
@@ -219,8 +241,9 @@ class HeadSpec:
         """Reads a name back; an unknown one raises a ValueError that begins with `where` and lists the nearest."""
         specs = {spec.name: spec for spec in (*HEAD_SPACE, HeadSpec("rest"))}
         if name not in specs:
-            nearest = difflib.get_close_matches(name, specs, 3, 0)
-            raise ValueError(f"{where}: must be rest or one of the {len(HEAD_SPACE)} others, nearest {nearest}, got {name!r}")
+            nearest = ", ".join(difflib.get_close_matches(name, specs, 3, 0))
+            form = "KIND-rREDUCTION-bBLOCKS, with blocks also -dDILATION"
+            raise ValueError(f"{where}: must be rest or {form}, such as {nearest}, got {name!r}")
         return specs[name]
 
 
@@ -614,6 +637,9 @@ def _from_dict(cls: type, document: Any, where: str) -> Any:
         raise ValueError(f"{where}.{error}") from error
 
 
+_KINDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _from_dict(hint, value, where)
@@ -636,5 +662,5 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     if hint is float and type(value) is int:
         value = float(value)
-    _check(type(value) is hint, where, f"a {hint.__name__}", value)
+    _check(type(value) is hint, where, _KINDS[hint], value)
     return value

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("split", "", "split to evaluate on; default: the validation split")
     tasks.define_flag()
-    terminal.run("mess_tf.evaluate", __doc__, arguments.check_workdir)
+    terminal.run("mess_tf.evaluate", __doc__, arguments.check_trained)
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ from mess_tf.data.sources import open_split
 from mess_tf.files import map_arrays, write_arrays
 from mess_tf.network.evaluation import Accuracy, Predictor, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.model import load_network
-from mess_tf.network.originals import allow, allowed, check_flags
+from mess_tf.network.originals import allow, allow_flags, allowed
 
 FLAGS = flags.FLAGS
 SHARD = 64  # images whose counts are written at once
@@ -42,9 +42,9 @@ SHARD = 64  # images whose counts are written at once
 def table(result: dict[str, Accuracy], classes: Sequence[str]) -> str:
     """A table in percent: one row per candidate, mIoU, pixel accuracy and the IoU of each class."""
     width = max(map(len, result))
-    rows = [f"{'':{width}}  {'mIoU':>6} {'pixels':>6} " + " ".join(f"{name[:7]:>7}" for name in classes)]
+    rows = [f"{'':{width}}  {'mIoU':>6} {'pixels':>6} " + " ".join(f"{name:>7}" for name in classes)]
     for name, accuracy in result.items():
-        iou = " ".join(f"{100 * value:7.1f}" for value in accuracy.class_iou)
+        iou = " ".join(f"{100 * value:{max(7, len(name))}.1f}" for name, value in zip(classes, accuracy.class_iou, strict=True))
         rows.append(f"{name:{width}}  {100 * accuracy.miou:6.2f} {100 * accuracy.pixel_accuracy:6.2f} {iou}")
     return "\n".join(rows)
 
@@ -124,6 +124,6 @@ def run(workdir: str, data_dir: str = "", split: str = "", ray: str = "", shard:
 
 
 def main() -> None:
-    check_flags(configs.load_config(FLAGS.workdir))
+    allow_flags()
     tasks.check_installed(FLAGS.ray)
     print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.split, FLAGS.ray))

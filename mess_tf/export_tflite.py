@@ -25,9 +25,10 @@ that is there, `--bundle=FOLDER`: see `mess_tf.targets`. For web LiteRT.js comes
 
 from absl import flags
 
-from mess_runtime.bundle import EXTRA_SIGNATURES, FIDELITIES, FP32, INPUT_TYPES, INT8, PRECISIONS, RESIZES, check
+from mess_runtime.bundle import EXTRA_SIGNATURES, FIDELITIES, FP32, INPUT_TYPES, INT8, PRECISIONS, RESIZES, Bundle, check
 from mess_runtime.engines import BACKENDS
 from mess_tf import arguments, terminal
+from mess_tf.files import CANDIDATES, DEPLOYMENT, STATS, Configuration, Deployment, ExitChoice, of_precision, read_arrays, trained_weights
 
 OF_NETWORK = "workdir data_dir precision float_operations fidelity input resize extra_signatures verify measure"
 
@@ -48,6 +49,13 @@ def check_arguments() -> None:
     terminal.check_left_out(values.target != "web", "litertjs", "without --target=web")
     check(bool(values.target or not values.bundle), "--target", f"one of {', '.join(arguments.TARGETS)} with --bundle", values.target)
     check(bool(values.output or not values.target), "--output", "given with --target", values.output)
+    check({*values.precisions} <= {*PRECISIONS}, "--precisions", f"of {', '.join(PRECISIONS)}", ",".join(values.precisions))
+    if values.bundle:
+        Bundle.load(values.bundle)
+    else:
+        arguments.check_trained()
+    if values.deployment:
+        Deployment.load(values.deployment)
 
 
 if __name__ == "__main__":
@@ -112,11 +120,10 @@ from mess_tf import configs
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
-from mess_tf.files import CANDIDATES, DEPLOYMENT, STATS, Configuration, Deployment, ExitChoice, of_precision, read_arrays
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.exporter import Exporter
-from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, trained_weights, weights_sha256
-from mess_tf.network.originals import check_flags
+from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, weights_sha256
+from mess_tf.network.originals import allow_flags
 from mess_tf.region_candidates import BY_TRAINING, Plan, RegionOptions, options_of_flags, plan
 from mess_tf.targets import android, check_whole_images, mediapipe, web
 
@@ -310,7 +317,7 @@ def is_bundled(workdir: str | os.PathLike, deployment: str | os.PathLike) -> boo
 
 
 def main() -> None:
-    check_flags(*([configs.load_config(FLAGS.workdir)] if FLAGS.workdir else []))
+    allow_flags()
     options = Options(FLAGS.precision, tuple(FLAGS.float_operations), FLAGS.fidelity)
     if FLAGS.candidates:
         for folder in run_candidates(FLAGS.workdir, FLAGS.data_dir, options, FLAGS.precisions, options_of_flags()):

@@ -62,6 +62,19 @@ SUM, WORST = FLEETS = ("sum", "worst")
 THETA_IMG = (0.5, 0.7, 0.8, 0.9, 0.95)  # shares of a cell's pixels
 
 
+def unit(cost: str) -> tuple[str, float]:
+    """The unit in which a cost is shown, empty where its name says it or there is none, and the factor to it."""
+    if cost.startswith("macs"):
+        return "GMACs", 1e-9
+    return ("ms" if cost.startswith("latency") else ""), 1.0
+
+
+def shown(cost: str, value: float, digits: int = 4) -> str:
+    """A cost in that unit."""
+    name, scale = unit(cost)
+    return f"{scale * value:.{digits}g} {name}".rstrip()
+
+
 def made_by() -> dict[str, str]:
     """Versions and git commit of the running code; the commit is empty outside a git checkout."""
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--verify", "--quiet", "HEAD"]
@@ -82,6 +95,23 @@ def candidate_files(workdir: str | os.PathLike, precisions: Sequence[str | None]
     """The files of the candidates of some precisions (see `of_precision`), by default of all that there are."""
     names = [of_precision(CANDIDATES, precision) for precision in precisions]
     return [path for name in names for path in sorted(Path(workdir, name).glob("*.tflite"))]
+
+
+def best_weights(workdir: str | os.PathLike, stage: str) -> str:
+    """Path of the weights of a stage's best evaluation."""
+    return os.path.join(workdir, "checkpoints", stage, "best.npz")
+
+
+def trained_weights(workdir: str | os.PathLike) -> str:
+    """Path of the weights that a training came to: of stage 2, or of stage 1 where there is no other.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    for stage in ("stage2", "stage1"):
+        if os.path.exists(path := best_weights(workdir, stage)):
+            return path
+    raise FileNotFoundError(f"workdir: must hold trained weights, which `python -m mess_tf.train` makes, got {str(workdir)!r}")
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -33,6 +33,7 @@ def check_flags() -> None:
     """Raises ValueError where the flags ask for no training or for no search."""
     arguments.check_training()
     arguments.questions()
+    arguments.check_latency()
 
 
 if __name__ == "__main__":
@@ -61,6 +62,7 @@ from mess_runtime.terminal import is_answer, one_line
 from mess_tf import calibrate, configs, export_tflite, report, search, train
 from mess_tf.files import DEPLOYMENT, IMAGE_DECIDES, REGIONS_DECIDE, Asked, Deployment, candidate_files
 from mess_tf.network import originals
+from mess_tf.optimise import kernels
 from mess_tf.optimise.space import matching
 from mess_tf.region_candidates import BY_TRAINING, NONE, WITHOUT
 
@@ -122,7 +124,7 @@ class Pipeline:
           AdbError, BenchmarkError, ValueError: a later step could not be done.
         """
         check_writable("workdir", self.workdir, folder=True)
-        able = self.config.stage1.regions != NONE or self.asked.decide in (None, IMAGE_DECIDES)
+        able = self.config.stage1.regions != NONE or self.asked.decide != REGIONS_DECIDE
         check(able, "--decide", f"{IMAGE_DECIDES} without stage1.regions", self.asked.decide)
         asked, rows = self.question(), [dataclasses.asdict(row) for row in self.rows()]
         if self.latency is not None:
@@ -256,7 +258,7 @@ def summary(workdir: Path, deployment: Deployment) -> str:
     """What was chosen, and what to do with it."""
     return "\n".join(
         [
-            search.table(deployment),
+            search.table(deployment, kernels.compiled_s()),
             f"report: {report.page_path(workdir)}",
             f"run: python -m mess_runtime run {workdir / 'bundle'} PHOTO --output={workdir / 'masks'}",
         ]
@@ -277,7 +279,7 @@ def main() -> None:
     words = [f"--backend={','.join(asked[0].backends)}"] if asked[0].backends else []
     phones = android.parse(["run", f"--workdir={FLAGS.workdir}", *words, *FLAGS.android_flag]) if FLAGS.android else None
     config = train.resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
-    originals.check_flags(config)
+    originals.allow_flags()
     workdir, latency = Path(FLAGS.workdir), Path(FLAGS.latency) if FLAGS.latency else None
     pipeline = Pipeline(workdir, config, FLAGS.data_dir, asked[0], latency, phones, FLAGS.unsafe_loading)
     deployment = pipeline.run(FLAGS["from"].value)

@@ -5,23 +5,33 @@ which holds everything and needs nothing else: no other file, no network. What i
 and `pages/report.js` draws the charts and the image viewer. The tables need no JavaScript and hold the charts' values too.
 """
 
+import os
+
 from absl import flags
 
 from mess_tf import arguments, terminal
+from mess_tf.files import DEPLOYMENT, REGIONS, STATS, Deployment, Predicted, RegionStats, Stats, shown, unit
+
+
+def check_flags() -> None:
+    """Raises FileNotFoundError, ValueError where there is nothing to report."""
+    arguments.check_trained()
+    Deployment.load(os.path.join(flags.FLAGS.workdir, DEPLOYMENT))
+    arguments.check_latency()
+
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a training, with stats.npz and deployment.json", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_string("latency", "", "the latency.json that was searched; default: the workdir's")
     arguments.define_network_flags()
-    terminal.run("mess_tf.report", __doc__, arguments.check_workdir)
+    terminal.run("mess_tf.report", __doc__, check_flags)
 
 import base64
 import dataclasses
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +51,9 @@ from mess_tf.configs import IGNORE
 from mess_tf.data.examples import Examples, palette
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
-from mess_tf.files import DEPLOYMENT, REGIONS, STATS, Deployment, Predicted, RegionStats, Stats
 from mess_tf.graph import policy
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
-from mess_tf.network.originals import check_flags
+from mess_tf.network.originals import allow_flags
 from mess_tf.optimise import guarantee
 from mess_tf.optimise.regions import configuration_of, predict_regions, region_latencies, region_macs, select, taken_shares
 from mess_tf.optimise.search import front
@@ -76,11 +85,6 @@ def exit_of(candidate: str) -> str:
 def chain_of(deployment: Deployment) -> list[str]:
     """The chosen candidates, shallow to deep."""
     return [f"{choice.exit}.{choice.head}" for choice in deployment.exits]
-
-
-def unit(cost_name: str) -> tuple[str, float]:
-    """Unit in which a cost is shown, and the factor to it."""
-    return ("GMACs", 1e-9) if cost_name == "macs" else ("ms", 1.0)
 
 
 def css_colours(colours: Iterable[Sequence[int]]) -> list[str]:
@@ -409,8 +413,13 @@ def result(stats: Stats, outcome: Chosen, deployment: Deployment) -> list[dict[s
 def asked(deployment: Deployment) -> str:
     """What the search was to reach, and what is promised, in words."""
     objective, promise = deployment.constraint, deployment.guarantee
+    drop, share = (deployment.asked.max_drop_pp, deployment.asked.cost_share) if deployment.asked else (None, None)
     limits = [] if objective.min_miou is None else [f"an mIoU of at least {100 * objective.min_miou:.2f} %"]
-    limits += [f"{name} of at most {limit:.6g}" for name, limit in objective.limits.items()]
+    if drop is not None:  # the limit that it comes to is none where the original is no better than that
+        limits = [f"an mIoU {f'at most {drop:g} pp below' if drop >= 0 else f'at least {-drop:g} pp above'} the original's"]
+    for name, limit in objective.limits.items():
+        of_original = f", {share:g} of the original's" if share and name == deployment.predicted.cost_name else ""
+        limits.append(f"{name} of at most {shown(name, limit, 6)}{of_original}")
     words = f"Asked for {'the best mIoU' if objective.minimise is None else f'the least {objective.minimise}'}"
     words += f"{' with ' if limits else ''}{' and '.join(limits)}."
     if promise is not None:
@@ -565,5 +574,5 @@ def is_reported(workdir: str | os.PathLike) -> bool:
 
 
 def main() -> None:
-    check_flags(configs.load_config(FLAGS.workdir))
+    allow_flags()
     print(run(FLAGS.workdir, FLAGS.data_dir, FLAGS.latency))

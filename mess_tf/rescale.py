@@ -7,20 +7,27 @@ Which size is best for a device is then a matter of searching each folder with t
 
 from absl import flags
 
-from mess_tf import arguments, terminal
+from mess_tf import configs, terminal
+from mess_tf.files import trained_weights
+
+
+def check_flags() -> None:
+    """Raises FileNotFoundError, ValueError where --workdir is not trained."""
+    configs.load_config(flags.FLAGS.workdir)
+    trained_weights(flags.FLAGS.workdir)
+
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a training", required=True)
     flags.DEFINE_float("input_scale", None, "share of the input size", required=True)
     flags.DEFINE_string("output", None, "folder to make", required=True)
-    terminal.run("mess_tf.rescale", __doc__, arguments.check_workdir)
+    terminal.run("mess_tf.rescale", __doc__, check_flags)
 
 import os
 from pathlib import Path
 
 from mess_runtime.bundle import check, check_writable
 from mess_runtime.files import write_atomically
-from mess_tf import configs
 
 FLAGS = flags.FLAGS
 CHECKPOINTS = "checkpoints"
@@ -40,8 +47,7 @@ def rescale(workdir: Path, input_scale: float, output: Path) -> None:
     """
     config = configs.load_config(str(workdir))
     rescaled = configs.with_input_scale(config, input_scale)
-    if not (workdir / CHECKPOINTS).is_dir():
-        raise FileNotFoundError(f"workdir: must hold {CHECKPOINTS}, which `python -m mess_tf.train` makes, got {str(workdir)!r}")
+    trained_weights(workdir)
     check(not output.exists(), "output", "a folder that does not exist yet", str(output))
     check_writable("output", output, folder=True)
     output.mkdir(parents=True)

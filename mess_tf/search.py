@@ -5,8 +5,11 @@ stats (what each candidate did to each image) → costs → the optimum of the s
 the best of all is taken; see `optimise.combinations`.
 """
 
+import os
+
 from absl import flags
 
+from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, check, check_writable, file_sha256, read_json, write_json
 from mess_tf import arguments, tasks, terminal
 from mess_tf.files import FLEETS, SUM
 
@@ -18,6 +21,8 @@ def check_flags() -> None:
     terminal.check_left_out(values.all_devices, "device threads", "with --all_devices")
     terminal.check_left_out(values.max_bundles is None, "fleet", "without --max_bundles")
     arguments.questions()
+    check(os.path.isdir(values.workdir), "--workdir", "an existing folder", values.workdir)
+    arguments.check_latency()
 
 
 if __name__ == "__main__":
@@ -39,7 +44,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -48,7 +52,6 @@ from typing import Any
 
 import numpy as np
 
-from mess_runtime.bundle import ANYTIME, BUDGETED, FORMAT, INPUT_DEPENDENT, check, check_writable, file_sha256, read_json, write_json
 from mess_runtime.files import safe_name
 from mess_tf.files import (
     DEPLOYMENT,
@@ -62,22 +65,31 @@ from mess_tf.files import (
     RegionStats,
     Stats,
     of_precision,
+    shown,
+    unit,
 )
+from mess_tf.optimise import kernels
 from mess_tf.optimise.combinations import Option, Regional, choose, deployed, options_of, reference, sha256
 from mess_tf.optimise.fleet import Shared, Variant, share
 from mess_tf.optimise.search import InfeasibleError, resolve_objective
 from mess_tf.optimise.space import matching, original
 
 REASON_WIDTH = 120  # of the reason why a combination was not chosen, in the table
+SHOWN_S = 1.0  # of compiling; less is not worth a word
 FLEET = "fleet.json"
 
 
-def _unit(cost_name: str) -> tuple[str, float]:
-    return ("GMACs", 1e-9) if cost_name == "macs" else ("ms", 1.0)
+def _took(seconds: float, compiled_s: float) -> str:
+    return f"{seconds:.1f} s" + (f", compiled in {compiled_s:.0f} s before" if compiled_s > SHOWN_S else "")
 
 
-def table(deployment: Deployment) -> str:
-    """The chosen exits, and what they promise next to the original network."""
+def table(deployment: Deployment, compiled_s: float = 0.0) -> str:
+    """The chosen exits, and what they promise next to the original network.
+
+    Args:
+      deployment: that was found.
+      compiled_s: see `kernels.compiled_s`.
+    """
     confidence = "edge-aware" if deployment.edge_aware else "plain"
     lines = compared(deployment.combinations, deployment.predicted.cost_name) if len(deployment.combinations) > 1 else []
     lines.append(f"{'exit':<8}{'head':<24}{'theta_pix':>10}{'theta_img':>10}{'leave here':>12}")
@@ -85,12 +97,12 @@ def table(deployment: Deployment) -> str:
         pix, img = ("-" if theta is None else f"{theta:.4f}" for theta in (choice.theta_pix, choice.theta_img))
         lines.append(f"{choice.exit:<8}{choice.head:<24}{pix:>10}{img:>10}{rate:>12.1%}")
     predicted, reference = deployment.predicted, deployment.original
-    unit, scale = _unit(predicted.cost_name)
+    name, scale = unit(predicted.cost_name)
     if each := deployment.regions:
         cells = f"cells of {each.grid[0]}x{each.grid[1]} leave, budgets {', '.join(map(str, each.budgets))}, neighbours {each.neighbours}"
     lines += [
         f"{deployment.setting}, {confidence} confidence{f', {cells}' if each else ''}",
-        f"{'':<12}{'mIoU %':>10}{'mean ' + unit:>14}{'p90 ' + unit:>14}",
+        f"{'':<12}{'mIoU %':>10}{'mean ' + name:>14}{'p90 ' + name:>14}",
         f"{'original':<12}{100 * reference.miou:>10.2f}{scale * reference.cost:>14.4g}{scale * reference.cost:>14.4g}",
         f"{'predicted':<12}{100 * predicted.miou:>10.2f}{scale * predicted.cost_mean:>14.4g}{scale * predicted.cost_p90:>14.4g}",
         f"{'difference':<12}{100 * (predicted.miou - reference.miou):>+10.2f}{predicted.cost_mean / reference.cost:>13.3f}x"
@@ -99,10 +111,10 @@ def table(deployment: Deployment) -> str:
     low, high = (100 * value for value in predicted.miou_interval)
     cheap, dear = (scale * value for value in predicted.cost_interval)
     lines.append(
-        f"95 % of resamples of the {predicted.images} images: mIoU {low:.2f} to {high:.2f} %, mean {cheap:.4g} to {dear:.4g} {unit}"
+        f"95 % of resamples of the {predicted.images} images: mIoU {low:.2f} to {high:.2f} %, mean {cheap:.4g} to {dear:.4g} {name}"
     )
     lines += [
-        f"{name} {predicted.costs[name]:.6g}, at most {limit:.6g}"
+        f"{name} {shown(name, predicted.costs[name], 6)}, at most {shown(name, limit, 6)}"
         for name, limit in deployment.constraint.limits.items()
         if name in predicted.costs
     ]
@@ -116,16 +128,16 @@ def table(deployment: Deployment) -> str:
     cut = ", ".join(f"{count} by {rule}" for rule, count in certificate.cut_by_rule.items())
     scored = f"{certificate.scored} scored{f', cut {cut}' if cut else ''}"
     proven = "the optimum" if certificate.gap == 0 else f"within {certificate.gap:.6g} of the optimum, {certificate.open} left open"
-    lines.append(f"{certificate.covered} configurations: {scored}; {proven}; {certificate.seconds:.1f} s")
+    lines.append(f"{certificate.covered} configurations: {scored}; {proven}; {_took(certificate.seconds, compiled_s)}")
     return "\n".join(lines)
 
 
 def compared(rows: Sequence[Combination], cost_name: str) -> list[str]:
     """The best of each backend, precision and way to decide, and why it is not the one chosen."""
-    unit, scale = _unit(cost_name)
+    name, scale = unit(cost_name)
     decides = {row.decide for row in rows} != {IMAGE_DECIDES}
     who = f"{'decides':<9}" if decides else ""
-    lines = [f"{'backend':<9}{'':<6}{who}{'mIoU %':>8}{'mean ' + unit:>12}"]
+    lines = [f"{'backend':<9}{'':<6}{who}{'mIoU %':>8}{'mean ' + name:>12}"]
     for row in rows:
         figures = f"{'-':>8}{'-':>12}" if row.miou is None else f"{100 * row.miou:>8.2f}{scale * row.cost_mean:>12.4g}"
         why = textwrap.shorten(row.reason, REASON_WIDTH, placeholder=" ...") or "chosen"
@@ -136,17 +148,18 @@ def compared(rows: Sequence[Combination], cost_name: str) -> list[str]:
 
 def overview(rows: Sequence[tuple[str, Asked, Deployment | None]]) -> str:
     """One line per row of `run_table`."""
-    lines = [f"{'device':<24}{'constraint':<28}{'mIoU %':>8}{'mean':>12}{'':<6} {'original':>9}  exits"]
+    units = {unit(deployment.predicted.cost_name) for _, _, deployment in rows if deployment is not None}
+    mean = " ".join(["mean", *(name for name, _ in units)])  # of one kind of cost
+    lines = [f"{'device':<24}{'constraint':<28}{'mIoU %':>8}{mean:>12} {'original':>9}  exits"]
     for device, each, deployment in rows:
         asked = ", ".join(f"{name}={value:g}" for name, value in each.constraint.items() if isinstance(value, float))
         if deployment is None:
             lines.append(f"{device:<24}{asked:<28}  out of reach")
             continue
         predicted = deployment.predicted
-        unit, scale = _unit(predicted.cost_name)
         exits = " + ".join(f"{choice.exit}.{choice.head}" for choice in deployment.exits)
         share = predicted.cost_mean / deployment.original.cost
-        figures = f"{100 * predicted.miou:>8.2f}{scale * predicted.cost_mean:>12.4g} {unit:<5} {share:>8.3f}x"
+        figures = f"{100 * predicted.miou:>8.2f}{unit(predicted.cost_name)[1] * predicted.cost_mean:>12.4g} {share:>8.3f}x"
         several = len({(row.backend, row.precision) for row in deployment.combinations}) > 1
         chosen = f", {deployment.precision} on {deployment.backend}" if several else ""
         chosen += ", regions" if deployment.regions else ""
@@ -339,11 +352,11 @@ def run_fleet(
     }
     about = {name: getattr(shared, name) for name in ("value", "bound", "divisions", "groups", "seconds")}
     write_json(folder / FLEET, {"format": FORMAT, "fleet": fleet, "max_bundles": most, **about, "devices": of_devices})
-    return fleet_table([*asked], shared, fleet, alone)
+    return fleet_table([*asked], shared, fleet, alone, kernels.compiled_s())
 
 
-def fleet_table(devices: Sequence[str], shared: Shared, fleet: str, originals: Sequence[float]) -> str:
-    """Which device gets which bundle; `originals`: ms of the fastest original network on each."""
+def fleet_table(devices: Sequence[str], shared: Shared, fleet: str, originals: Sequence[float], compiled_s: float = 0.0) -> str:
+    """Which device gets which bundle; `originals`: ms of the fastest original network on each; `compiled_s`: as of `table`."""
     lines = [f"{'device':<32}{'bundle':>8}{'mean ms':>12}{'original':>12}"]
     for name, number, cost in zip(devices, shared.bundle_of, originals, strict=True):
         lines.append(f"{name:<32}{number + 1:>8}{shared.bundles[number].latencies[devices.index(name)]:>12.4g}{cost:>12.4g}")
@@ -353,7 +366,7 @@ def fleet_table(devices: Sequence[str], shared: Shared, fleet: str, originals: S
     proven = "the optimum" if shared.value == shared.bound else f"within {shared.value - shared.bound:.4g} ms of the optimum"
     lines.append(
         f"{'total' if fleet == SUM else 'largest'} {shared.value:.4g} ms; {shared.divisions} divisions of {len(devices)} devices, "
-        f"{shared.groups} groups searched; {proven}; {shared.seconds:.1f} s"
+        f"{shared.groups} groups searched; {proven}; {_took(shared.seconds, compiled_s)}"
     )
     return "\n".join(lines)
 
@@ -375,7 +388,6 @@ def main() -> None:
     """The command; see the flags."""
     values = flags.FLAGS
     tasks.check_installed(values.ray)
-    check(os.path.isdir(values.workdir), "--workdir", "an existing folder", values.workdir)
     devices = _of_devices(arguments.questions(), values.latency, values.all_devices)
     questions = [*itertools.chain(*devices.values())]
     if values.max_bundles is not None:
@@ -403,5 +415,5 @@ def main() -> None:
     output = Path(values.output or os.path.join(values.workdir, DEPLOYMENT))
     check_writable("--output", output)
     deployment = run(values.workdir, asked, values.latency, output)
-    print(table(deployment))
+    print(table(deployment, kernels.compiled_s()))
     print(output)

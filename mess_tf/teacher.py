@@ -17,7 +17,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "file to write, .npz", required=True)
     flags.DEFINE_string("data_dir", "", "root of the data; default: where training found it")
     flags.DEFINE_list("scales", [f"{scale:g}" for scale in SCALES], "image sizes, as shares of each network's own backbone.input_scale")
-    terminal.run("mess_tf.teacher", __doc__)
+    terminal.run("mess_tf.teacher", __doc__, lambda: arguments.check_trained(*flags.FLAGS.workdirs))
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ from mess_tf.data.pipelines import SOFT_STRIDE, network_input
 from mess_tf.data.sources import open_split
 from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.network.model import load_network
-from mess_tf.network.originals import check_flags
+from mess_tf.network.originals import allow_flags
 
 FLAGS = flags.FLAGS
 
@@ -95,5 +95,5 @@ def run(workdirs: Sequence[str], output: str, data_dir: str = "", scales: Sequen
 
 
 def main() -> None:
-    check_flags(*map(configs.load_config, FLAGS.workdirs))
+    allow_flags()
     print(run(FLAGS.workdirs, FLAGS.output, FLAGS.data_dir, terminal.numbers("scales")))

@@ -78,6 +78,7 @@ def _own() -> dict[str, flags.Flag]:
 
 def _parse(words: list[str]) -> None:
     own = _own()
+    terminal.know_flags(own)
     names = [f"--{name}" for name in own]
     try:
         others = flags.FLAGS(words)[1:]

@@ -9,14 +9,22 @@ last checkpoint if there is one. WORKDIR/config.json keeps the resolved configur
 from absl import flags
 
 from mess_tf import arguments, terminal
-from mess_tf.configs import STRATEGIES
+from mess_tf.configs import STRATEGIES, check_strategy
+from mess_tf.files import best_weights
+
+
+def check_arguments() -> None:
+    """Raises ValueError where the flags ask for no training, or for data or devices that are not there."""
+    arguments.check_training()
+    check_strategy(flags.FLAGS.strategy)
+
 
 if __name__ == "__main__":
     arguments.define_network_flags()
     arguments.define_training_flags()
     flags.DEFINE_enum("stages", "both", ["stage1", "both"], "stages to run")
     flags.DEFINE_enum("strategy", "none", STRATEGIES, "devices: one, all GPUs here, all GPUs of the machines in TF_CONFIG, or a TPU")
-    terminal.run("mess_tf.train", __doc__, arguments.check_training)
+    terminal.run("mess_tf.train", __doc__, check_arguments)
 
 import dataclasses
 import hashlib
@@ -41,8 +49,8 @@ from mess_tf.data.sources import open_split, open_training
 from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.costs import uncounted_layers
-from mess_tf.network.model import MultiExitNetwork, best_weights, build_network
-from mess_tf.network.originals import check_flags, load_original
+from mess_tf.network.model import MultiExitNetwork, build_network
+from mess_tf.network.originals import allow_flags, load_original
 from mess_tf.network.replicas import count, open_strategy, own_replicas
 
 FLAGS = flags.FLAGS
@@ -337,5 +345,5 @@ def forget(workdir: str | os.PathLike, config: Config) -> None:
 
 def main() -> None:
     config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
-    check_flags(config)
+    allow_flags()
     print(run_on(FLAGS.strategy, FLAGS.workdir, config, FLAGS.stages))

@@ -77,7 +77,7 @@ def test_no_exit_is_before_the_first_convolution():
 
 def test_too_many_exits_are_an_error():
     assert len(names(residual_chain([1] * 4), 5)) == 4
-    with pytest.raises(ValueError, match=r"exits\.count: plain has 3 block boundaries, so at most 4, got 7"):
+    with pytest.raises(ValueError, match=r"exits\.count: plain has 3 block boundaries, so at most 4 \(--set exits\.count=4\), got 7"):
         names(plain_chain(4), 7)
 
 
@@ -158,7 +158,7 @@ def test_what_bypasses_a_layer_is_named():
     message = r"exits\.layers: must be some .*; the path through meaning0 -> meaning1 -> .* bypasses 'detail1'"
     with pytest.raises(ValueError, match=message):
         find_exit_points(two_branches(), ["detail1", "meaning1"], (96, 128))
-    message = r"exits\.count: two has 4 block boundaries, so at most 5, got 9"
+    message = r"exits\.count: two has 4 block boundaries, so at most 5 \(--set exits\.count=5\), got 9"
     with pytest.raises(ValueError, match=message):
         find_exit_points(two_branches(), 9, (96, 128))
 

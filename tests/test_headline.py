@@ -11,7 +11,8 @@ import tensorflow as tf
 from benchmarks import headline, statics
 from benchmarks.headline import Measured
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig
-from mess_tf.network.model import best_weights, build_network
+from mess_tf.files import best_weights
+from mess_tf.network.model import build_network
 
 
 def measured(latency_ms, right, pixels=100) -> Measured:

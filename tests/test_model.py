@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
+from mess_tf.files import best_weights
 from mess_tf.network.costs import graph_nodes, model_cost
-from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
+from mess_tf.network.model import FINAL, MultiExitNetwork, build_network, convert, load_network
 
 LAYERS = keras.layers
 SIZE = (32, 64)
@@ -458,12 +459,18 @@ def grey() -> keras.Model:
         (two_outputs, r"model: must map one image"),
         (classifier, r"model: must map one image .*\(None, 5\)\]"),
         (grey, r"model: must map one image .*\(None, 32, 64, 1\)"),
-        (plain_network, r"exits\.count: plain has 8 block boundaries, so at most 9, got 20"),
+        (plain_network, r"exits\.count: plain has 8 block boundaries, so at most 9 \(--set exits\.count=9\), got 20"),
     ],
 )
 def test_models_that_cannot_be_converted_are_errors(build, message):
     with pytest.raises(ValueError, match=message):
         convert(build(), 20, SIZE)
+
+
+@pytest.mark.parametrize("exits", [-1, 0, 1])
+def test_a_network_has_two_exits_or_more(exits):
+    with pytest.raises(ValueError, match=rf"^exits: must be at least 2, the final one included, or names of layers, got {exits}$"):
+        convert(plain_network(), exits, SIZE)
 
 
 def test_input_scale_resizes_inside_the_network_with_the_same_weights():

@@ -88,7 +88,7 @@ def test_a_network_of_another_size_is_an_error(tmp_path):
     image, x = trunk((64, 64))
     model = keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(x), name="square")
     message = r"backbone\.weights: '.*mine\.keras': input_size: must be \(64, 64\), the only one that square takes, got \(32, 48\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"{message}; --set data\.input_size=\[64,64\] is that"):
         from_file(model, tmp_path)
     image, x = trunk(SIZE)
     keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(x)).save(tmp_path / "fixed.keras")

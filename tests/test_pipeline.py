@@ -24,8 +24,7 @@ from mess_runtime.bundle import Bundle, file_sha256
 from mess_runtime.files import locked
 from mess_tf import calibrate, configs, evaluate, pipeline, tasks, train
 from mess_tf.data.synthetic import SYNTHETIC_CLASSES
-from mess_tf.files import Asked, Deployment, Stats
-from mess_tf.network.model import best_weights
+from mess_tf.files import Asked, Deployment, Stats, best_weights
 from mess_tf.pipeline import STEPS, Pipeline, StepError
 
 ASKED = Asked(cost_share=0.9)

@@ -23,9 +23,9 @@ from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
 from mess_tf.export_tflite import run_candidates, run_deployment
-from mess_tf.files import Asked, Deployment, Objective, Original, RegionStats, Stats
+from mess_tf.files import Asked, Deployment, Objective, Original, RegionStats, Stats, best_weights
 from mess_tf.graph.policy import decide, decide_by_cell
-from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights, build_network
+from mess_tf.network.model import FINAL, MultiExitNetwork, build_network
 from mess_tf.network.regions import segments_on_grid
 from mess_tf.optimise.regions import configuration_of, predict_regions, region_macs, search_regions, select, taken_shares
 from mess_tf.optimise.search import InfeasibleError
@@ -354,9 +354,13 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
     rows = [row for row in json.loads(latency.read_text())["rows"] if not row["submodel"].endswith(f"{FINAL}.2")]
     write_json(tmp_path / "latency.json", {**json.loads(latency.read_text()), "rows": rows})
     with pytest.raises(ValueError, match=r"decide: must be image, since latency.json: must have a row .* missing are region.exit1.*\.2"):
-        search.run(folder, Asked(min_miou=0.0, decide="best"), tmp_path / "latency.json", output)
-    without = search.run(folder, Asked(min_miou=0.0), tmp_path / "latency.json", output)
-    assert [row.reason != "" for row in without.combinations] == [False, True] and without.regions is None
+        search.run(folder, Asked(min_miou=0.0, decide="regions"), tmp_path / "latency.json", output)
+    for who in ("best", None):
+        without = search.run(folder, Asked(min_miou=0.0, decide=who), tmp_path / "latency.json", output)
+        assert [row.reason != "" for row in without.combinations] == [False, True] and without.regions is None
+        _, chosen, left_out, *_ = search.table(without).splitlines()
+        assert chosen.split()[2] == "image"
+        assert re.fullmatch(r"xnnpack +fp32 +regions +- +-  latency\.json: must have a row for every submodel .* \.\.\.", left_out)
 
 
 def test_pipeline_knows_what_regions_need(made, tmp_path):
@@ -373,8 +377,9 @@ def test_pipeline_knows_what_regions_need(made, tmp_path):
     (tmp_path / "work" / "candidates" / "regions.json").unlink()
     assert done("regions") == [] and done("image") == ["candidates", "calibrate"]
     plain = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, regions="none"))
-    with pytest.raises(ValueError, match=r"--decide: must be image without stage1\.regions, got 'best'"):
-        Pipeline(tmp_path / "work", plain, "", Asked(min_miou=0.0, decide="best"), latency).check()
+    with pytest.raises(ValueError, match=r"--decide: must be image without stage1\.regions, got 'regions'"):
+        Pipeline(tmp_path / "work", plain, "", Asked(min_miou=0.0, decide="regions"), latency).check()
+    Pipeline(tmp_path / "work", plain, "", Asked(min_miou=0.0, decide="best"), latency).check()
 
 
 def test_prediction_is_what_the_bundle_does_and_the_report_says(made, stats, tmp_path, monkeypatch):

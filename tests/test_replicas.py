@@ -20,12 +20,13 @@ from mess_tf.configs import Config, DataConfig, StageConfig
 from mess_tf.data.pipelines import training_batches
 from mess_tf.data.sources import open_split
 from mess_tf.data.synthetic import SYNTHETIC_CLASSES
+from mess_tf.files import best_weights
 from mess_tf.learning.logs import Log
 from mess_tf.learning.stage import check_start
 from mess_tf.learning.steps import make_optimizer, update
 from mess_tf.network.evaluation import confusion_matrices, keras_predictor
 from mess_tf.network.layers import BatchNormalization
-from mess_tf.network.model import best_weights, load_network
+from mess_tf.network.model import load_network
 from mess_tf.network.replicas import on_replicas, open_strategy
 
 # Stage 1: 20 steps, checkpoints at 8, 16 and 20. Stage 2: 2 steps. The images to evaluate do not come out even on two replicas.
@@ -222,13 +223,21 @@ def test_two_processes_train_as_one_does(folder):
     assert found == expected | {"config.json", "training.json"}
 
 
-def test_what_there_is_no_device_for_is_refused(monkeypatch):
+def test_what_there_is_no_device_for_is_refused(monkeypatch, tmp_path):
     for text in ("", "{}", '{"cluster":{"worker":["localhost:1"]},"task":{"type":"worker","index":0}}', "[1]"):
         monkeypatch.setenv("TF_CONFIG", text)
         with pytest.raises(ValueError, match=r'^TF_CONFIG: must be \{"cluster":\{"worker":\["HOST:PORT",\.\.\.\]\}.*, got '):
             open_strategy("multi_worker")
     with pytest.raises(ValueError, match=r"^--strategy: must be one of none, mirrored, multi_worker, tpu, got 'both'"):
         open_strategy("both")
+    vendor = tmp_path / "0000:00:04.0" / "vendor"
+    vendor.parent.mkdir()
+    vendor.write_text("0x8086\n")
+    monkeypatch.setattr(configs, "PCI", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^--strategy: must be none or mirrored on a machine without a TPU, got 'tpu'$"):
+        configs.check_strategy("tpu")
+    vendor.write_text("0x1ae0\n")
+    configs.check_strategy("tpu")
 
 
 def test_batches_of_processes_and_replicas_make_up_the_batch():

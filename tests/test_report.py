@@ -23,8 +23,8 @@ from mess_tf import configs, metrics, report
 from mess_tf.calibrate import calibrate
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig
 from mess_tf.data.sources import open_split
-from mess_tf.files import Combination, Deployment, ExitChoice, Stats
-from mess_tf.network.model import best_weights, build_network
+from mess_tf.files import Asked, Combination, Deployment, ExitChoice, Objective, Stats, best_weights
+from mess_tf.network.model import build_network
 from mess_tf.optimise import guarantee
 from mess_tf.optimise.search import resolve_objective, search
 from mess_tf.optimise.space import evaluate_configuration, macs_costs, original, predict
@@ -264,6 +264,21 @@ def test_backend_and_precision_that_were_chosen_are_named(searched):
     assert report.choice(chosen).startswith(words)
     assert report.choice(dataclasses.replace(chosen, backend=None, combinations=())) == "Runs in fp16."
     assert report.choice(dataclasses.replace(chosen, backend=None, precision="", combinations=())) == ""
+
+
+@pytest.mark.parametrize(
+    ("constraint", "words"),
+    [
+        ({"max_drop_pp": 100.0}, "Asked for the least macs with an mIoU at most 100 pp below the original's."),
+        ({"max_drop_pp": -0.5}, "Asked for the least macs with an mIoU at least 0.5 pp above the original's."),
+        ({"min_miou": 0.0}, "Asked for the least macs with an mIoU of at least 0.00 %."),
+        ({"cost_share": 0.4}, "Asked for the best mIoU with macs of at most 0.002 GMACs, 0.4 of the original's."),
+        ({"max_cost": 2e6}, "Asked for the best mIoU with macs of at most 0.002 GMACs."),
+    ],
+)
+def test_what_was_asked_is_said_as_it_was_asked(searched, constraint, words):
+    objective = Objective("macs", 0.0) if {*constraint} & {"max_drop_pp", "min_miou"} else Objective(limits={"macs": 2e6})
+    assert report.asked(dataclasses.replace(searched[1], asked=Asked(**constraint), constraint=objective, guarantee=None)) == words
 
 
 def test_a_search_in_other_statistics_is_an_error(workdir, tmp_path):

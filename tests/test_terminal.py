@@ -73,7 +73,7 @@ LINES = {
         rf"(original|predicted) +{NUMBER} +\S+ +\S+",
         rf"difference +[+]?{NUMBER} +{NUMBER}x +{NUMBER}x",
         rf"95 % of resamples of the 2 images: mIoU {NUMBER} to {NUMBER} %, mean \S+ to \S+ ms",
-        r"\d+ configurations: \d+ scored, cut (\d+ by \w+(, )?)+; the optimum; \d+\.\d s",
+        r"\d+ configurations: \d+ scored, cut (\d+ by \w+(, )?)+; the optimum; \d+\.\d s(, compiled in \d+ s before)?",
     ),
     "bundle": (),
     "report": (),
@@ -375,7 +375,6 @@ def test_wrong_arguments_are_one_line(command, tmp_path, monkeypatch, words, lin
 LEFT_OUT = "must be left out"
 NO_JSON = "must be a folder that can be written to, not a .json file"
 NO_TWINS = "must be such that no two rows of the table have a file of one name"
-NOT_OURS = "must be a folder that is new, empty or of an earlier export, with litertjs in it"
 NO_FOLDER = "must be a file in a folder that exists and can be written to, got 'no/where.npz'"
 
 
@@ -411,9 +410,9 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         (
             "search",
             ["--max_cost=5", "--limit=macs_p90=3", "--limit=macs_p90=4"],
-            "limit: must be given once for macs_p90, got ['macs_p90=3', 'macs_p90=4']",
+            "--limit: must be given once for macs_p90, got ['macs_p90=3', 'macs_p90=4']",
         ),
-        ("search", ["--max_cost=5", "--limit=macs_p90=nan"], "limit: macs_p90: must be above 0 and finite, got 'nan'"),
+        ("search", ["--max_cost=5", "--limit=macs_p90=nan"], "--limit: macs_p90: must be above 0 and finite, got 'nan'"),
         ("search", ["--max_drop_pp=1,b"], "--max_drop_pp: must be numbers with commas between, got '1,b'"),
         ("search", ["--max_cost=1", "--output=no/where.npz"], f"--output: {NO_FOLDER}"),
         ("search", ["--max_cost=1", "--workdir=V"], "--workdir: must be an existing folder, got 'V'"),
@@ -431,22 +430,20 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
             ["--deployment=D", "--target=mediapipe", "--output=O", "--litertjs=L"],
             f"--litertjs: {LEFT_OUT} without --target=web, got 'L'",
         ),
-        ("export_tflite", ["--deployment=D", "--target=web", "--output=W"], f"--output: {NOT_OURS}, got 'W'"),
         (
             "export_tflite",
             ["--candidates", "--precision=fp16", "--precisions=int8"],
             f"--precision: {LEFT_OUT} with --precisions, got 'fp16'",
         ),
         ("export_tflite", ["--deployment=D", "--precisions=int8"], f"--precisions: {LEFT_OUT} without --candidates, got ['int8']"),
-        ("export_tflite", ["--candidates", "--precisions=fp8"], "precisions: must be of fp32, fp16, int8, got 'fp8'"),
-        ("calibrate", ["--theta_pix=0.9,0.5"], "theta_pix: must be increasing numbers in [0, 1], got [0.9, 0.5]"),
+        ("export_tflite", ["--candidates", "--precisions=fp8"], "--precisions: must be of fp32, fp16, int8, got 'fp8'"),
+        ("calibrate", ["--theta_pix=0.9,0.5"], "--theta_pix: must be increasing numbers in [0, 1], got [0.9, 0.5]"),
         ("calibrate", ["--theta_pix=high"], "--theta_pix: must be numbers with commas between, got 'high'"),
         ("evaluate", ["--data_dir=D"], f"--data_dir: {LEFT_OUT} with synthetic data, got 'D'"),
-        ("evaluate", [], "workdir: must hold trained weights, which `python -m mess_tf.train` makes, got 'W'"),
+        ("evaluate", [], "--workdir: must hold trained weights, which `python -m mess_tf.train` makes, got 'W'"),
         ("train", ["--set=data.input_size=96,128"], "data.input_size: must be a list, written like [1,2], got '96,128'"),
         ("train", ["--recipe=smok"], "--recipe: must be a known name, nearest ['smoke', 'demo'], got 'smok'"),
-        ("report", [], "W/deployment.json: must exist, `python -m mess_tf.search` makes it, got no such file"),
-        ("rescale", ["--input_scale=0.5", "--output=W"], "workdir: must hold checkpoints, which `python -m mess_tf.train` makes, got 'W'"),
+        ("train", ["--set=stage1.epochs=1.5"], "stage1.epochs: must be an integer, got 1.5"),
         ("rescale", ["--input_scale=big", "--output=O"], "--input_scale: must be a number, got 'big'"),
     ],
 )
@@ -466,7 +463,10 @@ def test_other_commands_say_it_too(command, tmp_path, monkeypatch):
     assert command(*folded) == (1, "", f"mess_tf.pretrained: --folded: {LEFT_OUT} without --network=mobilenet_v2, got 'a.npz'\n")
     Path("W").mkdir()
     Path("W", "config.json").write_text(configs.to_json(configs.RECIPES["smoke"]))
-    assert command("teacher", "--workdirs=W", "--output=no/where.npz")[2] == f"mess_tf.teacher: output: {NO_FOLDER}\n"
+    weights = Path("W", "checkpoints", "stage1", "best.npz")
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    assert command("teacher", "--workdirs=W", "--output=no/where.npz")[2] == f"mess_tf.teacher: --output: {NO_FOLDER}\n"
     Path("W", "config.json").write_text("{")
     code, _, err = command("evaluate", "--workdir=W")
     assert code == 1 and err.startswith("mess_tf.evaluate: W/config.json: config.json: must be JSON, got ") and err.count("\n") == 1
@@ -475,7 +475,7 @@ def test_other_commands_say_it_too(command, tmp_path, monkeypatch):
 def test_two_trainings_do_not_share_a_folder(command, tmp_path):
     with locked(tmp_path / "checkpoints"):
         code, _, err = command("train", f"--workdir={tmp_path}", "--recipe=smoke")
-    assert code == 1 and err == f"mess_tf.train: workdir: must be no other training's, which is still running, got '{tmp_path}'\n"
+    assert code == 1 and err == f"mess_tf.train: --workdir: must be no other training's, which is still running, got '{tmp_path}'\n"
 
 
 def test_a_fault_of_a_command_shows_its_traceback(command, tmp_path, monkeypatch):
@@ -512,14 +512,40 @@ for command, *words in [line.split() for line in sys.stdin]:
         "export_tflite --workdir=W",
         "evaluate --workdir=nowhere",
     ]
-    lines = [f"{name} {words}" for name in names for words in ("--help", "--workdir=W --slip")] + together
+    root = "the existing root folder of 'folder' data"
+    trained = "which `python -m mess_tf.train` makes, got 'new'"
+    of_files = {
+        **{f"{name} --workdir=new": f"--workdir: must hold trained weights, {trained}" for name in ("calibrate", "evaluate", "report")},
+        "export_tflite --workdir=new --candidates": f"--workdir: must hold trained weights, {trained}",
+        "rescale --workdir=new --input_scale=0.5 --output=O": f"--workdir: must hold trained weights, {trained}",
+        "teacher --workdirs=new --output=O": f"workdir: must hold trained weights, {trained}",
+        "report --workdir=old": "old/deployment.json: must exist, `python -m mess_tf.search` makes it, got no such file",
+        "report --workdir=old --data_dir=/nope": "--data_dir: must be left out with synthetic data, got '/nope'",
+        "export_tflite --workdir=old --deployment=D": "D: must exist, `python -m mess_tf.search` makes it, got no such file",
+        "export_tflite --bundle=wrong --target=web --output=O": "wrong: must be a bundle, ",
+        "search --workdir=old --latency=L --max_cost=1": "--latency: must be a latency.json, ",
+        "pipeline --workdir=W --latency=old/config.json --max_cost=1": "--latency: must be a latency.json, ",
+        "search --workdir=V --max_cost=1": "--workdir: must be an existing folder, got 'V'",
+        "train --workdir=W --recipe=camvid_lite0 --data_dir=/nope": f"--data_dir: must be {root}, got '/nope'",
+        "pipeline --workdir=W --recipe=camvid_lite0 --max_cost=1": f"--data_dir: must be {root}, got ''",
+        "train --workdir=W --strategy=multi_worker": "TF_CONFIG: must be ",
+        "train --workdir=W --strategy=tpu": "--strategy: must be none or mirrored on a machine without a TPU, got 'tpu'",
+    }
+    for name in ("new", "old"):
+        Path(tmp_path, name).mkdir()
+        Path(tmp_path, name, "config.json").write_text(configs.to_json(configs.RECIPES["smoke"]))
+    weights = Path(tmp_path, "old", "checkpoints", "stage1", "best.npz")
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    lines = [f"{name} {words}" for name in names for words in ("--help", "--workdir=W --slip")] + together + [*of_files]
     done = subprocess.run(
         [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == [
-        f"mess_tf.{line.split()[0]}" for line in lines if "--help" not in line
-    ]
+    said = done.stderr.splitlines()
+    assert [line.partition(":")[0] for line in said] == [f"mess_tf.{line.split()[0]}" for line in lines if "--help" not in line]
+    for line, wanted in zip(said[-len(of_files) :], of_files.values(), strict=True):
+        assert line.partition(": ")[2].startswith(wanted)
 
 
 def test_help_lists_the_flags_of_the_command_alone(command):

@@ -20,6 +20,7 @@ from mess_tf import configs, train
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec, StageConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.sources import open_split
+from mess_tf.files import best_weights
 from mess_tf.learning import steps
 from mess_tf.learning.losses import class_weights
 from mess_tf.learning.stage import LOGIT_SHARES
@@ -27,7 +28,7 @@ from mess_tf.learning.steps import gradients, safe_convolutions
 from mess_tf.metrics import class_counts, confusion_matrix, miou
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.layers import BatchNormalization
-from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights, build_network, convert, load_network
+from mess_tf.network.model import FINAL, MultiExitNetwork, build_network, convert, load_network
 from mess_tf.network.regions import ActiveSegment
 from mess_tf.rescale import rescale
 

@@ -12,12 +12,13 @@ from mess_runtime.bundle import check
 from mess_tf.configs import Config, StageConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, training_batches
+from mess_tf.files import best_weights
 from mess_tf.learning.logs import Log
 from mess_tf.learning.losses import class_weights
 from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.learning.steps import heads_step, learning_rate, make_optimizer, network_step
 from mess_tf.network.evaluation import accuracies, confusion_matrices, keras_predictor
-from mess_tf.network.model import FINAL, MultiExitNetwork, best_weights
+from mess_tf.network.model import FINAL, MultiExitNetwork
 from mess_tf.network.replicas import count, share_statistics
 
 LOG_STEPS = 10

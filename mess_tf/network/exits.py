@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
+from mess_runtime.bundle import check
 from mess_tf.configs import HeadSpec
 from mess_tf.network.costs import Node, graph_nodes, with_input_size
 from mess_tf.network.layers import BatchNormalization, ResizeLike
@@ -61,9 +62,10 @@ def find_exit_points(network: keras.Model, exits: int | Sequence[str], input_siz
       input_size: (height, width) in pixels for which the workload is counted.
 
     Raises:
-      ValueError: if the graph has too few boundaries, or a layer that is named is not passed by every path, or out of order, or two maps
-        that a layer joins differ in size, as a U-Net's where a side cannot be halved.
+      ValueError: for fewer than 2 exits; if the graph has too few boundaries, or a layer that is named is not passed by every path, or out
+        of order, or two maps that a layer joins differ in size, as a U-Net's where a side cannot be halved.
     """
+    check(not isinstance(exits, int) or exits >= 2, "exits", "at least 2, the final one included, or names of layers", exits)
     nodes = graph_nodes(with_input_size(network, input_size))
     if unfit := _unfit(nodes):
         hint = ""
@@ -164,8 +166,9 @@ def _end_with_boundaries(nodes: list[Node], needed: int, name: str) -> tuple[Nod
     inside = {node.name for node in _dominators(nodes, end)}
     bypassed = [node for node in nodes if node.name in _before({each.name: each for each in nodes}, end.name) - inside and node.macs]
     hint = f"; {_bypass(nodes, end, max(bypassed, key=lambda node: node.macs).name)}" if bypassed else ""
-    count = len(boundaries)
-    raise ValueError(f"exits.count: {name} has {count} block boundaries, so at most {count + 1}, got {needed + 1}{hint}")
+    most = len(boundaries) + 1
+    most = f"at most {most} (--set exits.count={most})" if boundaries else "it takes no early exit"
+    raise ValueError(f"exits.count: {name} has {len(boundaries)} block boundaries, so {most}, got {needed + 1}{hint}")
 
 
 def _end_behind(nodes: list[Node], names: Sequence[str]) -> Node:

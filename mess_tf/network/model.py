@@ -11,7 +11,7 @@ import numpy as np
 
 from mess_runtime.files import write_atomically
 from mess_tf.configs import Config, HeadSpec, with_own_original
-from mess_tf.files import read_arrays
+from mess_tf.files import best_weights, read_arrays, trained_weights
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.costs import graph_nodes
 from mess_tf.network.exits import TAP, ExitPoint, build_head, build_rest, copy_rest, final_point, find_exit_points
@@ -216,14 +216,14 @@ def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[in
 
     Raises:
       ValueError: for a model that is not functional, has other inputs or outputs, layers that are channels_first or weights that are not
-        float32, was made for another size only, or has too few cut points.
+        float32, was made for another size only, or has too few cut points; for fewer than 2 exits.
     """
     original, renamed = plain_original(model, output)
     size = tuple(original.input.shape[1:3])
     if any(side not in (None, wanted) for side, wanted in zip(size, input_size, strict=True)):
-        raise ValueError(
-            f"input_size: must be {size}, the only one that {model.name} takes, got {input_size}; keras.Input((None, None, 3)) takes any"
-        )
+        fitting = ",".join(str(side or wanted) for side, wanted in zip(size, input_size, strict=True))
+        hint = f"--set data.input_size=[{fitting}] is that; keras.Input((None, None, 3)) takes any"
+        raise ValueError(f"input_size: must be {size}, the only one that {model.name} takes, got {tuple(input_size)}; {hint}")
     exits = exits if isinstance(exits, int) else [renamed.get(name, name) for name in exits]
     return MultiExitNetwork(original, find_exit_points(original, exits, input_size), input_size=input_size)
 
@@ -254,9 +254,11 @@ def build_network(config: Config, num_classes: int, own: keras.Model | None = No
     try:
         network = convert(original, config.exits.layers or config.exits.count, config.data.input_size, config.backbone.output)
     except ValueError as error:
-        if config.backbone.name != "keras_file" or str(error).startswith(("exits.", "backbone.")):
+        if config.backbone.name != "keras_file":
             raise
-        raise ValueError(f"backbone.weights: {config.backbone.weights!r}: {error}") from error
+        path = repr(config.backbone.weights)
+        names_field = str(error).startswith(("exits.", "backbone."))
+        raise ValueError(f"{error}; the network is {path}" if names_field else f"backbone.weights: {path}: {error}") from error
     if network.num_classes != num_classes:
         path, received = config.backbone.weights, network.num_classes
         raise ValueError(f"backbone.weights: {path!r} must have the data's {num_classes} classes, got {received}")
@@ -271,19 +273,6 @@ def build_network(config: Config, num_classes: int, own: keras.Model | None = No
     scaled = [32 * max(1, round(config.backbone.input_scale * side / 32)) for side in config.data.input_size]
     resized = keras.Model(image, network.original(keras.ops.image.resize(image, scaled)), name=original.name)
     return convert(resized, [point.tap.name for point in network.exit_points], config.data.input_size)  # the same exits at every scale
-
-
-def best_weights(workdir: str | os.PathLike, stage: str) -> str:
-    """Path of the weights of a stage's best evaluation."""
-    return os.path.join(workdir, "checkpoints", stage, "best.npz")
-
-
-def trained_weights(workdir: str | os.PathLike) -> str:
-    """Path of the weights that a training came to: of stage 2, or of stage 1 where there is no other."""
-    for stage in ("stage2", "stage1"):
-        if os.path.exists(path := best_weights(workdir, stage)):
-            return path
-    raise FileNotFoundError(f"workdir: must hold trained weights, which `python -m mess_tf.train` makes, got {str(workdir)!r}")
 
 
 def weights_sha256(arrays: Mapping[str, np.ndarray]) -> str:

@@ -10,8 +10,6 @@ import keras
 from absl import flags
 
 from mess_runtime.bundle import check
-from mess_tf import terminal
-from mess_tf.configs import Config
 from mess_tf.network.costs import Node, graph_nodes
 from mess_tf.network.layers import LogProbability, TwoClasses
 
@@ -20,14 +18,8 @@ _RESERVED = re.compile(r"image|pixels|logits|mask|confident_pixels|sure|cells|ta
 HALF = ("float16", "bfloat16")
 
 
-def check_flags(*trainings: Config) -> None:
-    """Does what the flags --import and --unsafe_loading ask for, see `allow`.
-
-    Raises:
-      ValueError: they are given, but none of these trainings is of a .keras file, or as `allow`.
-    """
-    needless = all(config.backbone.name != "keras_file" for config in trainings)
-    terminal.check_left_out(needless, "import unsafe_loading", "without backbone.name=keras_file")
+def allow_flags() -> None:
+    """Does what the flags --import and --unsafe_loading ask for, see `allow`."""
     allow(flags.FLAGS["import"].value, flags.FLAGS.unsafe_loading)
 
 

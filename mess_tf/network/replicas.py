@@ -5,8 +5,6 @@ A step runs once on each replica with its part of the batch. What belongs to the
 losses are divided by, the statistics of batch normalisation, and, by Keras' optimizers, the gradients. So n replicas compute what one does.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,8 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mess_runtime.bundle import check
-from mess_tf.configs import STRATEGIES
+from mess_tf.configs import check_strategy
 
 
 def open_strategy(name: str) -> tf.distribute.Strategy:
@@ -28,26 +25,19 @@ def open_strategy(name: str) -> tf.distribute.Strategy:
     Raises:
       ValueError: there is nothing of that kind.
     """
+    check_strategy(name)
     if name == "none":
         return tf.distribute.get_strategy()
     if name == "mirrored":
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     if name == "multi_worker":
-        required = '{"cluster":{"worker":["HOST:PORT",...]},"task":{"type":"worker","index":0}} with --strategy=multi_worker'
-        text = os.environ.get("TF_CONFIG", "")
-        try:
-            named = len(json.loads(text)["cluster"]["worker"]) > 1 and json.loads(text)["task"]["type"] == "worker"
-        except (ValueError, KeyError, TypeError):
-            named = False
-        check(named, "TF_CONFIG", required, text)
         return tf.distribute.MultiWorkerMirroredStrategy()
-    check(name == "tpu", "--strategy", f"one of {', '.join(STRATEGIES)}", name)
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver("local")
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (ValueError, tf.errors.OpError) as error:
-        raise ValueError(f"--strategy: must be none or mirrored on a machine without a TPU, got 'tpu' ({error})") from error
+        raise ValueError("--strategy: must be none or mirrored on a machine without a TPU, got 'tpu'") from error
     return tf.distribute.TPUStrategy(resolver)
 
 

@@ -1,7 +1,6 @@
 """The best chain of exits where each result stands until the next one is there."""
 
 import math
-import time
 
 import numpy as np
 
@@ -17,7 +16,7 @@ def best_anytime(problem: Problem, max_early_exits: int, horizon: float, deadlin
       problem: the first resource is the time; a single root, whose decisions cost nothing here.
       max_early_exits: largest number of candidates in front of the last.
       horizon: latest deadline.
-      deadline: of the search, of time.perf_counter().
+      deadline: of the search, of kernels.clock().
     """
     exits, candidates = int(problem.exit_of[-1]) + 1, problem.exit_of.size
     most = min(max_early_exits, exits - 1)
@@ -34,12 +33,12 @@ def best_anytime(problem: Problem, max_early_exits: int, horizon: float, deadlin
     proof = Proof(cut={"bound": 0})
     best, best_chain = np.full(2, np.inf), np.full(most + 1, -1)
     limits, floor = problem.limits.copy(), problem.min_miou
-    with terminal.Bar("search", candidates, "candidate", most_s=deadline - time.perf_counter()) as bar:
+    with terminal.Bar("search", candidates, "candidate", most_s=deadline - kernels.clock()) as bar:
         for first in range(candidates):
             bar.reach(first)
             whole = 1 + int(extensions[problem.exit_of[first], most])
             proof.covered += whole
-            if time.perf_counter() > deadline:
+            if kernels.clock() > deadline:
                 proof.open += whole
                 continue
             scored, cut = kernels.anytime(

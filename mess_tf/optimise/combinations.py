@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mess_runtime.bundle import PRECISIONS, check
+from mess_runtime.bundle import NEIGHBOURS, PRECISIONS, check
 from mess_tf.files import (
     IMAGE_DECIDES,
     REGIONS,
@@ -24,6 +24,7 @@ from mess_tf.files import (
     RegionStats,
     Stats,
     made_by,
+    shown,
 )
 from mess_tf.optimise import guarantee, regions
 from mess_tf.optimise.regions import RegionCosts
@@ -180,7 +181,7 @@ def choose(options: Sequence[Option], asked: Asked) -> Deployment:
         choosing, checking = ([_of_images(option, asked.check_share, part) for option in options] for part in range(2))
     against = reference(choosing)
     deciders = asked.deciders(any(option.regional for option in options))
-    if asked.decide and REGIONS_DECIDE in deciders:
+    if asked.decide == REGIONS_DECIDE:
         reasons = [_why_not(option, REGIONS_DECIDE) for option in options]
         check(not all(reasons), "decide", f"{IMAGE_DECIDES}, since {'; '.join(dict.fromkeys(reasons))}", asked.decide)
     keys = [*itertools.product(range(len(options)), deciders)]
@@ -225,7 +226,8 @@ def _why_not(option: Option, decide: str) -> str:
     if not option.costs or decide == IMAGE_DECIDES:
         return "" if option.costs else option.reason
     if option.regional is None:
-        return f"there is no {REGIONS} of {option.stats.precision or 'it'}, which `python -m mess_tf.calibrate --regions=...` makes"
+        command = f"`python -m mess_tf.calibrate --regions={NEIGHBOURS[0]}`"
+        return f"there is no {REGIONS} of {option.stats.precision or 'it'}, which {command} makes"
     return "" if option.regional.costs else option.regional.reason
 
 
@@ -262,7 +264,7 @@ def _compared(
             reason = (
                 f"mIoU {-100 * here:.2f} % against {-100 * there:.2f} %"
                 if minimise is None
-                else f"{minimise} {here:.4g} against {there:.4g}"
+                else f"{minimise} {shown(minimise, here)} against {shown(minimise, there)}"
             )
         exits = tuple(f"{choice.exit}.{choice.head}" for choice in deployment.exits)
         predicted = deployment.predicted

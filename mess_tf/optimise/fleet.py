@@ -19,7 +19,6 @@ Departure from clustering by latency: which devices share a bundle follows from 
 
 import dataclasses
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,7 +114,7 @@ class _Fleet:
 
     def _find(self, v: int, resources: Sequence[Resource], limits: Mapping[str, float]) -> tuple[Bundle | None, float]:
         """The least of the first cost within limits, None if there is none, and its bound."""
-        stats, begin = self.variants[v].stats, time.perf_counter()
+        stats, begin = self.variants[v].stats, kernels.clock()
         of_any_device = [each for each in next(iter(self.variants[v].costs.values())).resources if not each.name.startswith("latency")]
         costs = Costs((*resources, *of_any_device))
         objective = dataclasses.replace(self.objective, minimise=costs.name, limits=self.objective.limits | dict(limits))
@@ -124,7 +123,7 @@ class _Fleet:
             return None, proof.bound if proof.open else math.inf
         reached = evaluate_configuration(stats, costs, configuration)[1]
         bound = min(proof.bound, reached) if proof.open else reached
-        seconds = time.perf_counter() - begin
+        seconds = kernels.clock() - begin
         certificate = Certificate(
             *(proof.covered, proof.scored, proof.cut, proof.open, float(bound), reached - bound, seconds, self.space["quantiles"])
         )
@@ -231,7 +230,7 @@ def share(
     """
     check(fleet in FLEETS, "fleet", f"one of {', '.join(FLEETS)}", fleet)
     check(most >= 1, "max_bundles", "at least 1", most)
-    begin = time.perf_counter()
+    begin = kernels.clock()
     search = _Fleet(devices, variants, objective, fleet, space, begin + time_limit)
     alone = [1 << d for d in range(len(devices))]
     for group, name in zip(alone, devices, strict=True):
@@ -252,7 +251,7 @@ def share(
         if len(devices) > MOST_DEVICES:
             groups = [sum(1 << int(d) for d in np.flatnonzero(bundle_of == b)) for b in np.unique(bundle_of)]
         unknown = [group for group in groups if group not in search.bounds]
-        if not unknown or value <= bound * (1 + kernels.SLACK) or time.perf_counter() > search.deadline:
+        if not unknown or value <= bound * (1 + kernels.SLACK) or kernels.clock() > search.deadline:
             break
         search.search(unknown[0])
     used = np.unique(bundle_of)
@@ -263,5 +262,5 @@ def share(
         bound=value if value <= bound * (1 + kernels.SLACK) else bound,
         divisions=divisions(len(devices), most),
         groups=len(search.bounds),
-        seconds=time.perf_counter() - begin,
+        seconds=kernels.clock() - begin,
     )

@@ -4,9 +4,11 @@ A kernel with a `chunk` does its share of the work, so that several threads can 
 """
 
 import math
+import time
 
 import numpy as np
 from numba import njit
+from numba.core import event
 
 # A constraint counts as met, and a bound as reached, within the rounding of sums of float64.
 ROUNDING = 1e-12
@@ -16,6 +18,19 @@ SLACK = 1e-10
 CHUNKS = 4
 MEAN, P90, TOTAL, PEAK = range(4)
 P90_SHARE = 0.9
+# A kernel is compiled when it is first called, which takes seconds, or loaded where an earlier process has compiled it.
+_COMPILING = event.TimingListener()
+event.register("numba:compiler_lock", _COMPILING)
+
+
+def compiled_s() -> float:
+    """Seconds that kernels were compiled and loaded for in this process so far."""
+    return _COMPILING.duration if _COMPILING.done else 0.0
+
+
+def clock() -> float:
+    """The clock of all searches, in seconds: `time.perf_counter()`, but it stands still while kernels are compiled."""
+    return time.perf_counter() - compiled_s()
 
 
 @njit(cache=True, nogil=True)

@@ -33,7 +33,6 @@ import contextlib
 import heapq
 import itertools
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -90,7 +89,7 @@ class Optimiser:
 
         Args:
           problem: the space and what is asked.
-          deadline: of time.perf_counter(), in seconds.
+          deadline: of kernels.clock(), in seconds.
         """
         self.problem = problem
         self.deadline = deadline
@@ -352,7 +351,7 @@ class Optimiser:
             values = self._evaluate(node, relaxation, prices, potentials)
             if values.bound < best[0]:
                 best[:] = values.bound, x.copy(), values
-                if values.bound < self.floor - SLACK or time.perf_counter() > self.deadline:
+                if values.bound < self.floor - SLACK or kernels.clock() > self.deadline:
                     raise StopIteration
             softened, by_potential, by_price = self._gradient(node, relaxation, prices, potentials, values, temperature)
             return scale * softened, scale * np.concatenate([by_potential.ravel() / images, by_price])
@@ -464,7 +463,7 @@ class Optimiser:
         node.spare = spare
         if self._scan(node, relaxation, values, SCAN_STEPS if stalls and len(node.potentials) != 2 else cheap):
             return []
-        if time.perf_counter() > self.deadline:
+        if kernels.clock() > self.deadline:
             return [node]
         if len(node.potentials) == 2:
             few = self._count_pairs(node, values) <= CHEAP_PAIRS
@@ -475,13 +474,13 @@ class Optimiser:
 
     def run(self) -> None:
         """Searches until nothing better is left or the time is up."""
-        bar = terminal.Bar("search", 1000, most_s=self.deadline - time.perf_counter())
+        bar = terminal.Bar("search", 1000, most_s=self.deadline - kernels.clock())
         with concurrent.futures.ThreadPoolExecutor(CHUNKS) as self.pool, bar:
             self._start()
             heap, ticket = [(-math.inf, i, node) for i, node in enumerate(self._nodes())], itertools.count(1 << 32)
-            while heap and time.perf_counter() < self.deadline:
+            while heap and kernels.clock() < self.deadline:
                 _, _, node = heapq.heappop(heap)
-                begin, wanders = time.perf_counter(), len(node.potentials) > 2 and node.upper < math.inf
+                begin, wanders = kernels.clock(), len(node.potentials) > 2 and node.upper < math.inf
                 try:
                     if node.upper < self.floor - SLACK or not node.count():
                         raise PrunedError
@@ -489,8 +488,8 @@ class Optimiser:
                         heapq.heappush(heap, (-child.upper, next(ticket), child))
                 except PrunedError:
                     self.proof.cut["bound"] += node.count()
-                until = min(1.5 * time.perf_counter() - 0.5 * begin, self.deadline)  # a third of the time
-                while wanders and time.perf_counter() < until:  # with fewer early exits, bounds alone soon lead to the optimum
+                until = min(1.5 * kernels.clock() - 0.5 * begin, self.deadline)  # a third of the time
+                while wanders and kernels.clock() < until:  # with fewer early exits, bounds alone soon lead to the optimum
                     self._wander()
                 bar.reach(1000 * (self.proof.scored + sum(self.proof.cut.values())) // max(1, self.proof.covered))
         left = [node for _, _, node in heap if node.upper >= self.floor - SLACK]
@@ -677,7 +676,7 @@ class Optimiser:
         orders, left = first[0].size, np.ones(node.candidate.size, bool)
         runs = np.array(sorted(of_second.tolist(), key=lambda run: second[6][slice(*run)].min()))
         for some in np.array_split(runs, math.ceil(len(runs) / HEADS)):
-            if time.perf_counter() > self.deadline:
+            if kernels.clock() > self.deadline:
                 break
             groups = np.concatenate([np.tile(of_first, (len(some), 1)), np.repeat(some, len(of_first), axis=0)], axis=1)
             these = np.concatenate([np.arange(*run) for run in some])
@@ -821,7 +820,7 @@ class Optimiser:
         """Changes one exit at a time, adds and drops exits unless they shall stay, for as long as the configuration gets better."""
         part, exit_of = self.problem.roots[root], self.problem.exit_of
         current, value, improved = (early, last), self._judge(self._score(root, early, last)), True
-        while improved and time.perf_counter() < self.deadline:
+        while improved and kernels.clock() < self.deadline:
             improved = False
             for e in range(self.exits - 1):
                 chosen, last = current

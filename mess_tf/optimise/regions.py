@@ -7,7 +7,6 @@ search holds: that with the better mIoU, or with the lower first cost.
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -204,7 +203,7 @@ def search_regions(
     """
     for name in (*objective.limits, *([objective.minimise] if objective.minimise else [])):
         check(name in costs.names, "objective", f"of costs {', '.join(costs.names)} where regions decide", name)
-    start = time.perf_counter()
+    start = kernels.clock()
     stats = _only(stats, np.flatnonzero((stats.chains >= 0).sum(1) <= max_early_exits + 1))
     count = len(stats.chains)
     accuracy, values = scores(stats, costs)
@@ -222,7 +221,7 @@ def search_regions(
         constraint=objective,
         predicted=predicted,
         original=reference,
-        certificate=Certificate(count, count, {}, 0, reached, 0.0, time.perf_counter() - start, None),
+        certificate=Certificate(count, count, {}, 0, reached, 0.0, kernels.clock() - start, None),
         guarantee=None,
         stats_sha256="",
         fidelity=fidelity,

@@ -13,7 +13,6 @@ Source: Kouris et al., "Multi-Exit Semantic Segmentation Networks", ECCV 2022. D
 
 import dataclasses
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -112,7 +111,7 @@ def find(
     deadline: float,
     horizon: float = math.inf,
 ) -> tuple[Configuration | None, problems.Proof]:
-    """The best configuration, None if there is none, and what was done; as `search`, until a deadline of time.perf_counter()."""
+    """The best configuration, None if there is none, and what was done; as `search`, until a deadline of kernels.clock()."""
     limits = np.array([objective.limits.get(name, math.inf) for name in costs.names])
     kinds, roots = _roots(stats, costs, 0 if setting != INPUT_DEPENDENT else max_early_exits, quantiles)
     problem = problems.Problem(
@@ -193,7 +192,7 @@ def search(
     check(time_limit > 0, "time_limit", "above 0", time_limit)
     for name in (*objective.limits, *([objective.minimise] if objective.minimise else [])):
         check(name in costs.names, "objective", f"of costs {', '.join(costs.names)}", name)
-    start = time.perf_counter()
+    start = kernels.clock()
     reference = original(stats, costs)
     horizon = objective.limits.get(costs.name, horizon or reference.cost)
 
@@ -210,7 +209,7 @@ def search(
     reached = predicted.miou if objective.minimise is None else predicted.costs[objective.minimise]
     gap = abs(reached - proof.bound) if proof.open else 0.0
     bound = proof.bound if proof.open else reached
-    certificate = Certificate(proof.covered, proof.scored, proof.cut, proof.open, float(bound), gap, time.perf_counter() - start, quantiles)
+    certificate = Certificate(proof.covered, proof.scored, proof.cut, proof.open, float(bound), gap, kernels.clock() - start, quantiles)
     return Deployment(
         **{field.name: getattr(configuration, field.name) for field in dataclasses.fields(Configuration)},
         constraint=objective,

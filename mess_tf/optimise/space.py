@@ -13,7 +13,7 @@ from mess_tf.files import Configuration, ExitChoice, Original, Predicted, Stats
 from mess_tf.metrics import miou
 from mess_tf.optimise import guarantee, kernels
 
-NAMED = 10  # missing submodels, of any number
+NAMED = 3  # missing submodels, of any number
 
 # === Costs ===
 

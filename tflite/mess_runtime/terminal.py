@@ -81,6 +81,7 @@ class _Capture:
 
 _capture: _Capture | None = None
 _verbose = False
+_flags: set[str] = set()
 
 
 def begin() -> None:
@@ -117,6 +118,22 @@ def complain(line: str) -> None:
 # === Errors ===
 
 
+def know_flags(names: Iterable[str]) -> None:
+    """Names the flags of the running command, without `--`, by which functions call their arguments: in messages they begin with it."""
+    _flags.update(names)
+
+
+def _with_dashes(message: str) -> str:
+    """The message of an error, `ARGUMENT: ...` or `STEP: ARGUMENT: ...`, with the argument as the flag that it is, if it is one."""
+    words = message.split(": ", 2)
+    for place, word in enumerate(words[:-1]):
+        if word in _flags:
+            return ": ".join([*words[:place], f"--{word}", *words[place + 1 :]])
+        if not word.isidentifier():
+            break
+    return message
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as `kill` and `timeout` send it: a command ends as with Ctrl-C."""
 
@@ -146,6 +163,7 @@ def run(name: str, command: Callable[[], int | None]) -> int:
     """
     global _verbose
     _verbose = False
+    _flags.clear()
     error, lines, show = None, [], False
     try:
         with _terminable():
@@ -166,7 +184,7 @@ def run(name: str, command: Callable[[], int | None]) -> int:
         if _verbose or not answers:
             lines += ["".join(traceback.format_exception(error)).rstrip()]
         if answers:
-            lines += [f"{name}: {one_line(error)}"]
+            lines += [f"{name}: {_with_dashes(one_line(error))}"]
         else:
             lines += [f"{name}: this is a fault of the program, not of what you gave it; please report the command and all these lines"]
     _close_bars()
@@ -257,6 +275,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Knows all arguments, or raises."""
         self._words = sys.argv[1:] if args is None else list(args)
+        know_flags(option.removeprefix("--") for option in self._option_string_actions)
         namespace, others = super().parse_known_args(args, namespace)
         for word in others:
             if word.startswith("-"):
