@@ -767,6 +767,9 @@ class Asked:
         ):
             value = getattr(self, name)
             check(value is None or ok(value), name, required, value)
+        compared = self.max_risk is not None and len(self.precisions) > 1
+        against = "labels where several precisions are compared, as statistics tell what differs from the original in their own only"
+        check(not compared or self.risk == "labels", "risk", against, self.risk)
         for name in (*self.limits, *([self.minimise] if self.minimise else [])):
             check(name in COSTS, "minimise" if name == self.minimise else "limit", f"of costs {', '.join(COSTS)}", name)
         if self.decide in (REGIONS_DECIDE, BEST_DECIDES) and (reason := self._not_of_regions):

@@ -590,7 +590,8 @@ def test_image_losses_by_hand():
 def test_guaranteed_search_keeps_choosing_and_checking_images_apart():
     stats = make_stats(0, heads=(2,), images=60, thetas=3, largest=40)
     costs = macs_costs(stats)
-    deployment = search_guaranteed(stats, costs, 0.8, 0.9, "final", 0.5, max_early_exits=1)
+    start = original(stats, costs).cost
+    _, deployment = search_guaranteed([(stats, costs)], stats, start, 0.8, 0.9, "final", 0.5, max_early_exits=1)
     promise = deployment.guarantee
     assert (promise.images, deployment.predicted.images) == (30, 30) and promise.estimate < 0.8
     choosing, checking = guarantee.split(stats, 0.5)
@@ -599,7 +600,7 @@ def test_guaranteed_search_keeps_choosing_and_checking_images_apart():
     assert promise.estimate == pytest.approx(losses.mean()) and guarantee.p_value(losses, 0.8) <= 0.1
     assert deployment.predicted.cost_mean < original(stats, costs).cost
     with pytest.raises(InfeasibleError, match=r"max_risk=0.001 cannot be shown .* shows no less than 0\.0739"):
-        search_guaranteed(stats, costs, 0.001, 0.9, "final", 0.5, max_early_exits=1)
+        search_guaranteed([(stats, costs)], stats, start, 0.001, 0.9, "final", 0.5, max_early_exits=1)
 
 
 # === latency ===
@@ -782,11 +783,66 @@ def test_combinations_that_cannot_be_compared_or_were_not_measured():
         options_of(stats, rows, backends=["xnnpack", "npu"])
     with pytest.raises(ValueError, match=r"statistics in int8: images: must be those in fp16"):
         options_of(stats | {"of int8": dataclasses.replace(other, images=("a", "b", "c", "d"))}, rows)
-    with pytest.raises(
-        ValueError, match=r"max_risk: must be asked of one backend and one precision, .*\['fp16 on gpu', 'fp16 on xnnpack'\]"
-    ):
-        choose(options_of({"of fp16": one}, rows), Asked(max_risk=0.5))
-    assert choose(options_of({"of fp16": one}, rows, backends=["gpu"]), Asked(max_risk=0.9, confidence=0.5)).backend == "gpu"
+
+
+# === a guarantee over backends and precisions ===
+
+
+def sure_of_two() -> dict[str, Stats]:
+    """As `of_two_precisions`, of 60 images; int8 loses a tenth of the right pixels at every exit."""
+    one = dataclasses.replace(make_stats(0, heads=(2,), images=60, thetas=3, largest=40), precision="fp16")
+    kinds = ("prefix_sha256", "head_sha256", "mask_sha256", "plain_sha256", "edge_sha256")
+    renamed = {kind: tuple(f"f{sha256[1:]}" for sha256 in getattr(one, kind)) for kind in kinds}
+    return {"of fp16": one, "of int8": dataclasses.replace(one, precision="int8", tp=one.tp * 9 // 10, **renamed)}
+
+
+def test_a_guarantee_over_backends_and_precisions_is_against_the_original_in_the_highest():
+    stats = sure_of_two()
+    options = options_of(stats, rows_of_two(stats, "xnnpack", "gpu"))
+    asked = Asked(max_risk=0.5, confidence=0.9, precisions=("fp16", "int8"), max_early_exits=1)
+    deployment = choose(options, asked)
+    assert (deployment.precision, deployment.backend) == ("int8", "xnnpack")  # half the cost everywhere
+    option = next(each for each in options if each.name == "int8 on xnnpack")
+    checking, of_fp16 = (guarantee.split(each, 0.5)[1] for each in (option.stats, stats["of fp16"]))
+    right = of_fp16.counts(-1)[0].sum(1), checking.counts(mixture(checking, option.costs, deployment))[0].sum(1)
+    losses = np.maximum(right[0] - right[1], 0) / np.maximum(sum(of_fp16.counts(-1)[::2]).sum(1), 1)
+    assert deployment.guarantee.estimate == pytest.approx(losses.mean()) and guarantee.p_value(losses, 0.5) <= 0.1
+    assert deployment.predicted.images == deployment.guarantee.images == 30
+    assert {row.reason for row in deployment.combinations if row.miou is None} == {"the cheapest that is shown is int8 on xnnpack"}
+    alone = [choose(options_of(stats, rows_of_two(stats, name), backends=[name]), asked) for name in ("gpu", "xnnpack")]
+    assert deployment.predicted.cost_mean <= min(each.predicted.cost_mean for each in alone)
+
+
+def test_a_guarantee_takes_no_choice_by_the_checking_images(monkeypatch):
+    """What is tested, and in which order, is the same whatever the checking images hold."""
+    paths = []
+
+    def recorded(path, losses_of, max_risk, confidence):
+        path = list(path)
+        paths.append([(number, each.exits) for number, each in path])
+        return path[-1]
+
+    monkeypatch.setattr(guarantee, "last_shown", recorded)
+    stats = sure_of_two()
+    checks = guarantee.split_positions(60, 0.5)[1]
+    of_checks = np.isin(stats["of fp16"].image_of_pair, checks)
+    for right in (1, 0):
+        changed = {name: dataclasses.replace(each, tp=np.where(of_checks, right * each.tp, each.tp)) for name, each in stats.items()}
+        choose(options_of(changed, rows_of_two(changed, "xnnpack", "gpu")), Asked(max_risk=0.5, max_early_exits=1))
+    assert paths[0] == paths[1] and len({number for number, _ in paths[0]}) > 1
+
+
+def test_a_guarantee_leaves_out_what_cannot_be_chosen_or_compared():
+    stats = sure_of_two()
+    refused = {("xnnpack", "int8"): "no", ("gpu", "int8"): "no"}
+    deployment = choose(options_of(stats, rows_of_two(stats, "xnnpack", "gpu"), refused=refused), Asked(max_risk=0.9, confidence=0.5))
+    assert (deployment.precision, deployment.backend) == ("fp16", "gpu")
+    reasons = {(row.precision, row.backend): row.reason for row in deployment.combinations}
+    assert reasons["int8", "gpu"] == "no" and reasons["fp16", "xnnpack"] == "the cheapest that is shown is fp16 on gpu"
+    with pytest.raises(ValueError, match=r"^risk: must be labels where several precisions are compared, .* got 'final'"):
+        Asked(max_risk=0.5, risk="final", precisions=("fp16", "int8"))
+    with pytest.raises(InfeasibleError, match=r"size_bytes<=1 is out of reach"):
+        choose(options_of(stats, rows_of_two(stats, "xnnpack", "gpu")), Asked(max_risk=0.5, limits={"size_bytes": 1.0}))
 
 
 # === stats.npz ===

@@ -150,15 +150,16 @@ def reference(options: Sequence[Option]) -> Original:
     Its mIoU is that of the highest precision of which there are statistics, be it to be chosen or not. Its cost is that of the highest
     precision that can be chosen, on the backend where that is least.
     """
-
-    def rank(option: Option) -> int:
-        return PRECISIONS.index(option.stats.precision) if option.stats.precision else 0
-
-    best = min(options, key=rank)
+    best = min(options, key=_rank_of_precision)
     able = [option for option in options if option.costs]
-    highest = min(map(rank, able))
-    cost = min(original(option.stats, option.costs).cost for option in able if rank(option) == highest)
+    highest = min(map(_rank_of_precision, able))
+    cost = min(original(option.stats, option.costs).cost for option in able if _rank_of_precision(option) == highest)
     return Original(original(best.stats, macs_costs(best.stats)).miou, cost)
+
+
+def _rank_of_precision(option: Option) -> int:
+    """Less is higher."""
+    return PRECISIONS.index(option.stats.precision) if option.stats.precision else 0
 
 
 def choose(options: Sequence[Option], asked: Asked) -> Deployment:
@@ -166,15 +167,9 @@ def choose(options: Sequence[Option], asked: Asked) -> Deployment:
 
     Raises:
       InfeasibleError, TimeoutError: nothing meets the constraint with any option; the message begins with its flag.
-      ValueError: a guarantee is asked of several options; it would be void, as they are compared on the images that check.
     """
     if asked.max_risk is not None:
-        names = [option.name for option in options]
-        check(len(options) == 1, "max_risk", "asked of one backend and one precision, as --backends and --precisions name them", names)
-        (option,) = options
-        promise = (asked.max_risk, asked.confidence, asked.risk, asked.check_share or 0.5)
-        deployment = search_guaranteed(option.stats, option.costs, *promise, asked.limits, **asked.space)
-        return _of_option(deployment, option, asked, _compared(options, {(0, IMAGE_DECIDES): deployment}, (0, IMAGE_DECIDES), {}))
+        return _guaranteed(options, asked)
 
     choosing = checking = options
     if asked.check_share:
@@ -210,6 +205,21 @@ def choose(options: Sequence[Option], asked: Asked) -> Deployment:
         predicted = predict(checks.stats, checks.costs, deployment)
     deployment = dataclasses.replace(deployment, predicted=predicted, original=original(checks.stats, checks.costs))
     return _of_option(deployment, options[best[0]], asked, _compared(options, found, best, problems))
+
+
+def _guaranteed(options: Sequence[Option], asked: Asked) -> Deployment:
+    """The cheapest deployment of all options whose risk is shown; see `search_guaranteed`."""
+    able = [number for number, option in enumerate(options) if option.costs]
+    choices = [(options[number].stats, options[number].costs) for number in able]
+    promise = (asked.max_risk, asked.confidence, asked.risk, asked.check_share or 0.5)
+    best, deployment = search_guaranteed(
+        choices, min(options, key=_rank_of_precision).stats, reference(options).cost, *promise, asked.limits, **asked.space
+    )
+    best = able[best]
+    reasons = {number: option.reason or f"the cheapest that is shown is {options[best].name}" for number, option in enumerate(options)}
+    others = {(number, IMAGE_DECIDES): reason for number, reason in reasons.items() if number != best}
+    chosen = best, IMAGE_DECIDES
+    return _of_option(deployment, options[best], asked, _compared(options, {chosen: deployment}, chosen, others))
 
 
 def _of_images(option: Option, check_share: float, part: int) -> Option:

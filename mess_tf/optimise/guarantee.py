@@ -68,18 +68,19 @@ def select(stats: Stats, images: np.ndarray) -> Stats:
     return dataclasses.replace(stats, images=names, pixels=stats.pixels[images], **drawn)
 
 
-def image_losses(stats: Stats, candidate: np.ndarray, risk: str) -> np.ndarray:
+def image_losses(stats: Stats, candidate: np.ndarray, risk: str, reference: Stats | None = None) -> np.ndarray:
     """Loss of each image at the candidate where it leaves, 0..1; see `Guarantee`.
 
     Args:
       stats: of the images.
       candidate: int64 [I].
-      risk: `final` or `labels`.
+      risk: `final`, or `labels`.
+      reference: of the same images, for `labels` against the original network in another precision.
     """
     check(risk in RISKS, "risk", f"one of {', '.join(RISKS)}", risk)
     if risk == "final":
         return stats.changed[candidate, np.arange(candidate.size)] / stats.pixels
-    (final, _, missed), (here, _, _) = stats.counts(-1), stats.counts(candidate)
+    (final, _, missed), (here, _, _) = (reference or stats).counts(-1), stats.counts(candidate)
     labelled = np.maximum((final + missed).sum(axis=1), 1)
     return np.maximum(final.sum(axis=1) - here.sum(axis=1), 0) / labelled
 

@@ -280,58 +280,79 @@ def front(stats: Stats, costs: Costs, points: int | None = None, **space) -> lis
 
 
 def search_guaranteed(
-    stats: Stats,
-    costs: Costs,
+    choices: Sequence[tuple[Stats, Costs]],
+    against: Stats,
+    start: float,
     max_risk: float,
     confidence: float,
     risk: str,
     check_share: float,
     limits: dict[str, float] | None = None,
     **space,
-) -> Deployment:
+) -> tuple[int, Deployment]:
     """Finds the cheapest configuration whose risk is shown, on images that had no part in choosing it, to stay within a limit.
 
-    On the choosing images, the best configurations at falling cost make up a path from the original network. On the checking images, their
-    risks are tested in that order, each at the full level, up to the first that fails (fixed sequence testing, Learn then Test).
+    On the choosing images, the best configurations of all choices at falling cost make up one path from the original network. On the
+    checking images, their risks are tested in that order, each at the full level, up to the first that fails (fixed sequence testing, Learn
+    then Test). The path is the same whatever the checking images show, so the promise holds for any number of choices.
 
     Args:
-      stats, costs: of the candidates.
+      choices: statistics of the same images, and costs of the same name.
+      against: of the same images, whose original network the risk `labels` is against.
+      start: cost of the original network, where the path begins.
       max_risk, confidence, risk: see `Guarantee`.
       check_share: share of the images that check, between 0 and 1.
       limits: see `Objective`.
       space: `max_early_exits`, `quantiles` and `time_limit` (of each of the searches) of `search`.
 
     Returns:
-      What was predicted is of the checking images.
+      The position of the choice, and its configuration. What was predicted is of the checking images.
 
     Raises:
       InfeasibleError: not even the original network keeps the limits.
     """
-    choosing, checking = guarantee.split(stats, check_share)
-    reference = original(choosing, costs)
+    parts = [(*guarantee.split(stats, check_share), costs) for stats, costs in choices]
+    against = guarantee.split(against, check_share)[1]
     limits = limits or {}
 
-    def path() -> Iterator[Deployment]:
-        cheapest = search(choosing, costs, Objective(costs.name, 0.0, limits), **space).predicted.cost_mean
-        last = math.inf
-        for limit in np.geomspace(reference.cost, cheapest * (1 + 1e-9), PATH_POINTS):
-            if limit < last:
+    def path() -> Iterator[tuple[int, Deployment]]:
+        cheapest, problems = {}, []
+        for number, (choosing, _, costs) in enumerate(parts):
+            try:
+                cheapest[number] = search(choosing, costs, Objective(costs.name, 0.0, limits), **space).predicted.cost_mean
+            except InfeasibleError as error:
+                problems.append(error)
+        if not cheapest:
+            raise problems[0]
+        end, last = min(cheapest.values()) * (1 + 1e-9), math.inf
+        for limit in np.geomspace(max(start, end), end, PATH_POINTS):
+            if limit >= last:
+                continue
+            found = []
+            for number in (number for number, least in cheapest.items() if least <= limit):
+                choosing, _, costs = parts[number]
                 within = limits | {costs.name: min(limit, limits.get(costs.name, math.inf))}
-                candidate = search(choosing, costs, Objective(limits=within), **space)
-                last = candidate.predicted.cost_mean
-                yield candidate
+                found.append((number, search(choosing, costs, Objective(limits=within), **space)))
+            best = min(found, key=lambda each: (-each[1].predicted.miou, each[1].predicted.cost_mean))
+            last = best[1].predicted.cost_mean
+            yield best
 
-    def losses(candidate: Deployment) -> np.ndarray:
-        return guarantee.image_losses(checking, mixture(checking, costs, candidate), risk)
+    def losses(found: tuple[int, Deployment]) -> np.ndarray:
+        number, candidate = found
+        _, checking, costs = parts[number]
+        return guarantee.image_losses(checking, mixture(checking, costs, candidate), risk, against)
 
-    accepted = guarantee.last_shown(path(), losses, max_risk, confidence)
-    if accepted is None:
+    shown = guarantee.last_shown(path(), losses, max_risk, confidence)
+    if shown is None:
+        images = len(against.images)
         raise InfeasibleError(
-            f"max_risk={max_risk:g} cannot be shown with confidence {confidence:g} on {len(checking.images)} checking images of anything "
-            f"but the original network; even no loss on any shows no less than {guarantee.least_risk(len(checking.images), confidence):.4f}"
+            f"max_risk={max_risk:g} cannot be shown with confidence {confidence:g} on {images} checking images of anything "
+            f"but the original network; even no loss on any shows no less than {guarantee.least_risk(images, confidence):.4f}"
         )
-    estimate = losses(accepted)
-    return dataclasses.replace(
+    number, accepted = shown
+    _, checking, costs = parts[number]
+    estimate = losses(shown)
+    return number, dataclasses.replace(
         accepted,
         predicted=predict(checking, costs, accepted),
         original=original(checking, costs),
