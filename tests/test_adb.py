@@ -31,6 +31,11 @@ def test_what_a_phone_is(phone, device):
     assert thermal.sensors_c == {"VIRTUAL-SKIN": 33.6, "cpu thermal": 41.0} and thermal.hottest_c == 41.0
 
 
+def test_numbers_that_no_phone_has_are_left_out(device, monkeypatch):
+    monkeypatch.setattr(device, "shell", lambda *_: (0, "clock=cpu0 1800000\nclock=cpu99999999999 1800000\nclock=cpu1 " + "9" * 30 + "\n"))
+    assert device.read_phone().max_khz == {0: 1800000}
+
+
 def test_shell_gives_exit_codes_and_both_streams(device):
     assert device.shell("test", "echo out; echo err >&2; exit 3") == (3, "out\nerr\n")
     assert device.shell("test", "printf 'no newline'") == (0, "no newline")

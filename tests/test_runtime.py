@@ -1,5 +1,6 @@
 """The device side against a TensorFlow reference, on three small segments whose arithmetic is exact in float32."""
 
+import concurrent.futures
 import ctypes.util
 import dataclasses
 import itertools
@@ -37,7 +38,7 @@ from mess_runtime.bundle import (
     write_json,
     write_manifest,
 )
-from mess_runtime.frames import Writer
+from mess_runtime.frames import Writer, open_sources
 from mess_runtime.runner import Runner, exit_within
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import convert
@@ -402,10 +403,33 @@ def test_options_that_do_not_go_together(run, images, options, message):
         run.run(images[0], **options)
 
 
-@pytest.mark.parametrize("image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)])
+@pytest.mark.parametrize(
+    "image", [None, [[[0, 0, 0]]], np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)]
+)
 def test_wrong_image(run, image):
-    with pytest.raises(ValueError, match=r"image: must be uint8 \[h, w, 3\], got"):
+    with pytest.raises(ValueError, match=r"image: must be (a NumPy array, )?uint8 \[h, w, 3\], got"):
         run.run(image)
+
+
+@pytest.mark.parametrize("threads", [0, 100_000])
+def test_threads_that_no_system_has(folder, threads):
+    with pytest.raises(ValueError, match=f"threads: must be between 1 and 256, got {threads}"):
+        Runner(Bundle.load(folder), threads)
+
+
+def test_a_runner_that_threads_share_gives_each_its_mask(run, images):
+    alone = [run.run(image, "input-dependent") for image in images]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda image: run.run(image, "input-dependent"), images * 4))
+    for result, expected in zip(together, alone * 4, strict=True):
+        assert result.exit == expected.exit
+        np.testing.assert_array_equal(result.mask, expected.mask)
+
+
+@pytest.mark.parametrize("source", ["camera:-1", "camera:", "camera:x", "camera:99999"])
+def test_cameras_have_numbers(source):
+    with pytest.raises(ValueError, match=f"source: must be camera:NUMBER, the number of a camera from 0 on, got '{source}'"):
+        open_sources([source])
 
 
 def test_input_dependent_needs_thetas(copy, images):
@@ -604,9 +628,10 @@ def test_signatures_that_do_not_fit_the_manifest(copy, signatures, engine):
         Runner(replace_model(copy, flatbuffer.write(undecided)), engine=engine)
 
 
+@pytest.mark.parametrize("height", [HEIGHT * 2, 10**9])  # the latter takes no memory
 @pytest.mark.parametrize("engine", engines.ENGINES)
-def test_graphs_of_another_size(copy, engine):
-    edit(copy, lambda value: value["input"].update(height=HEIGHT * 2))
+def test_graphs_of_another_size(copy, engine, height):
+    edit(copy, lambda value: value["input"].update(height=height))
     with pytest.raises(ValueError, match=r"segment\.exit1: input 'image': must be one of"):
         Runner(Bundle.load(copy), engine=engine)
 
@@ -683,10 +708,17 @@ def test_equal_files_are_measured_once(submodels, tmp_path):
     assert [row.submodel for row in rows] == ["segment.exit1"]
 
 
-@pytest.mark.parametrize("argument", ["threads", "runs", "rounds"])
-def test_benchmark_arguments(submodels, argument):
-    with pytest.raises(ValueError, match=f"{argument}: must be at least 1, got 0"):
-        benchmark.benchmark_files([submodels / "segment.exit1.tflite"], **{argument: 0})
+@pytest.mark.parametrize(
+    ("argument", "value", "required"),
+    [
+        *((name, 0, "at least 1") for name in ("threads", "runs", "rounds")),
+        ("threads", 100_000, "at most 256"),
+        *(("min_seconds", value, "at least 0 and finite") for value in (float("inf"), float("nan"), -1.0)),
+    ],
+)
+def test_benchmark_arguments(submodels, argument, value, required):
+    with pytest.raises(ValueError, match=f"{argument}: must be {required}, got {value}"):
+        benchmark.benchmark_files([submodels / "segment.exit1.tflite"], **{argument: value})
 
 
 def test_a_file_with_several_signatures_is_refused(folder):
