@@ -64,9 +64,21 @@ def with_logits(backbone: keras.Model) -> keras.Model:
     return keras.Model(backbone.input, LAYERS.Conv2D(CLASSES, 1, dtype="float32", name="to_logits")(backbone.output))
 
 
+def deeplab() -> keras.Model:
+    """A head of DeepLabV3's kind, whose pooled context joins behind the projection, on a trunk that ends at its last block."""
+    trunk = resnet(False)
+    x = trunk.get_layer("s1_b2_out").output
+    branches = [LAYERS.Conv2D(6, 1, name="aspp_0")(x)]
+    branches += [LAYERS.Conv2D(6, 3, padding="same", dilation_rate=rate, name=f"aspp_{rate}")(x) for rate in (1, 2)]
+    y = LAYERS.Conv2D(8, 1, name="project")(LAYERS.ReLU()(LAYERS.Concatenate()(branches)))
+    y = LAYERS.Add()([y, LAYERS.Conv2D(8, 1, name="context")(LAYERS.GlobalAveragePooling2D(keepdims=True)(x))])
+    return keras.Model(trunk.input, LAYERS.Conv2D(CLASSES, 1, dtype="float32", name="to_logits")(LAYERS.ReLU()(y)))
+
+
 NETWORKS = {
     "bottleneck": (lambda: resnet(True), ["s0_b1_out"]),
     "basic": (lambda: resnet(False), ["s0_b1_out"]),
+    "deeplab": (deeplab, ["s1_b2_out"]),
     "small": (lambda: small_network(CLASSES), ["block_3_add"]),
     "mobilenet_v2": (lambda: with_logits(build_backbone(BackboneConfig(width=0.35))), ["block_11_add"]),
     "efficientnet_lite0": (lambda: with_logits(build_backbone(BackboneConfig("efficientnet_lite0"))), ["block5b_add"]),
@@ -123,7 +135,7 @@ def test_everything_active_is_the_dense_network(networks, name):
         close(segment_of(network, 2, neighbours).masked(tensors, active)["logits"], expected)
 
 
-SMALL = [(name, neighbours, cell) for name in ("bottleneck", "basic", "small") for neighbours in NEIGHBOURS for cell in (1, 2)]
+SMALL = [(name, neighbours, cell) for name in ("bottleneck", "basic", "deeplab", "small") for neighbours in NEIGHBOURS for cell in (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -194,10 +206,25 @@ def test_what_cannot_be_done_is_named():
     network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
     with pytest.raises(ValueError, match=r"the branch of sum .* squeeze \(GlobalAveragePooling2D\) does not"):
         segment_of(network, 1, STALE)
-    network = convert(keras.Model(image, LAYERS.Conv2D(CLASSES, 1, name="plain")(tap)), ["stem"], SIZE)
+    network = convert(keras.Model(image, LAYERS.Conv2DTranspose(CLASSES, 2, 2, name="up")(tap)), ["stem"], SIZE)
     network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
-    with pytest.raises(ValueError, match=r"must have a block that adds its own input, after what it reads \(stem\), got \['plain'\]"):
+    with pytest.raises(ValueError, match=r"must have a convolution of stride 1, after what it reads \(stem\), got \['up'\]"):
         segment_of(network, 1, STALE)
+
+
+@pytest.mark.parametrize("neighbours", NEIGHBOURS)
+def test_a_head_without_blocks_loses_nothing_at_active_cells(networks, neighbours):
+    network = networks("deeplab")
+    tensors, dense = features(network)
+    segment = segment_of(network, 1, neighbours)
+    active = segment.active(tf.constant([[0, 3, 4, 17]]))
+    made = segment.masked(tensors, active)["logits"]
+    places = active.numpy()
+    close(made[places], dense[places])
+    assert np.abs(made - dense)[~places].max() > 0.01  # the others were not computed
+    assert [segment.blocks, segment.size] == [(), (5, 7)]
+    head = sum(node.macs for node in segment._nodes if node.name in ("aspp_0", "aspp_1", "aspp_2", "project", "to_logits"))
+    assert segment.macs(35) - segment.macs(7) == head - round(head * 7 / 35)
 
 
 def filters(graph: flatbuffer.Graph) -> set[bytes]:
@@ -249,17 +276,30 @@ def noise(seed: int) -> np.ndarray:
     return np.clip(patches + generator.integers(-40, 41, (*SIZE, 3)), 0, 255).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def three_exits():
-    """The blocks of the small network behind exit 2 and of the final exit can leave cells alone; there are none behind exit 3."""
-    keras.utils.set_random_seed(0)
-    network = convert(small_network(CLASSES), ["block_3_add", "block_4_add", "block_5_add"], SIZE)
+def with_three_exits(model: keras.Model) -> MultiExitNetwork:
+    network = convert(model, ["block_3_add", "block_4_add", "block_5_add"], SIZE)
     network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
     run = tf.function(network.submodel(network.candidates), autograph=False)
     images = np.stack([noise(seed) for seed in range(7)]).astype(np.float32)
     for _ in range(40):  # moving statistics of the batch normalisation, without which random weights make constant logits
         run(images, training=True)
     return network
+
+
+@pytest.fixture(scope="module")
+def three_exits():
+    """The blocks of the small network behind exit 2 and of the final exit can leave cells alone; behind exit 3 there are the logits."""
+    keras.utils.set_random_seed(0)
+    return with_three_exits(small_network(CLASSES))
+
+
+@pytest.fixture(scope="module")
+def dense_end():
+    """The same, but nothing behind exit 3 can leave cells alone."""
+    keras.utils.set_random_seed(0)
+    small = small_network(CLASSES)
+    enlarged = LAYERS.Conv2DTranspose(CLASSES, 2, 2, name="up")(small.get_layer("block_5_add").output)
+    return with_three_exits(keras.Model(small.input, enlarged))
 
 
 def same(made: np.ndarray, expected: tf.Tensor) -> None:
@@ -310,11 +350,11 @@ def test_a_file_whose_cells_leave(three_exits, monkeypatch):
         other.check(content, "float32")
 
 
-def test_a_segment_without_blocks_is_always_dense(three_exits):
+def test_a_segment_that_cannot_leave_cells_out_is_always_dense(dense_end):
     candidates = ["exit1.fcn-r2-b0", "exit3.fcn-r2-b0", FINAL]
-    assert segments_on_grid(three_exits, candidates, SIZE, CELLS)[1] is None
+    assert segments_on_grid(dense_end, candidates, SIZE, CELLS)[1] is None
     images = [noise(seed)[None].astype(np.float32) for seed in (1, 2)]
-    chain = RegionChain(three_exits, candidates, CELLS, SIZE, [(theta, True) for theta in THETAS], INT8, images)
+    chain = RegionChain(dense_end, candidates, CELLS, SIZE, [(theta, True) for theta in THETAS], INT8, images)
     graphs = chain.signatures()
     assert [*graphs] == ["segment.exit1", "segment.exit3.3", "segment.exit3.12", "segment.final.12"]
     assert filters(graphs["segment.exit3.3"]) == filters(graphs["segment.exit3.12"])
@@ -331,17 +371,17 @@ def test_a_segment_without_blocks_is_always_dense(three_exits):
         np.testing.assert_array_equal(last[place], before["mask"][place])
 
 
-def test_regions_that_cannot_be(three_exits):
+def test_regions_that_cannot_be(dense_end):
     with pytest.raises(ValueError, match="regions: must leave out work in one segment at least, got only dense ones; final"):
-        segments_on_grid(three_exits, ["exit3.fcn-r2-b0", FINAL], SIZE, CELLS)
+        segments_on_grid(dense_end, ["exit3.fcn-r2-b0", FINAL], SIZE, CELLS)
     with pytest.raises(ValueError, match=r"regions\.grid: must be of squares of the 5 x 7 positions of final.original, got \(4, 4\)"):
-        segments_on_grid(three_exits, ["exit1.fcn-r2-b0", FINAL], SIZE, Regions(STALE, (4, 4), (16,)))
-    exporter = Exporter(three_exits, SIZE, fidelity="low")
+        segments_on_grid(dense_end, ["exit1.fcn-r2-b0", FINAL], SIZE, Regions(STALE, (4, 4), (16,)))
+    exporter = Exporter(dense_end, SIZE, fidelity="low")
     with pytest.raises(ValueError, match="fidelity: must be exact with regions, got 'low'"):
         exporter.region_chain(CANDIDATES, CELLS, [(0.3, False)] * 2)
 
 
-def test_a_deployment_that_cannot_be_is_refused_before_work(three_exits, tmp_path):
+def test_a_deployment_that_cannot_be_is_refused_before_work(dense_end, tmp_path):
     early, last = ExitChoice("exit3", "fcn-r2-b0", 0.5, 0.5), ExitChoice(*FINAL.split("."))
     deployment = Deployment(
         "anytime",
@@ -362,7 +402,7 @@ def test_a_deployment_that_cannot_be_is_refused_before_work(three_exits, tmp_pat
     assert Deployment.load(tmp_path / "deployment.json") == deployment
     work = tmp_path / "work"
     with pytest.raises(ValueError, match="regions: must leave out work in one segment at least"):
-        export_deployment(Exporter(three_exits, SIZE), deployment, "abcd", work)
+        export_deployment(Exporter(dense_end, SIZE), deployment, "abcd", work)
     assert not work.exists()
 
 

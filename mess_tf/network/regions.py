@@ -15,7 +15,11 @@ Cells whose answer stands have left; the others are active. A segment computes i
       filled up so.
     * `zeros`: zeros, where `nearest` has the nearest one or the mean.
 
-With everything active, each of the three is the network itself. Layers on other maps than that of the deepest blocks are always dense.
+A segment without such blocks, as a head of DeepLabV3's kind, is like one branch on the map where most of its work is done, but for what
+it adds. What such a head reads is known everywhere: where it has one layer of k x k convolutions, leaving cells out changes nothing at
+the others.
+
+With everything active, each of the three is the network itself. Layers on other maps are always dense.
 """
 
 import copy
@@ -85,8 +89,8 @@ def residual_blocks(nodes: Sequence[Node]) -> list[ResidualBlock]:
     return found
 
 
-class NoBlockError(ValueError):
-    """A segment in which no block adds its own input: it can only be computed as a whole."""
+class DenseSegmentError(ValueError):
+    """A segment none of whose layers can be computed at some positions only."""
 
 
 class ActiveSegment:
@@ -95,7 +99,7 @@ class ActiveSegment:
     Attributes:
       inputs: shape (1, h, w, C) of each tensor that it reads, by name.
       outputs: names of what it makes beside `logits`: the tensors handed on.
-      blocks: the residual blocks that are computed at active positions only.
+      blocks: the residual blocks that are computed at active positions only; empty in a segment without.
       size: (height, width) of the map on which cells lie.
       cell: side of a cell in positions of that map.
       neighbours: see above.
@@ -121,8 +125,8 @@ class ActiveSegment:
           neighbours: see above.
 
         Raises:
-          NoBlockError: if the segment has no residual block.
-          ValueError: if one cannot be computed at some positions only; the message names the layer.
+          DenseSegmentError: if no layer can be computed at some positions only.
+          ValueError: if a residual block cannot; the message names the layer.
         """
         check(0 < index < len(candidates), "index", f"of a segment after the first, below {len(candidates)}", index)
         check(cell >= 1, "cell", "at least 1", cell)
@@ -136,17 +140,20 @@ class ActiveSegment:
         everywhere = {node.name: node for node in nodes}
         inside = [node for node in self._nodes if node.name not in self.inputs]
         blocks = [block for block in residual_blocks(nodes) if {block.output, *block.branch} <= {node.name for node in inside}]
-        if not blocks:
-            reason = f"{candidates[index]}: must have a block that adds its own input, after what it reads ({', '.join(self.inputs)})"
-            raise NoBlockError(f"{reason}, got {[node.name for node in inside if node.macs][:6]}")
+        shapes = {node.name: tuple(node.output.shape[1:3]) for node in nodes if len(node.output.shape) == 4}
         work: dict[tuple[int, int], int] = {}
         for block in blocks:
-            size = tuple(everywhere[block.output].output.shape[1:3])
+            size = shapes[block.output]
             work[size] = work.get(size, 0) + sum(everywhere[name].macs for name in block.branch)
+        for node in () if blocks else inside:
+            if _kind(node, shapes):
+                work[shapes[node.name]] = work.get(shapes[node.name], 0) + node.macs
+        if not any(work.values()):
+            reason = f"{candidates[index]}: must have a convolution of stride 1, after what it reads ({', '.join(self.inputs)})"
+            raise DenseSegmentError(f"{reason}, got {[node.name for node in inside if node.macs][:6]}")
         self.size = max(work, key=work.get)
-        self.blocks = tuple(block for block in blocks if everywhere[block.output].output.shape[1:3] == self.size)
-        shapes = {node.name: tuple(node.output.shape[1:3]) for node in nodes if len(node.output.shape) == 4}
-        self._kinds = {node.name: self._kind(node, shapes) for node in inside}
+        self.blocks = tuple(block for block in blocks if shapes[block.output] == self.size)
+        self._kinds = {node.name: _kind(node, shapes) if shapes.get(node.name) == self.size else None for node in inside}
         for block in self.blocks:
             for name in block.branch:
                 if self._kinds[name] is None:
@@ -186,29 +193,11 @@ class ActiveSegment:
         layers = {id(node.operation): node.operation for node in self._nodes if node.name not in self.inputs}
         return sum(math.prod(weight.shape) for layer in layers.values() for weight in getattr(layer, "weights", ()))
 
-    def _kind(self, node: Node, shapes: Mapping[str, tuple[int, int]]) -> Callable | None:
-        """How a layer is computed at listed positions; None if it cannot be."""
-        operation, layers = node.operation, keras.layers
-        if shapes.get(node.name) != self.size or any(shapes.get(name) not in (self.size, (1, 1)) for name in node.inputs):
-            return None
-        if isinstance(operation, layers.Conv2D | layers.DepthwiseConv2D):
-            kernel, strides = operation.kernel_size, operation.strides
-            if max(strides) > 1:
-                return None
-            if max(kernel) == 1:
-                return _positionwise
-            if operation.padding != "same" or any(side % 2 == 0 for side in kernel):
-                return None
-            if isinstance(operation, layers.DepthwiseConv2D):
-                return _depthwise
-            return _convolution if operation.groups == 1 else None
-        by_channel = getattr(operation, "axis", -1) in (-1, 3)
-        return _positionwise if isinstance(operation, POSITIONWISE) and by_channel else None
-
     def _plan(self, nodes: Mapping[str, Node]) -> dict[str, str]:
         """Where each tensor is known."""
         sums = {block.output: block for block in self.blocks}
-        behind = set().union(*map(self._behind, self.blocks))
+        branches = [block.branch for block in self.blocks] or [[name for name, kind in self._kinds.items() if kind]]
+        behind = set().union(*map(self._behind, branches))
         where = dict.fromkeys(self.inputs, _MAP)
         for node in self._nodes:
             name = node.name
@@ -225,15 +214,15 @@ class ActiveSegment:
                 where[name] = _MAP
         return where
 
-    def _behind(self, block: ResidualBlock) -> set[str]:
+    def _behind(self, branch: Sequence[str]) -> set[str]:
         """The layers of a branch whose neighbours nothing in it reads: its last k x k convolutions and what follows."""
         nodes = {node.name: node for node in self._nodes}
         before: set[str] = set()
-        for name in reversed(block.branch):
-            readers = [nodes[other] for other in block.branch if name in nodes[other].inputs]
+        for name in reversed(branch):
+            readers = [nodes[other] for other in branch if name in nodes[other].inputs]
             if any(reader.name in before or self._kinds[reader.name] is not _positionwise for reader in readers):
                 before.add(name)
-        return {*block.branch} - before
+        return {*branch} - before
 
     def sure(self, confident: tf.Tensor) -> tf.Tensor:
         """The share of a cell's pixels that are confident: [B, H, W] of 0 and 1 to float32 [B, rows, columns]."""
@@ -332,6 +321,26 @@ class ActiveSegment:
         return wide[:, : self.size[0], : self.size[1], None]
 
 
+def _kind(node: Node, shapes: Mapping[str, tuple[int, int]]) -> Callable | None:
+    """How a layer is computed at some positions of its map; None if it cannot be."""
+    operation, layers, size = node.operation, keras.layers, shapes.get(node.name, (1, 1))
+    if size == (1, 1) or any(shapes.get(name) not in (size, (1, 1)) for name in node.inputs):
+        return None
+    if isinstance(operation, layers.Conv2D | layers.DepthwiseConv2D):
+        kernel, strides = operation.kernel_size, operation.strides
+        if max(strides) > 1:
+            return None
+        if max(kernel) == 1:
+            return _positionwise
+        if operation.padding != "same" or any(side % 2 == 0 for side in kernel):
+            return None
+        if isinstance(operation, layers.DepthwiseConv2D):
+            return _depthwise
+        return _convolution if operation.groups == 1 else None
+    by_channel = getattr(operation, "axis", -1) in (-1, 3)
+    return _positionwise if isinstance(operation, POSITIONWISE) and by_channel else None
+
+
 def _one_hot(numbers: np.ndarray) -> np.ndarray:
     return np.eye(numbers[-1] + 1, dtype=np.float32)[numbers]
 
@@ -396,7 +405,7 @@ def segment_with_cells(
 def segments_on_grid(
     network: MultiExitNetwork, candidates: Sequence[str], input_size: tuple[int, int], regions: Regions
 ) -> list[ActiveSegment | None]:
-    """The segments after the first, with the cells of a deployment; None for those that have no residual block and are always dense.
+    """The segments after the first, with the cells of a deployment; None for those that are always dense.
 
     Raises:
       ValueError: a segment cannot be computed at some positions only, all can only be dense, or the cells do not fit.
@@ -405,7 +414,7 @@ def segments_on_grid(
     for index in range(1, len(candidates)):
         try:
             segment = ActiveSegment(network, candidates, index, input_size, neighbours=regions.neighbours)
-        except NoBlockError as error:
+        except DenseSegmentError as error:
             if index + 1 == len(candidates) and not any(found):
                 raise ValueError(f"regions: must leave out work in one segment at least, got only dense ones; {error}") from error
             found.append(None)
