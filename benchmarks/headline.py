@@ -20,6 +20,8 @@ The last line is one JSON object; intervals are of 95 %, from a bootstrap over t
   gain_pp_at_equal_latency: mIoU of the row's bundle less that of the original, in percentage points.
   Each is null if val offered no configuration for the row, or if the bundle does not meet the row on this split (`rows` says how it did).
   The figures at the top level are of the first precision; those of others stand under their name.
+  regions_against_images: by row, what the bundle that decides per region does against the one that decides per image and promised most.
+  slowest_tenth: mean latency of a bundle's slowest 10 % of the images over the mean of the original's, for the bundle of each row.
   statics_not_beaten: alternatives that no chosen bundle beats in both latency and mIoU.
 """
 
@@ -40,7 +42,7 @@ from mess_tf.configs import DataConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.sources import open_split
 
-ORIGINAL, EXITS = "original", "exits"
+ORIGINAL, EXITS, BY_REGION = "original", "exits", "regions"
 RESAMPLES = 2000
 ROUNDING = 1e-9  # of sums of float64
 DEADLINES = 50
@@ -196,7 +198,7 @@ def precision_figures(
     measured = measure(ways, examples, rounds, brightness)
     original = measured[ORIGINAL][0]
 
-    rows, figures = [], {}
+    rows, figures, by_region, slowest = [], {}, {}, {}
     for row in ROWS:
         candidates = [name for name in bundles if name.startswith(f"{row}.")]
         if row == EQUAL_LATENCY:
@@ -216,10 +218,15 @@ def precision_figures(
             EQUAL_LATENCY: ("gain_pp_at_equal_latency", "gain_pp"),
         }[row]
         met = best is not None and best["met"]
+        if candidates:
+            slowest[row] = float(np.sort(measured[candidates[0]][0].latency_ms)[-max(1, len(examples) // 10) :].mean() / original.mean_ms)
+        per_image = [name for name in candidates if not name.endswith(f".{BY_REGION}")]
+        if per_image and f"{row}.{BY_REGION}" in found:
+            by_region[row] = compare(found[per_image[0]], found[f"{row}.{BY_REGION}"])
         figures |= {key: best[value] if met else None, f"{key}_interval": best[f"{value}_interval"] if met else None}
     shown = {row["row"] for row in rows} | {ORIGINAL, ANYTIME}
     rows += [{"row": name} | compare(original, results[0]) for name, results in measured.items() if name not in shown]
-    chosen = [name for name in measured if name.endswith((f".{INPUT_DEPENDENT}", f".{BUDGETED}"))]
+    chosen = [name for name in measured if name.endswith((f".{INPUT_DEPENDENT}", f".{BUDGETED}", f".{BY_REGION}"))]
     figures |= {
         "original_ms": original.mean_ms,
         "original_miou_pct": original.miou_pct,
@@ -228,8 +235,11 @@ def precision_figures(
             for path in alternatives
             if not any(beats(measured[name][0], measured[f"static {path.name}"][0]) for name in chosen)
         ],
+        "slowest_tenth": slowest,
         "rows": rows,
     }
+    if by_region:
+        figures["regions_against_images"] = by_region
     if ANYTIME in bundles:
         figures["anytime_mean_miou_pct"] = mean_over_deadlines(measured[ANYTIME], original.mean_ms)
     return figures, measured
@@ -259,6 +269,11 @@ def table(figures: Mapping[str, object]) -> str:
     for row in ROWS:
         if not any(each["row"].startswith(f"{row}.") and not each["row"].endswith(ANYTIME) for each in figures["rows"]):
             lines.append(f"{row:<32}no bundle: no configuration met this on val, or the row was not asked for")
+    for row, each in figures.get("regions_against_images", {}).items():
+        low, high = each["speedup_interval"]
+        lines.append(f"{row}: regions against images {each['speedup']:.2f}x ({low:.2f} to {high:.2f}), {each['gain_pp']:+.2f} pp")
+    for row, times in figures["slowest_tenth"].items():
+        lines.append(f"{row}: the slowest tenth of the images takes {times:.2f} of the original's mean")
     if "anytime_mean_miou_pct" in figures:
         lines.append(f"anytime: mean mIoU {figures['anytime_mean_miou_pct']:.2f} % over the deadlines up to the original's latency")
     return "\n".join(lines)
@@ -274,6 +289,7 @@ def draw(path: Path, measured: Mapping[str, list[Measured]], title: str) -> None
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for label, chosen, style in (
         ("input-dependent", lambda name: name.endswith(f".{INPUT_DEPENDENT}"), "o-"),
+        ("one decision per region", lambda name: name.endswith(f".{BY_REGION}"), "P-"),
         ("budgeted", lambda name: name.endswith(f".{BUDGETED}"), "s"),
         ("anytime", lambda name: name == ANYTIME, "d:"),
         ("one exit alone, its best head", lambda name: name.endswith(" alone"), "^"),

@@ -4,10 +4,12 @@
 project's own commands on a trained WORKDIR, leaves out those whose files are there already, and writes B/PRECISION/:
   original/        the same network without early exits, from the WORKDIR O where it was trained plainly (`--set stage1.exits=none`);
                    its latency comes from W's submodels at the scale of O, which are made for that if `--scales` lacks it
-  ROW.SETTING/     what the search chooses for each of `--rows` and `--settings`, beside its ROW.SETTING.json, the best over all `--scales`
+  ROW.SETTING/     what the search chooses for each of `--rows` and `--settings`, one decision per image, beside its ROW.SETTING.json, the
+                   best over all `--scales`
                    (`backbone.input_scale`, the weights of W for all of them). Rows: `no_loss` and `minus_1pp`: least latency at the
                    original's mIoU and one percentage point below; `equal_latency` and `share_X`: best mIoU at the original's latency
                    and at X of it
+  ROW.regions/     the same with one decision per region, with `--regions`, at the first scale; not in int8
   anytime/         the best mean mIoU over the deadlines up to the original's latency, at the first scale
   exits.X/         the most accurate head of every exit at scale X, to be run alone
 Everything is chosen on the calibration split (val), where the original's mIoU is measured on its bundle. The rows ask for `--margin_pp`
@@ -28,7 +30,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 from common import most_accurate, searched
-from headline import DROPS_PP, EQUAL_LATENCY, EXITS, ORIGINAL, ROWS
+from headline import BY_REGION, DROPS_PP, EQUAL_LATENCY, EXITS, ORIGINAL, ROWS
 
 from mess_runtime.benchmark import LatencyTable
 from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Predicted, read_json
@@ -39,7 +41,9 @@ from mess_tf.files import CANDIDATES, Configuration, Deployment, ExitChoice, Sta
 from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, load_network
+from mess_tf.network.regions import NEIGHBOURS
 from mess_tf.optimise.space import arrival_costs, latency_costs
+from mess_tf.region_candidates import NONE
 from mess_tf.rescale import rescale
 from mess_tf.search import table
 
@@ -57,11 +61,14 @@ def prepare(precision: str, scale: float) -> Path:
     folder = Path(FLAGS.workdir) / f"{precision}-scale{scale:g}"
     if not folder.exists():
         rescale(Path(FLAGS.workdir), scale, folder)
-    common = (f"--workdir={folder}", f"--data_dir={FLAGS.data_dir}")
+    common = (f"--workdir={folder}", f"--data_dir={FLAGS.data_dir}", f"--regions={NONE}")
+    if FLAGS.regions != NONE and precision != INT8 and scale == float(FLAGS.scales[0]):
+        heads = ",".join(FLAGS.region_heads)
+        common = (*common[:2], f"--regions={FLAGS.regions}", f"--region_cell={FLAGS.region_cell}", f"--region_heads={heads}")
     if not (folder / CANDIDATES).exists():
         command("mess_tf.export_tflite", *common, "--candidates", f"--precision={precision}")
     if not (folder / "stats.npz").exists():
-        command("mess_tf.calibrate", *common)
+        command("mess_tf.calibrate", *common, *([f"--max_early={FLAGS.max_early}"] if len(common) > 3 else []))
     return folder
 
 
@@ -125,12 +132,15 @@ def main(argv) -> None:
         alone = Configuration(BUDGETED, False, (ExitChoice(*FINAL.split(".")),), None)
         bundle = export(ORIGINAL, alone, None, Exporter(original, size, precision=precision, samples=samples))
         reached, milliseconds = bundle.manifest.segments[-1].miou, original_latency(whole, latency)
-        wanted = {f"{row}.{setting}": (setting, constraint(row, reached, milliseconds)) for row in FLAGS.rows for setting in FLAGS.settings}
+        asked = {setting: (f"--setting={setting}", "--decide=image") for setting in FLAGS.settings}
+        if FLAGS.regions != NONE and precision != INT8:
+            asked[BY_REGION] = (f"--setting={INPUT_DEPENDENT}", "--decide=regions")
+        wanted = {f"{row}.{kind}": (*words, constraint(row, reached, milliseconds)) for row in FLAGS.rows for kind, words in asked.items()}
         if FLAGS.anytime:
-            wanted[ANYTIME] = (ANYTIME, f"--max_cost={milliseconds}")
-        for name, (setting, flag) in wanted.items():
-            searching = folders[:1] if setting == ANYTIME else folders
-            if chosen := choose(searching, latency, name, f"--setting={setting}", flag):
+            wanted[ANYTIME] = (f"--setting={ANYTIME}", "--decide=image", f"--max_cost={milliseconds}")
+        for name, words in wanted.items():
+            searching = folders[:1] if name.endswith((ANYTIME, BY_REGION)) else folders
+            if chosen := choose(searching, latency, name, *words):
                 at, deployment = chosen
                 deployment.save(output / f"{name}.json")
                 print(f"{name}, scale {scales[at]:g}: {table(deployment)}")
@@ -152,6 +162,10 @@ if __name__ == "__main__":
     flags.DEFINE_list("scales", ["1", "0.75"], "of the input inside the network")
     flags.DEFINE_list("rows", ["no_loss", "minus_1pp", "equal_latency", "share_0.3", "share_0.45", "share_0.6", "share_0.8"], "see above")
     flags.DEFINE_list("settings", list(SETTINGS), "of the rows")
+    flags.DEFINE_enum("regions", NONE, [NONE, *NEIGHBOURS], "what regions see of those that left; none: no regions")
+    flags.DEFINE_integer("region_cell", 32, "side of a region in pixels", lower_bound=1)
+    flags.DEFINE_list("region_heads", [], "EXIT.HEAD of one per exit; default: every exit with the plain head")
+    flags.DEFINE_integer("max_early", 1, "largest number of early exits with regions", lower_bound=1, upper_bound=2)
     flags.DEFINE_bool("anytime", True, "write anytime/")
     flags.DEFINE_bool("exits", True, "write exits/")
     flags.DEFINE_float("margin_pp", 0.1, "percentage points of mIoU above what a row asks for")

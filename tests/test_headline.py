@@ -40,6 +40,28 @@ def test_interval_covers_the_spread_over_the_images():
     assert -10 < low < result["gain_pp"] < high < 20 and high - low > 2
 
 
+def test_regions_are_compared_with_the_images_of_their_row(monkeypatch, tmp_path):
+    costs = {"original": 20, "no_loss.input-dependent": 16, "no_loss.budgeted": 18, "no_loss.regions": 8}
+    for name in costs:
+        (tmp_path / name).mkdir()
+
+    def bundle(path: Path) -> SimpleNamespace:
+        predicted = SimpleNamespace(cost=SimpleNamespace(mean=costs[path.name]), miou=0.5)
+        return SimpleNamespace(manifest=SimpleNamespace(classes=("a", "b"), predicted=predicted))
+
+    monkeypatch.setattr(headline.Bundle, "load", bundle)
+    monkeypatch.setattr(headline, "ways_of", lambda path, kind, threads: {kind: None})
+    seen = {name: [measured([float(cost)] * 9 + [2.0 * cost], 50 + (name != "original"))] for name, cost in costs.items()}
+    monkeypatch.setattr(headline, "measure", lambda *_: seen)
+    examples = type("Examples", (SimpleNamespace,), {"__len__": lambda self: 10})(info=SimpleNamespace(classes=("a", "b")))
+    figures, _ = headline.precision_figures(tmp_path, None, examples, 1, 1, 1.0)
+    assert figures["speedup_at_no_loss"] == pytest.approx(20 / 8)  # regions promised most
+    against = figures["regions_against_images"]["no_loss"]
+    assert against["speedup"] == pytest.approx(16 / 8) and against["gain_pp"] == 0
+    assert figures["slowest_tenth"]["no_loss"] == pytest.approx(16 / 22)
+    assert "no_loss: regions against images 2.00x (2.00 to 2.00), +0.00 pp" in headline.table(figures)
+
+
 def test_result_that_stands_at_a_deadline():
     first, second = measured([1.0, 3.0], 10), measured([4.0, 6.0], 20)
     stands = headline.at_deadline([first, second], 5.0)

@@ -337,7 +337,7 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
         lines = search.table(best).splitlines()
         assert [line.split()[-1] == "chosen" for line in lines[1:3]] == [not row.reason for row in best.combinations]
         assert "decides" in lines[0] and {"image", "regions"} == {line.split()[2] for line in lines[1:3]}
-        assert "cells of 2x2 leave, budgets 1, 2, 4, neighbours nearest" in search.table(found["regions"])
+        assert "cells of 2x2 leave, budgets 1, 2, 3, 4, neighbours nearest" in search.table(found["regions"])
     assert set(found["regions"].predicted.costs) == {"latency_ms", "latency_p90_ms", "macs", "macs_p90", "parameters"}
     number = configuration_of(stats, found["regions"].exits)
     expected = []

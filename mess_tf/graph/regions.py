@@ -23,7 +23,7 @@ from mess_tf.network.regions import ActiveSegment, segments_on_grid
 CELLS = "cells"
 LOGITS = "logits"
 INT8_TOLERANCE = 0.2  # of features and logits: root mean square of the error over that of the values
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
+SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 
 
 def budgets(segment: ActiveSegment, shares: Sequence[float] = SHARES) -> list[int]:
