@@ -13,7 +13,7 @@ from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import write_json
 from mess_tf.files import Deployment, Objective, Stats
 from mess_tf.optimise import fleet
-from mess_tf.optimise.fleet import Variant, divisions, share
+from mess_tf.optimise.fleet import Variant, best_of, divisions, share
 from mess_tf.optimise.search import InfeasibleError
 from mess_tf.optimise.space import Costs, Resource, evaluate_configuration, latency_costs
 
@@ -90,13 +90,36 @@ def test_shared_bundles_equal_brute_force(name, join, seed):
 
 @pytest.mark.parametrize(("name", "join"), [("sum", np.sum), ("worst", np.max)])
 def test_of_many_devices_the_bound_holds(name, join, monkeypatch):
+    """And is that of blocks of devices, which sharing costs something, not of each device alone."""
     monkeypatch.setattr(fleet, "MOST_DEVICES", 2)
     variants = [variant_of(make_stats(0, heads=(3, 2), images=5), 0)]
     rows, objective = choices(variants, DEVICES)
-    best = best_value(rows, 2, join)
-    for time_limit in (math.inf, 1e-9):
-        shared = share(DEVICES, variants, 2, objective, name, time_limit=time_limit, **SPACE)
+    alone = join(rows.min(0))
+    for most, time_limit in itertools.product((1, 2), (math.inf, 1e-9)):
+        best = best_value(rows, most, join)
+        shared = share(DEVICES, variants, most, objective, name, time_limit=time_limit, **SPACE)
         assert shared.bound <= best * (1 + 1e-9) and best <= shared.value * (1 + 1e-9) and shared.value < 2 * best
+        if time_limit == math.inf:
+            assert shared.bound >= alone * (1 - 1e-9)
+        if most == 1 and time_limit == math.inf:
+            pairs = [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 3], [1, 2]]
+            of_blocks = [join([best_value(rows[:, block], 1, join) for block in pair]) for pair in pairs]
+            assert np.isclose(shared.bound, [*of_blocks, shared.value], rtol=1e-9).any()
+            assert name == "worst" or shared.bound > alone * 1.01
+
+
+@pytest.mark.parametrize("join", [np.sum, np.max])
+def test_the_best_bundles_of_those_found(join):
+    rng = np.random.default_rng(0)
+    for most in (1, 2, 3, 9):
+        latencies = rng.lognormal(1, 0.5, (7, 9)).round(1)
+        latencies[rng.random(latencies.shape) < 0.2] = math.inf
+        latencies[0] = 30 + np.arange(9)  # runs everywhere
+        chosen = best_of(latencies, most, join is np.max)
+        assert len(chosen) <= most
+        assert join(latencies[chosen].min(0)) == pytest.approx(best_value(latencies, most, join), rel=1e-9)
+    with pytest.raises(InfeasibleError, match=r"^max_bundles=1 is out of reach: so few do not run on all devices"):
+        best_of(np.array([[1.0, math.inf], [math.inf, 1.0]]), 1, join is np.max)
 
 
 def test_divisions():

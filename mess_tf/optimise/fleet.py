@@ -11,18 +11,27 @@ bundle each. What a group can reach is a search like any other, with a proof:
 Accuracy does not depend on the device, so a configuration that meets the target meets it everywhere. Two groups together reach no less than
 both of them alone (sum), or than the worse one (worst). So what is known of some groups bounds all others, and with them all ways to divide
 the devices. The way with the least bound is looked at: are all of its groups known, it is the optimum, as it is reached and nothing has a
-lower bound; otherwise the first unknown one is searched. Up to `MOST_DEVICES` that ends with a proof unless time runs out; with more
-devices, groups are taken from the bundles found so far, and the bound is that of each device alone.
+lower bound; otherwise the first unknown one is searched. Up to `MOST_DEVICES` that ends with a proof unless time runs out.
+
+More devices are dealt into blocks of no more than that. K bundles for all devices are K bundles for each block, so the optima of the
+blocks, each found and proven as above, together bound the optimum of all (sum), or the worst of them does. What is chosen is the best of
+all bundles that were found, for the blocks and for the devices that share one so far; its distance to the bound is given.
+
+Which of the bundles found are the best K is the p-median problem (sum; ReVelle and Swain, 1970) or the p-center problem (worst), solved to
+its optimum as a mixed-integer program by HiGHS (`scipy.optimize.milp`).
 
 Departure from clustering by latency: which devices share a bundle follows from what is chosen, not from how alike they are.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.optimize
+import scipy.sparse
 
 from mess_runtime.bundle import check
 from mess_tf.files import FLEETS, SUM, Certificate, Configuration, Objective, Stats
@@ -60,7 +69,7 @@ class Shared:
       bundles: at most K.
       bundle_of: int64 [D], of each device.
       value: of the fleet, in ms.
-      bound: no choice has a lower value; the same where the choice is proven.
+      bound: no choice has a lower value; the same where the choice is proven to be the best.
       divisions: ways to divide the devices that the bound covers.
       groups: that were searched.
       seconds: for all of it.
@@ -158,12 +167,17 @@ class _Fleet:
                 return lowest
             limit, slowest = float(latencies.max()), int(latencies.argmax())
 
-    def division(self, most: int) -> tuple[float, list[int]]:
-        """The way to divide the devices into at most so many groups that has the least bound, and that bound."""
-        everyone = 1 << len(self.devices)
-        lower, known = np.zeros(everyone), list(self.bounds.items())
+    def division(self, most: int, block: Sequence[int]) -> tuple[float, list[int]]:
+        """The way to divide the devices of a block into at most so many groups that has the least bound, and that bound."""
+        everyone, places = 1 << len(block), {1 << d: 1 << place for place, d in enumerate(block)}
+        known = {}  # groups of the block, whose bits are places in it
+        for group, bound in self.bounds.items():
+            devices = [1 << d for d in self.members(group)]
+            if places.keys() >= {*devices}:
+                known[sum(map(places.get, devices))] = bound
+        lower = np.zeros(everyone)
         for group in range(1, everyone):
-            inside = [(part, bound) for part, bound in known if part & group == part]
+            inside = [(part, bound) for part, bound in known.items() if part & group == part]
             if self.join is np.max:
                 lower[group] = max(bound for _, bound in inside)
             else:
@@ -177,30 +191,66 @@ class _Fleet:
                 while part:
                     if part & lowest:
                         bound, unknown, parts = before[group ^ part]
-                        way = float(self.join([lower[part], bound])), unknown + (part not in self.bounds), (part, *parts)
+                        way = float(self.join([lower[part], bound])), unknown + (part not in known), (part, *parts)
                         best[group] = min(best[group], way)
                     part = (part - 1) & group
         bound, _, parts = best[-1]
-        return bound, list(parts)
+        return bound, [sum(device for device, place in places.items() if part & place) for part in parts]
 
-    def chosen(self, most: int, groups: Sequence[int]) -> list[int]:
-        """Positions of good bundles: the best of each group, or one by one, then exchanged for as long as that helps."""
+    def chosen(self, most: int) -> tuple[list[Bundle], np.ndarray, float]:
+        """Of the bundles found so far the best K, which of them each device takes, and what they come to."""
         latencies = np.array([bundle.latencies for bundle in self.found])
+        best = best_of(latencies, most, self.join is np.max)
+        return [self.found[k] for k in best], latencies[best].argmin(axis=0), float(self.join(latencies[best].min(axis=0)))
 
-        def value(bundles: Sequence[int]) -> float:
-            return float(self.join(latencies[list(bundles)].min(axis=0)))
 
-        starts, added = [[int(self.join(latencies[:, self.members(group)], axis=1).argmin()) for group in groups]], []
-        while len(added) < most:
-            added.append(min(range(len(latencies)), key=lambda k: value([*added, k])))
-        for bundles in (starts[0], added):
-            while True:
-                others = [[*bundles[:k], other, *bundles[k + 1 :]] for k in range(len(bundles)) for other in range(len(latencies))]
-                if value(other := min(others, key=value)) >= value(bundles):
-                    break
-                bundles = other
-            starts.append(bundles)
-        return list(dict.fromkeys(min(starts, key=value)))
+def best_of(latencies: np.ndarray, most: int, worst: bool) -> list[int]:
+    """Solves the p-median problem, or the p-center problem.
+
+    Args:
+      latencies: float64 [J, D], of each bundle on each device, infinite where it does not run.
+      most: bundles that may be chosen.
+      worst: whether the largest latency is to be least, rather than the sum.
+
+    Returns:
+      Positions of the chosen bundles, ascending.
+
+    Raises:
+      InfeasibleError: so few do not run on all devices.
+    """
+    kept = _undominated(latencies)
+    able = np.isfinite(latencies[kept])
+    costs = np.where(able, latencies[kept] / np.median(latencies[kept][able]), 0.0)
+    count, devices = costs.shape
+    # Whether each bundle is chosen [J], whether it serves each device [J * D], and the largest latency.
+    one, eye = np.ones, scipy.sparse.eye_array
+    matrix = scipy.sparse.block_array(
+        [
+            [one((1, count)), None, None],
+            [None, scipy.sparse.kron(one((1, count)), eye(devices)), None],
+            [-scipy.sparse.kron(eye(count), one((devices, 1))), eye(costs.size), None],
+            [None, scipy.sparse.hstack([*map(scipy.sparse.diags_array, costs)]), -one((devices, 1))],
+        ]
+    )
+    least = np.repeat((-math.inf, 1.0, -math.inf), (1, devices, costs.size + devices))
+    largest = np.repeat((most, 1.0, 0.0), (1, devices, costs.size + devices))
+    upper = np.concatenate([np.ones(count), able.ravel(), [math.inf]])
+    found = scipy.optimize.milp(
+        np.concatenate([np.zeros(count), 0.0 * costs.ravel() if worst else costs.ravel(), [float(worst)]]),
+        integrality=np.repeat((1, 0), (count, costs.size + 1)),
+        bounds=scipy.optimize.Bounds(0.0, upper),
+        constraints=scipy.optimize.LinearConstraint(matrix, least, largest),
+        options={"mip_rel_gap": 0.0},
+    )
+    if found.x is None:
+        raise InfeasibleError(f"max_bundles={most} is out of reach: so few do not run on all devices")
+    return kept[found.x[:count] > 0.5].tolist()
+
+
+def _undominated(latencies: np.ndarray) -> np.ndarray:
+    """Positions of the rows, ascending, than which no other one is as low everywhere; of equal rows the first."""
+    _, first = np.unique(latencies, axis=0, return_index=True)
+    return np.array([k for k in np.sort(first) if ((latencies[first] <= latencies[k]).all(axis=1)).sum() == 1])
 
 
 def share(
@@ -239,24 +289,25 @@ def share(
             if search.bounds[group] < math.inf:
                 raise TimeoutError(f"time_limit: must be longer; after {time_limit:g} s nothing was found for {name}")
             raise InfeasibleError(f"min_miou={objective.min_miou:.6g} is out of reach within the limits on {name}")
-    groups: Sequence[int] = alone
+    blocks = [[*range(len(devices))]]
+    if len(devices) > MOST_DEVICES:  # devices that take the same bundle are dealt out, so that each block has some of all kinds
+        _, bundle_of, _ = search.chosen(most)
+        number = math.ceil(len(devices) / MOST_DEVICES)
+        blocks = [sorted(np.argsort(bundle_of, kind="stable")[start::number].tolist()) for start in range(number)]
+    ways = [search.division(most, block) for block in blocks]
     while True:
-        if len(devices) <= MOST_DEVICES:
-            bound, groups = search.division(most)
-        else:
-            bound = float(search.join([search.bounds[group] for group in alone]))
-        chosen = search.chosen(most, groups[:most])
-        latencies = np.array([search.found[k].latencies for k in chosen])
-        bundle_of, value = latencies.argmin(axis=0), float(search.join(latencies.min(axis=0)))
-        if len(devices) > MOST_DEVICES:
-            groups = [sum(1 << int(d) for d in np.flatnonzero(bundle_of == b)) for b in np.unique(bundle_of)]
-        unknown = [group for group in groups if group not in search.bounds]
+        bound = float(search.join([each for each, _ in ways]))
+        chosen, bundle_of, value = search.chosen(most)
+        groups = [sum(1 << int(d) for d in np.flatnonzero(bundle_of == b)) for b in np.unique(bundle_of)] if len(blocks) > 1 else []
+        unknown = [group for group in itertools.chain(groups, *(parts for _, parts in ways)) if group not in search.bounds]
         if not unknown or value <= bound * (1 + kernels.SLACK) or kernels.clock() > search.deadline:
             break
         search.search(unknown[0])
+        members = {*search.members(unknown[0])}
+        ways = [search.division(most, block) if members <= {*block} else way for block, way in zip(blocks, ways, strict=True)]
     used = np.unique(bundle_of)
     return Shared(
-        bundles=tuple(search.found[chosen[b]] for b in used),
+        bundles=tuple(chosen[b] for b in used),
         bundle_of=np.searchsorted(used, bundle_of),
         value=value,
         bound=value if value <= bound * (1 + kernels.SLACK) else bound,
