@@ -117,7 +117,13 @@ def test_a_lock_makes_threads_wait(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"a": 1, "a": 2}', "'a' comes twice"), ("[" * 100_000, "nested too deeply"), (b"\xff\xfe", "Expecting"), ("{", "Expecting")],
+    [
+        ('{"a": 1, "a": 2}', "'a' comes twice"),
+        ("[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "Expecting"),
+        ("{", "Expecting"),
+        (b'{"\xe9": 1}', "must be JSON in UTF-8, got byte 0xe9 at 2"),
+    ],
 )
 def test_json_that_is_none(text, message):
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 from pngs import png
 
 from mess_runtime import images
@@ -182,7 +182,7 @@ def eps(path):
         empty,
         large,
         long_text,
-        *(other_content(kind) for kind in ("GIF", "ICO", "DDS", "PPM")),
+        *(other_content(kind) for kind in ("GIF", "ICO", "DDS", "PPM", *(["AVIF"] if features.check("avif") else []))),
         truncated,
         eps,
         lambda path: path.write_bytes(b""),
