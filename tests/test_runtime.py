@@ -708,6 +708,19 @@ def test_equal_files_are_measured_once(submodels, tmp_path):
     assert [row.submodel for row in rows] == ["segment.exit1"]
 
 
+def test_what_another_process_measures_meanwhile_stays(submodels, tmp_path, monkeypatch):
+    ours, theirs, real = submodels / "segment.exit1.tflite", submodels / "segment.exit2.tflite", benchmark.benchmark_files
+
+    def files(paths, *arguments, **options):
+        if paths == [ours]:
+            benchmark.measure([theirs], tmp_path / "latency.json", runs=1, min_seconds=0.0, rounds=1)
+        return real(paths, *arguments, **options)
+
+    monkeypatch.setattr(benchmark, "benchmark_files", files)
+    benchmark.measure([ours], tmp_path / "latency.json", runs=1, min_seconds=0.0, rounds=1)
+    assert {row.submodel for row in benchmark.LatencyTable.load(tmp_path / "latency.json").rows} == {"segment.exit1", "segment.exit2"}
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "required"),
     [
