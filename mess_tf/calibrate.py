@@ -8,7 +8,7 @@ are those of their precision and name the files whose latencies belong to them. 
 so a threshold means the same there. With --precisions, as given to `export_tflite`, stats.fp16.npz and so on, one for each.
 
 With --regions, or a training whose stage1.regions is another than none, it also writes WORKDIR/regions.npz: the whole outcome of chains of
-exits whose cells leave each for itself, for every theta_pix and --theta_img; see `mess_tf.region_candidates`.
+exits whose cells leave each for itself, for every theta_pix and --theta_img, in shards likewise; see `mess_tf.region_candidates`.
 """
 
 from absl import flags
@@ -69,7 +69,7 @@ from mess_runtime.bundle import (
 )
 from mess_runtime.images import mask_at
 from mess_runtime.terminal import Bar
-from mess_tf import configs, metrics
+from mess_tf import configs, metrics, region_candidates
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, network_input
 from mess_tf.data.sources import open_split
@@ -96,19 +96,20 @@ from mess_tf.network.originals import allow, allow_flags, allowed
 from mess_tf.region_candidates import (
     BY_TRAINING,
     NONE,
+    WITHOUT,
+    Outcomes,
     Plan,
     RegionOptions,
     configurations,
     options_of_flags,
     plan,
-    statistics,
     submodels,
 )
 
 FLAGS = flags.FLAGS
 CHUNK = 16  # images whose features are held at once, so that a head is loaded once for all of them
 SHARD = 64  # images whose counts are written at once
-SHARDS = "shards"  # in a work folder
+SHARDS, REGION_SHARDS = "shards", "region_shards"  # in a work folder
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())  # of an interpreter; Ray sets it to the CPUs of a task
 
 EXPORT_AGAIN = "`python -m mess_tf.export_tflite --candidates` makes them anew"
@@ -185,6 +186,7 @@ class Calibration:
                 files[mode] = [self.folder / f"{name}.tflite" for name in names]
             self.hashes = {kind: tuple(map(file_sha256, paths)) for kind, paths in files.items()}
         self.logits_of = logits_of_files(prefixes, heads) if exported else logits_of_keras(network)
+        self.regional: RegionCalibration | None = None
         about = (self.hashes, self.precision, fidelity, of_network, self.theta_pix.tolist(), split, size, resize, examples.info.classes)
         self._sha256 = hashlib.sha256(json.dumps([network.candidates, *about]).encode())
 
@@ -269,6 +271,69 @@ class Calibration:
         return [range(len(self.examples))[start : start + images] for start in range(0, len(self.examples), images)]
 
 
+class RegionCalibration:
+    """What counts the regions of the images of a split, see `Calibration`: every chain, with each pair of thresholds."""
+
+    def __init__(self, calibration: Calibration, chains: Plan, theta_img: Sequence[float] = THETA_IMG):
+        """Looks at what will be run.
+
+        Args:
+          calibration: of the same images; not in int8, since the masked segments run in float. The files of regions among its candidates
+            are named; if there are none, the search knows MACs only.
+          chains: what is to be run.
+          theta_img: grid.
+
+        Raises:
+          ValueError: the candidates were exported for other regions, or there are too many configurations.
+        """
+        check(calibration.precision != INT8, "precision", f"none of {INT8} with regions", calibration.precision)
+        check(calibration.fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", calibration.fidelity)
+        of_files = calibration.folder / REGIONS_OF_FILES
+        if of_files.exists():
+            read = read_json(of_files, lambda value: decode(Regions, value, "regions"))
+            check(read == chains.regions, str(of_files), f"{chains.regions}; {EXPORT_AGAIN}", read)
+
+        def sha256(name: str) -> str:
+            path = calibration.folder / f"{name}.tflite"
+            return file_sha256(path) if of_files.exists() and path.exists() else ""
+
+        self.first_sha256, self.pair_sha256 = (tuple(map(sha256, names)) for names in submodels(chains))
+        self.calibration, self.chains = calibration, chains
+        self.every = configurations(chains, calibration.theta_pix.tolist(), theta_img)
+        regions = dataclasses.astuple(chains.regions)
+        self._about = json.dumps([regions, chains.candidates, self.every, self.first_sha256, self.pair_sha256])
+
+    @functools.cached_property
+    def _outcomes(self) -> Outcomes:
+        return Outcomes(self.calibration.network, self.chains, self.calibration.size)
+
+    def count(self, images: range) -> dict[str, np.ndarray]:
+        """See `region_candidates.count`."""
+        return region_candidates.count(self._outcomes, self.every, self.calibration.examples, images, self.calibration.resize)
+
+    def key(self, images: range) -> str:
+        """SHA-256 of all that the `count` of some images depends on, in lower-case hexadecimal."""
+        return hashlib.sha256((self.calibration.key(images) + self._about).encode()).hexdigest()
+
+    def stats(self, parts: Sequence[Mapping[str, np.ndarray]], stats_sha256: str) -> RegionStats:
+        """The statistics of the split, of the `count` of each of its parts, in order; `stats_sha256`: of the file of whole images."""
+        calibration = self.calibration
+        return RegionStats(
+            split=calibration.split,
+            stats_sha256=stats_sha256,
+            images=calibration.examples.names,
+            classes=calibration.examples.info.classes,
+            neighbours=self.chains.regions.neighbours,
+            candidates=self.chains.candidates,
+            first_sha256=self.first_sha256,
+            pair_sha256=self.pair_sha256,
+            made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
+            precision=calibration.precision,
+            **region_candidates.joined(parts),
+            **region_candidates.described(calibration.network, self.chains, calibration.size, self.every),
+        )
+
+
 def calibrate(*args, **kwargs) -> Stats:
     """The statistics of a whole split, made in memory; arguments as of `Calibration`."""
     calibration = Calibration(*args, **kwargs)
@@ -282,15 +347,24 @@ def calibrations(
     theta_pix: Sequence[float] = THETA_PIX,
     fidelity: str = policy.EXACT,
     precisions: Sequence[str | None] = (None,),
+    regions: RegionOptions = WITHOUT,
 ) -> dict[str | None, Calibration]:
-    """What counts the images of a work folder, by precision; the split is the validation split if none is named."""
+    """What counts the images of a work folder, by precision, and `regional` their regions, but in int8.
+
+    The split is the validation split if none is named.
+    """
     config = configs.with_data_dir(configs.load_config(workdir), data_dir)
     split = split or config.data.val_split
     examples = open_split(config.data, split)
     network = load_network(workdir, config, examples.info.num_classes)
     folders = {precision: Path(workdir, of_precision(CANDIDATES, precision)) for precision in precisions}
     fixed = config.data.input_size, theta_pix, fidelity, config.data.resize
-    return {precision: Calibration(network, examples, split, fixed[0], folder, *fixed[1:]) for precision, folder in folders.items()}
+    found = {precision: Calibration(network, examples, split, fixed[0], folder, *fixed[1:]) for precision, folder in folders.items()}
+    if chains := plan(network, config, regions):
+        check(fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", fidelity)
+        for each in found.values():
+            each.regional = None if each.precision == INT8 else RegionCalibration(each, chains, regions.theta_img)
+    return found
 
 
 def _opened(allowance: tuple[Sequence[str], bool], *of: Any) -> dict[str | None, Calibration]:
@@ -299,13 +373,15 @@ def _opened(allowance: tuple[Sequence[str], bool], *of: Any) -> dict[str | None,
     return calibrations(*of)
 
 
-def count_shard(opened: tasks.Opened[Mapping[str | None, Calibration]], precision: str | None, images: range, key: str, path: Path) -> None:
-    """A task: writes the `count` of some images.
+def count_shard(
+    opened: tasks.Opened[Mapping[str | None, Calibration]], precision: str | None, regions: bool, images: range, key: str, path: Path
+) -> None:
+    """A task: writes the `count` of some images, or of their regions.
 
     Raises:
       ValueError: what is counted here does not have this key, see `Calibration.key`.
     """
-    calibration = opened.value[precision]
+    calibration = opened.value[precision].regional if regions else opened.value[precision]
     check(calibration.key(images) == key, "workdir", "the same on all machines, and the data too", str(path.parent))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(path, key=np.array(key), **calibration.count(images))
@@ -319,61 +395,33 @@ def _is_of(path: Path, key: str) -> bool:
 
 
 def shard_tasks(
-    opened: tasks.Opened[Mapping[str | None, Calibration]], workdir: str, precision: str | None = None, shard: int = SHARD
+    opened: tasks.Opened[Mapping[str | None, Calibration]],
+    workdir: str,
+    precision: str | None = None,
+    shard: int = SHARD,
+    regions: bool = False,
 ) -> list[tasks.Task]:
-    """The tasks that count a split, so many images each; those are done whose files are there, whole, and of the same images and files."""
-    folder, calibration, result = Path(workdir, of_precision(SHARDS, precision)), opened.value[precision], []
+    """The tasks that count a split, or its regions, so many images each.
+
+    Those are done whose files are there, whole, and of the same images and files.
+    """
+    folder, calibration, result = Path(workdir, of_precision(REGION_SHARDS if regions else SHARDS, precision)), opened.value[precision], []
+    counts = calibration.regional if regions else calibration
     for images in calibration.shards(shard):
-        path, key = folder / f"{images.start}-{images.stop}.npz", calibration.key(images)
-        result.append(tasks.Task(count_shard, (opened, precision, images, key, path), path, _is_of(path, key)))
+        path, key = folder / f"{images.start}-{images.stop}.npz", counts.key(images)
+        result.append(tasks.Task(count_shard, (opened, precision, regions, images, key, path), path, _is_of(path, key)))
     return result
 
 
-def merge(calibration: Calibration, shards: Sequence[Path], path: Path) -> None:
-    """Writes the statistics of a split, of the files of all its shards, in order, and deletes the folder of the shards."""
+def merge(
+    calibration: Calibration, shards: Sequence[Path], path: Path, region_shards: Sequence[Path] = (), region_path: Path | None = None
+) -> None:
+    """Writes the statistics of a split, and of its regions, of the files of all shards, in order, and deletes the folders of the shards."""
     calibration.stats([map_arrays(shard) for shard in shards]).save(path)
-    shutil.rmtree(shards[0].parent)
-
-
-def calibrate_regions(calibration: Calibration, chains: Plan, stats_sha256: str, theta_img: Sequence[float] = THETA_IMG) -> RegionStats:
-    """Runs every chain over the split, with each pair of thresholds.
-
-    Args:
-      calibration: of the same images; not in int8, since the masked segments run in float. The files of regions among its candidates are
-        named; if there are none, the search knows MACs only.
-      chains: what is to be run.
-      stats_sha256: of the file of the statistics of whole images.
-      theta_img: grid.
-
-    Raises:
-      ValueError: the candidates were exported for other regions, or there are too many configurations.
-    """
-    check(calibration.precision != INT8, "precision", f"none of {INT8} with regions", calibration.precision)
-    check(calibration.fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", calibration.fidelity)
-    of_files = calibration.folder / REGIONS_OF_FILES
-    if of_files.exists():
-        read = read_json(of_files, lambda value: decode(Regions, value, "regions"))
-        check(read == chains.regions, str(of_files), f"{chains.regions}; {EXPORT_AGAIN}", read)
-
-    def sha256(name: str) -> str:
-        path = calibration.folder / f"{name}.tflite"
-        return file_sha256(path) if of_files.exists() and path.exists() else ""
-
-    first, pairs = (tuple(map(sha256, names)) for names in submodels(chains))
-    network, examples, thetas = calibration.network, calibration.examples, (calibration.theta_pix.tolist(), theta_img)
-    return RegionStats(
-        split=calibration.split,
-        stats_sha256=stats_sha256,
-        images=examples.names,
-        classes=examples.info.classes,
-        neighbours=chains.regions.neighbours,
-        candidates=chains.candidates,
-        first_sha256=first,
-        pair_sha256=pairs,
-        made_by=json.dumps(made_by() | {"tensorflow": tf.__version__}),
-        precision=calibration.precision,
-        **statistics(network, chains, examples, calibration.size, calibration.resize, *thetas),
-    )
+    if region_shards:
+        calibration.regional.stats([map_arrays(shard) for shard in region_shards], file_sha256(path)).save(region_path)
+    for folder in {shard.parent for shard in (*shards, *region_shards)}:
+        shutil.rmtree(folder)
 
 
 def run(
@@ -389,7 +437,7 @@ def run(
 ) -> list[Path]:
     """The command: see `calibrations` and, for `ray`, `tasks.run`; `shard`: images of a task. Returns the paths of the statistics.
 
-    With regions, see `calibrate_regions`, too, in this process; in int8 they are left out.
+    With regions, those of regions, too; in int8 they are left out.
     """
     check_theta_pix(theta_pix)
     check_writable("workdir", workdir, folder=True)
@@ -397,25 +445,22 @@ def run(
     for folder in (Path(workdir, of_precision(CANDIDATES, each)) for each in precisions):
         command = f"`python -m mess_tf.export_tflite --candidates --precisions={','.join(precisions)}`"
         check((folder / WEIGHTS).exists(), "precisions", f"those of exported candidates; {command} makes them", str(folder))
-    of = workdir, data_dir, split, theta_pix, fidelity, precisions or (None,)
+    of = workdir, data_dir, split, theta_pix, fidelity, precisions or (None,), regions
     opened = tasks.Opened(calibrations(*of), _opened, allowed(), *of)
-    chains = plan(next(iter(opened.value.values())).network, configs.load_config(workdir), regions)
-    if chains:
-        check(fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", fidelity)
-        count = len(configurations(chains, theta_pix, regions.theta_img))
-        print(f"regions: {len(chains.chains)} chains, {count} configurations")
-    todo = {precision: shard_tasks(opened, workdir, precision, shard) for precision in opened.value}
-    tasks.run([*itertools.chain(*todo.values())], "calibrate", "shard", ray)
-    paths = []
+    todo, paths = {}, []
     for precision, calibration in opened.value.items():
-        path = Path(workdir, of_precision(STATS, precision))
-        merge(calibration, [task.output for task in todo[precision]], path)
-        paths.append(path)
-        if chains and calibration.precision == INT8:
+        todo[precision, False] = shard_tasks(opened, workdir, precision, shard)
+        if regional := calibration.regional:
+            print(f"regions: {len(regional.chains.chains)} chains, {len(regional.every)} configurations")
+            todo[precision, True] = shard_tasks(opened, workdir, precision, shard, regions=True)
+        elif regions.of(configs.load_config(workdir)).neighbours != NONE:
             print(f"regions: left out in {INT8}, which their masked segments do not run in")
-        elif chains:
-            paths.append(Path(workdir, of_precision(REGIONS, precision)))
-            calibrate_regions(calibration, chains, file_sha256(path), regions.theta_img).save(paths[-1])
+    tasks.run([*itertools.chain(*todo.values())], "calibrate", "shard", ray)
+    for precision, calibration in opened.value.items():
+        shards, of_regions = ([task.output for task in todo.get((precision, regional), ())] for regional in (False, True))
+        path, region_path = (Path(workdir, of_precision(name, precision)) for name in (STATS, REGIONS))
+        merge(calibration, shards, path, of_regions, region_path)
+        paths += [path, region_path] if of_regions else [path]
     return paths
 
 

@@ -188,7 +188,7 @@ class Outcomes:
           plan: its chains.
           size: (H, W) of its input.
         """
-        self._network, self._plan, self._size = network, plan, size
+        self._network, self._plan, self.size = network, plan, size
         read = {name for segments in plan.segments.values() for segment in segments for name in segment.inputs}
         self._features_of = tf.function(network.features(plan.candidates, sorted(read)), autograph=False)
         self._head_of = tf.function(network.head_logits, autograph=False)
@@ -269,8 +269,8 @@ class Outcomes:
 
             def function(logits: tf.Tensor) -> dict[str, tf.Tensor]:
                 if theta_pix is None:
-                    return decide(logits, self._size, ())
-                return decide_by_cell(logits, self._size, (theta_pix, False), self._plan.cells)
+                    return decide(logits, self.size, ())
+                return decide_by_cell(logits, self.size, (theta_pix, False), self._plan.cells)
 
             content = flatbuffer.write({SIGNATURE: convert(function, {"logits": shape})})
             interpreter = Interpreter(model_content=content, num_threads=os.cpu_count())
@@ -290,49 +290,63 @@ def configurations(plan: Plan, theta_pix: Sequence[float], theta_img: Sequence[f
     return found
 
 
-def statistics(
-    network: MultiExitNetwork,
-    plan: Plan,
-    examples: Examples,
-    size: tuple[int, int],
-    resize: str,
-    theta_pix: Sequence[float],
-    theta_img: Sequence[float],
+def count(
+    outcomes: Outcomes, every: Sequence[tuple[tuple[str, ...], float, float]], examples: Examples, images: range, resize: str
 ) -> dict[str, np.ndarray]:
-    """Runs all configurations over a split: arrays of `RegionStats` by name.
+    """Runs configurations over some images.
+
+    Args:
+      outcomes: of the network.
+      every: see `configurations`.
+      examples: the split.
+      images: positions in it, one after another.
+      resize: how images are fitted, see `images.fit`.
+
+    Returns:
+      `tp`, `fp`, `labelled`, `taken` and `cells` of these images, see `RegionStats`.
+    """
+    most, classes, shape = max(len(chain) for chain, *_ in every), examples.info.num_classes, (len(every), len(images))
+    tp, fp = np.zeros((2, *shape, classes), np.int32)
+    labelled = np.zeros((len(images), classes), np.int64)
+    taken, cells = np.zeros((*shape, most - 1), np.int32), np.zeros((*shape, most), np.int32)
+    with Bar("regions", len(images), "image") as bar:
+        for i, (image, label) in enumerate(evaluation_batches(examples, images).as_numpy_iterator()):
+            outcomes.take(network_input(image, outcomes.size, resize))
+            count_mask = _counter(label[0], outcomes.size, resize, classes)
+            labelled[i], counted = count_mask(None), {}
+            for k, configuration in enumerate(every):
+                outcome = outcomes.outcome(*configuration)
+                if id(outcome) not in counted:
+                    counted[id(outcome)] = count_mask(outcome.mask)
+                tp[k, i], fp[k, i] = counted[id(outcome)]
+                taken[k, i, : len(outcome.taken)], cells[k, i, : len(outcome.cells)] = outcome.taken, outcome.cells
+            bar.advance(examples.names[images[i]])
+    return {"tp": tp, "fp": fp, "labelled": labelled, "taken": taken, "cells": cells}
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The `count` of all images, of that of some of them each, in order."""
+    axes = {"tp": 1, "fp": 1, "labelled": 0, "taken": 1, "cells": 1}
+    return {name: np.concatenate([part[name] for part in parts], axis=axis) for name, axis in axes.items()}
+
+
+def described(
+    network: MultiExitNetwork, plan: Plan, size: tuple[int, int], every: Sequence[tuple[tuple[str, ...], float, float]]
+) -> dict[str, np.ndarray]:
+    """What configurations are and cost, whatever the images: arrays of `RegionStats` by name.
 
     Args:
       network: the multi-exit network.
       plan: its chains.
-      examples: the split.
       size: (H, W) of the network's input.
-      resize: how images are fitted, see `images.fit`.
-      theta_pix, theta_img: grids.
+      every: see `configurations`.
     """
-    every = configurations(plan, theta_pix, theta_img)
     most = max(map(len, plan.chains))
-    shape, classes = (len(every), len(examples)), examples.info.num_classes
     chains = np.full((len(every), most), -1)
     theta = np.full((2, len(every), most - 1), np.nan)
     for k, (chain, pix, img) in enumerate(every):
         chains[k, : len(chain)] = [plan.candidates.index(name) for name in chain]
         theta[:, k, : len(chain) - 1] = np.array([[pix], [img]])
-    tp, fp = np.zeros((2, *shape, classes), np.int32)
-    labelled = np.zeros((len(examples), classes), np.int64)
-    taken, cells = np.zeros((*shape, most - 1), np.int32), np.zeros((*shape, most), np.int32)
-    outcomes = Outcomes(network, plan, size)
-    with Bar("regions", len(examples), "image") as bar:
-        for i, (image, label) in enumerate(evaluation_batches(examples).as_numpy_iterator()):
-            outcomes.take(network_input(image, size, resize))
-            count = _counter(label[0], size, resize, classes)
-            labelled[i], counted = count(None), {}
-            for k, configuration in enumerate(every):
-                outcome = outcomes.outcome(*configuration)
-                if id(outcome) not in counted:
-                    counted[id(outcome)] = count(outcome.mask)
-                tp[k, i], fp[k, i] = counted[id(outcome)]
-                taken[k, i, : len(outcome.taken)], cells[k, i, : len(outcome.cells)] = outcome.taken, outcome.cells
-            bar.advance(examples.names[i])
     pairs = {pair: plan.segments[pair][0] for pair in plan.pairs}
     begins, shapes = {first for first, _ in pairs}, tensor_shapes(network, size)
     first = [
@@ -344,11 +358,6 @@ def statistics(
         "chains": chains,
         "theta_pix": theta[0],
         "theta_img": theta[1],
-        "tp": tp,
-        "fp": fp,
-        "labelled": labelled,
-        "taken": taken,
-        "cells": cells,
         "first_macs": np.array([sum(cost.macs for cost in costs) for costs in first]),
         "first_parameters": np.array([sum(cost.parameters for cost in costs) for costs in first]),
         "pairs": np.array([[plan.candidates.index(name) for name in pair] for pair in pairs]),

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -17,13 +19,13 @@ from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import Bundle, Regions, file_sha256, write_json
 from mess_runtime.images import mask_at
 from mess_runtime.runner import Runner
-from mess_tf import calibrate, configs, metrics, report, search
+from mess_tf import calibrate, configs, metrics, report, search, tasks
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec, StageConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
 from mess_tf.export_tflite import run_candidates, run_deployment
-from mess_tf.files import Asked, Deployment, Objective, Original, RegionStats, Stats, best_weights
+from mess_tf.files import Asked, Deployment, Objective, Original, RegionStats, Stats, best_weights, map_arrays
 from mess_tf.graph.policy import decide, decide_by_cell
 from mess_tf.network.model import FINAL, MultiExitNetwork, build_network
 from mess_tf.network.regions import segments_on_grid
@@ -135,6 +137,27 @@ def test_statistics_are_what_keras_does_image_by_image(made, stats):
     assert stats.first_macs[0] == whole.prefix_macs[0] + whole.head_macs[position]
     total = whole.prefix_macs[-1] - whole.prefix_macs[0]
     assert stats.pair_macs[stats.pair_of_hop[stats.chains[:, 1] == 2][0, 0], -1] == total
+
+
+def test_shards_of_regions_counted_apart_make_the_same_statistics(made, tmp_path):
+    """What is finished is not done again, unless it is of other thresholds; another process makes the same of what it is sent."""
+    folder, network, val = made
+    of = str(folder), "", "", confidences(network, val), "exact", (None,), RegionOptions(max_early=2, theta_img=THETA_IMG)
+    opened = tasks.Opened(calibrate.calibrations(*of), calibrate._opened, ((), False), *of)
+    regional = opened.value[None].regional
+    other = calibrate.RegionCalibration(opened.value[None], regional.chains, THETA_IMG[:1])
+
+    def todo() -> list[tasks.Task]:
+        return calibrate.shard_tasks(opened, str(folder), shard=3, regions=True)
+
+    for task in todo():
+        assert tasks._elsewhere(os.getcwd(), pickle.dumps((tasks._place(task.function), task.arguments))) is None
+        assert sum(each.done for each in todo()) == (1 if task.output.name.startswith("0-") else 2)
+    assert other.key(range(3)) != regional.key(range(3))
+    shards = [map_arrays(path) for path in tasks.run(todo(), "calibrate", "shard")]
+    regional.stats(shards, file_sha256(folder / "stats.npz")).save(tmp_path / "regions.npz")
+    assert (tmp_path / "regions.npz").read_bytes() == (folder / "regions.npz").read_bytes()
+    shutil.rmtree(task.output.parent)
 
 
 def random_stats(seed: int, images: int = 5, classes: int = 3) -> RegionStats:
