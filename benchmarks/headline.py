@@ -219,7 +219,8 @@ def precision_figures(
         }[row]
         met = best is not None and best["met"]
         if candidates:
-            slowest[row] = float(np.sort(measured[candidates[0]][0].latency_ms)[-max(1, len(examples) // 10) :].mean() / original.mean_ms)
+            latency_ms = np.sort(measured[candidates[0]][0].latency_ms)
+            slowest[row] = float(latency_ms[-max(1, latency_ms.size // 10) :].mean() / original.mean_ms)
         per_image = [name for name in candidates if not name.endswith(f".{BY_REGION}")]
         if per_image and f"{row}.{BY_REGION}" in found:
             by_region[row] = compare(found[per_image[0]], found[f"{row}.{BY_REGION}"])

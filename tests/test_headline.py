@@ -53,7 +53,7 @@ def test_regions_are_compared_with_the_images_of_their_row(monkeypatch, tmp_path
     monkeypatch.setattr(headline, "ways_of", lambda path, kind, threads: {kind: None})
     seen = {name: [measured([float(cost)] * 9 + [2.0 * cost], 50 + (name != "original"))] for name, cost in costs.items()}
     monkeypatch.setattr(headline, "measure", lambda *_: seen)
-    examples = type("Examples", (SimpleNamespace,), {"__len__": lambda self: 10})(info=SimpleNamespace(classes=("a", "b")))
+    examples = SimpleNamespace(info=SimpleNamespace(classes=("a", "b")))
     figures, _ = headline.precision_figures(tmp_path, None, examples, 1, 1, 1.0)
     assert figures["speedup_at_no_loss"] == pytest.approx(20 / 8)  # regions promised most
     against = figures["regions_against_images"]["no_loss"]

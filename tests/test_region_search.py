@@ -111,7 +111,7 @@ def by_hand(network: MultiExitNetwork, stats: RegionStats, number: int, image: n
 
 def test_statistics_are_what_keras_does_image_by_image(made, stats):
     _, network, val = made
-    assert stats.regions == Regions("nearest", (2, 2), (1, 2, 4))
+    assert stats.regions == Regions("nearest", (2, 2), (1, 2, 3, 4))
     assert stats.candidates == (f"exit1.{HEAD}", f"exit2.{HEAD}", FINAL)
     assert len(stats.chains) == 4 * 2 * len(THETA_IMG)
     budgets = set()
@@ -311,7 +311,7 @@ def test_what_cannot_be_planned(made):
     none = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, regions="none"))
     assert plan(network, none, RegionOptions()) is None
     chains = plan(network, none, RegionOptions("stale", 16, (FINAL, f"exit2.{HEAD}")))
-    assert chains.chains == [(f"exit2.{HEAD}", FINAL)] and chains.regions == Regions("stale", (4, 6), (3, 6, 12, 24))
+    assert chains.chains == [(f"exit2.{HEAD}", FINAL)] and chains.regions == Regions("stale", (4, 6), (3, 6, 9, 12, 18, 24))
     with pytest.raises(ValueError, match=r"region_heads: must be of the candidates exit1.fcn-r8-b0, .* got 'exit1.other'"):
         plan(network, config, RegionOptions(candidates=("exit1.other", FINAL)))
     with pytest.raises(ValueError, match="region_heads: must be of two exits or more, one each"):
@@ -346,7 +346,7 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
     folder, *_ = made
     names = {path.stem for path in (folder / "candidates").glob("region.*.tflite")}
     first, second = f"exit1.{HEAD}", f"exit2.{HEAD}"
-    pairs = {f"region.{a}.{b}.{n}" for a, b in ((first, second), (first, FINAL), (second, FINAL)) for n in (1, 2, 4)}
+    pairs = {f"region.{a}.{b}.{n}" for a, b in ((first, second), (first, FINAL), (second, FINAL)) for n in (1, 2, 3, 4)}
     assert names == {f"region.{first}", f"region.{second}"} | pairs
     assert calibrate.is_calibrated(folder, "val") and calibrate.is_calibrated_with_regions(folder, configs.load_config(folder))
     output, latency = tmp_path / "deployment.json", latency_file(folder)
