@@ -111,7 +111,7 @@ def by_hand(network: MultiExitNetwork, stats: RegionStats, number: int, image: n
 
 def test_statistics_are_what_keras_does_image_by_image(made, stats):
     _, network, val = made
-    assert stats.regions == Regions("nearest", (2, 2), (1, 2, 3, 4))
+    assert stats.regions == Regions("nearest", (2, 2), (1, 2, 4))  # three of the cells, 3x3 of 4x6 positions, are more work than all
     assert stats.candidates == (f"exit1.{HEAD}", f"exit2.{HEAD}", FINAL)
     assert len(stats.chains) == 4 * 2 * len(THETA_IMG)
     budgets = set()
@@ -346,7 +346,7 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
     folder, *_ = made
     names = {path.stem for path in (folder / "candidates").glob("region.*.tflite")}
     first, second = f"exit1.{HEAD}", f"exit2.{HEAD}"
-    pairs = {f"region.{a}.{b}.{n}" for a, b in ((first, second), (first, FINAL), (second, FINAL)) for n in (1, 2, 3, 4)}
+    pairs = {f"region.{a}.{b}.{n}" for a, b in ((first, second), (first, FINAL), (second, FINAL)) for n in (1, 2, 4)}
     assert names == {f"region.{first}", f"region.{second}"} | pairs
     assert calibrate.is_calibrated(folder, "val") and calibrate.is_calibrated_with_regions(folder, configs.load_config(folder))
     output, latency = tmp_path / "deployment.json", latency_file(folder)
@@ -360,7 +360,7 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
         lines = search.table(best).splitlines()
         assert [line.split()[-1] == "chosen" for line in lines[1:3]] == [not row.reason for row in best.combinations]
         assert "decides" in lines[0] and {"image", "regions"} == {line.split()[2] for line in lines[1:3]}
-        assert "cells of 2x2 leave, budgets 1, 2, 3, 4, neighbours nearest" in search.table(found["regions"])
+        assert "cells of 2x2 leave, budgets 1, 2, 4, neighbours nearest" in search.table(found["regions"])
     assert set(found["regions"].predicted.costs) == {"latency_ms", "latency_p90_ms", "macs", "macs_p90", "parameters"}
     number = configuration_of(stats, found["regions"].exits)
     expected = []

@@ -27,8 +27,13 @@ SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 
 
 def budgets(segment: ActiveSegment, shares: Sequence[float] = SHARES) -> list[int]:
-    """Numbers of cells that are at least these shares of all, each once."""
-    return sorted({math.ceil(share * math.prod(segment.grid)) for share in shares})
+    """Numbers of cells that are at least these shares of all, each once, without those that take no less work than all cells.
+
+    Cells that the map cuts off are computed whole, but where all are active.
+    """
+    everything = math.prod(segment.grid)
+    counts = sorted({math.ceil(share * everything) for share in shares})
+    return [count for count in counts if count == everything or segment.macs(count) < segment.macs(everything)]
 
 
 def segment_graph(segment: ActiveSegment, budget: int, precision: str = FP32, samples: Sequence[Tensors] = ()) -> flatbuffer.Graph:
