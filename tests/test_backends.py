@@ -205,7 +205,7 @@ def test_a_backend_that_is_not_there_is_no_pass(bundle, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mess_runtime", "verify", str(bundle.folder), "--backend=gpu"])
     assert main() == 2
     output = capsys.readouterr()
-    assert output.out == "" and "backend: must be there to verify a file on it, got 'gpu'" in output.err
+    assert output.out == "" and "--backend: must be there to verify a file on it, got 'gpu', which needs ai-edge-litert" in output.err
 
 
 @pytest.mark.parametrize(("wrong", "code"), [(False, 0), (True, 1)])

@@ -109,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from mess_runtime import verify
+    from mess_runtime import engines, verify
     from mess_runtime.frames import expand, read_label
     from mess_runtime.images import SUFFIXES, read_photo
 
@@ -118,8 +118,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     images, labels = [read_photo(path) for path in paths], [read_label(path) for path in paths]
     try:
         report = verify.verify(arguments.path, arguments.backend, images, labels, arguments.runs, arguments.precision)
-    except verify.AbsentError as error:
-        terminal.complain(f"mess_runtime: {terminal.one_line(error)}")
+    except engines.AbsentError as error:
+        terminal.complain(f"mess_runtime: --{terminal.one_line(error)}")  # an error of `backend`
         return 2
     if arguments.record and report.ok:
         verify.record(arguments.path, report)

@@ -37,7 +37,12 @@ MAX_THREADS = 256  # runtimes crash where the system has no more
 COMPILED, INTERPRETER = ENGINES = ("compiled", "interpreter")
 CPU, GPU = BACKENDS = ("cpu", "gpu")
 MEASURED = {"xnnpack": CPU, "cpu": CPU, "gpu": GPU}  # by the names of latency.json, those that are backends here
+NEEDS = "needs ai-edge-litert 2.1.6 or newer and a GPU with a driver for Vulkan"
 _REFUSALS = (ValueError, RuntimeError, MemoryError)  # of a runtime that cannot load a file
+
+
+class AbsentError(ValueError):
+    """The machine does not have a backend, or it does not take the file."""
 
 
 def not_finite(value: np.ndarray) -> int:
@@ -134,8 +139,7 @@ class CompiledEngine:
         except _REFUSALS as error:
             if backend == CPU:
                 raise _cannot_load(path, error) from error
-            needs = f"--backend={backend} needs ai-edge-litert 2.1.6 or newer and a GPU with a driver for Vulkan"
-            raise ValueError(f"backend: must be {CPU} on this machine, since {needs}, got {backend!r}") from error
+            raise AbsentError(f"backend: must be {CPU} on this machine, got {backend!r}, which {NEEDS}") from error
         self.fully_accelerated = self._model.is_fully_accelerated()
         signatures = self._model.get_signature_list()
         self._inputs: dict[str, Any] = {}  # of `put`

@@ -28,7 +28,7 @@ from mess_runtime.bundle import (
     check,
     segment_signature,
 )
-from mess_runtime.engines import CPU, MAX_THREADS, MEASURED, CompiledEngine, InterpreterEngine, Tensor, open_engine
+from mess_runtime.engines import CPU, MAX_THREADS, MEASURED, AbsentError, CompiledEngine, InterpreterEngine, Tensor, open_engine
 from mess_runtime.images import fit, mask_at
 
 # The first run touches the memory, the second has a typical latency.
@@ -188,6 +188,8 @@ class Runner:
         """Names the file where the runtime cannot make ready or run what is in it."""
         try:
             yield
+        except AbsentError:
+            raise
         except (ValueError, RuntimeError, MemoryError) as error:
             if str(self._path) in str(error):
                 raise
