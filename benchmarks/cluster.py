@@ -1,11 +1,14 @@
-"""Calibration, evaluation and search as tasks of a cluster of two machines, one of which is killed: the same results as in one process.
+"""Training of heads, calibration, evaluation and search as tasks of a cluster of two machines, one of which is killed: as in one process.
 
 `python benchmarks/cluster.py --workdir=W [--data_dir=D --images=4]`, W with exported candidates. Ray's two machines are processes of this
-one, with a core each. Each command runs in a copy of W here and in another one there; the second machine is killed, with what runs on it,
-once the first shard of calibration is finished.
+one, with a core each. Each command runs in a copy of W here and in another one there; what is trained is the recipe `smoke`, a head in each
+group. The second machine is killed, with what runs on it, once the first group of heads, and once the first shard of calibration is
+finished.
 The last line is one JSON object:
-  shards, before_kill: of calibration, and how many were finished when the machine was killed.
-  statistics_equal, evaluation_equal, deployments_equal: whether they are the same, bit for bit (but for the seconds in certificates).
+  groups, groups_before_kill: of heads, and how many were finished when the machine was killed.
+  shards, shards_before_kill: of calibration, likewise.
+  heads_equal, statistics_equal, evaluation_equal, deployments_equal: whether they are the same, bit for bit (but for the seconds in
+    certificates); of the heads, the best weights and the log.
 """
 
 import contextlib
@@ -18,12 +21,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import app, flags
 
-from mess_tf import calibrate, evaluate
-from mess_tf.files import STATS, Asked
+from mess_tf import calibrate, configs, evaluate, train
+from mess_tf.files import STATS, Asked, best_weights
 from mess_tf.search import run_table
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
@@ -55,34 +61,53 @@ def results(work: Path, address: str) -> tuple[bytes, bytes, list[object]]:
     return statistics.read_bytes(), evaluation.read_bytes(), deployments
 
 
+def heads(work: Path, address: str) -> tuple[dict[str, bytes], bytes]:
+    """Best weights and log of stage 2 of a training."""
+    config = configs.of_recipe("smoke", "", ["stage2.group_size=1"])
+    train.run(str(work), config, ray=address)
+    weights = {name: array.tobytes() for name, array in np.load(best_weights(work, "stage2")).items()}
+    return weights, (work / "logs" / "stage2" / "metrics.jsonl").read_bytes()
+
+
+def with_a_death(cluster, made: Callable[[], list[Path]], function: Callable[..., Any], work: Path) -> tuple[Any, int | None]:
+    """What a function makes on two machines, the second of which is killed once something is made, and how much there was by then."""
+    second, killed = cluster.add_node(**NODE), []
+
+    def kill() -> None:
+        while not (done := made()):
+            time.sleep(0.05)
+        kill_machine(cluster, second)
+        killed.append(len(done))
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    found = function(work, cluster.address)
+    killer.join()
+    return found, killed[0]
+
+
 def main(argv) -> None:
     del argv
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
     with tempfile.TemporaryDirectory() as folder:
         here, there = Path(folder, "here"), Path(folder, "there")
         for copy in (here, there):
             shutil.copytree(FLAGS.workdir, copy, ignore=shutil.ignore_patterns("ckpt-*", "shards", STATS, "logs"))
-        expected = results(here, "")
-        cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
-        second, killed = cluster.add_node(**NODE), []
-
-        def kill() -> None:
-            while not (done := [*there.glob("shards/[0-9]*.npz")]):
-                time.sleep(0.05)
-            kill_machine(cluster, second)
-            killed.append(len(done))
-
-        threading.Thread(target=kill, daemon=True).start()
-        found = results(there, cluster.address)
+        trained = Path(folder, "trained")
+        expected = (heads(Path(folder, "trained_here"), ""), *results(here, ""))
+        of_heads, groups_before_kill = with_a_death(cluster, lambda: [*trained.glob("checkpoints/stage2/*-*/2.npz")], heads, trained)
+        found, shards_before_kill = with_a_death(cluster, lambda: [*there.glob("shards/[0-9]*.npz")], results, there)
         cluster.shutdown()
+        groups = len([*trained.glob("logs/stage2/*-*/metrics.jsonl")])
         shards = len(calibrate.calibrations(str(here), FLAGS.data_dir)[None].shards(FLAGS.images))
-    same = {
-        f"{name}_equal": one == other for name, one, other in zip(("statistics", "evaluation", "deployments"), expected, found, strict=True)
-    }
-    print(json.dumps({"shards": shards, "before_kill": killed[0] if killed else None} | same))
-    sys.exit(not (killed and killed[0] < shards and all(same.values())))
+    names = ("heads", "statistics", "evaluation", "deployments")
+    same = {f"{name}_equal": one == other for name, one, other in zip(names, expected, (of_heads, *found), strict=True)}
+    counts = {"groups": groups, "groups_before_kill": groups_before_kill, "shards": shards, "shards_before_kill": shards_before_kill}
+    print(json.dumps(counts | same))
+    sys.exit(not (groups_before_kill < groups and shards_before_kill < shards and all(same.values())))
 
 
 if __name__ == "__main__":

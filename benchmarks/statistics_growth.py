@@ -5,8 +5,8 @@
 of all candidates; 1 keeps all, which is the largest that a file can be. Each step has a process of its own, and works on real files:
   draw: writes shards, as `calibrate` does; not counted.
   merge: as at the end of `calibrate`, with TensorFlow imported; the network and decoded images (at most 1 GiB of them) come on top.
-  search: `--cost_share=0.6`. Small rows with up to one early exit, to the proven optimum; the two large ones with up to two, for at most
-    `--time_limit` seconds, as no time limit makes them take more memory than they do by then.
+  search: `--cost_share=0.6`, to the proven optimum, or for at most `--time_limit` seconds. Small rows with up to one early exit, the two
+    large ones with up to two; all with up to `--early_exits` where that is given.
 Peaks are of resident memory, pages of files among it that the system may take back. Seconds are those of the CPU, of all threads: they do
 not depend on what else runs. The last line is one JSON object: by row, images, heads, classes, pairs (of an image and a class that are
 kept), shards_mib, stats_mib, merge_s, merge_gib, search_s, search_gib, search_gap_pp.
@@ -123,6 +123,8 @@ def main(argv) -> None:
     print(f"{'row':<9}" + "".join(f"{name.strip():>{width}}" for name, width in columns.items()))
     for name in FLAGS.rows:
         row, folder = ROWS[name], Path(FLAGS.output, name)
+        if FLAGS.early_exits is not None:
+            row = dataclasses.replace(row, early_exits=FLAGS.early_exits)
         (folder / "shards").mkdir(parents=True)
         alone(draw, row, FLAGS.stray, folder)
         results[name] = result = dataclasses.asdict(row) | alone(merge, row, folder) | alone(searched, row, FLAGS.time_limit, folder)
@@ -140,5 +142,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "folder for the files, which are deleted", required=True)
     flags.DEFINE_multi_enum("rows", list(ROWS), ROWS, "which rows to run")
     flags.DEFINE_float("stray", 0.2, "share of the classes that an image does not hold of which some candidate predicts pixels")
+    flags.DEFINE_integer("early_exits", None, "of the search, in place of what a row has", lower_bound=0)
     flags.DEFINE_float("time_limit", 600.0, "seconds of each search")
     app.run(main)

@@ -18,22 +18,23 @@ constraint does only what depends on it. What that means is said by hashes in th
 Each of them is written last. --from=STEP makes that step and all after it anew. Regions may decide where stage 1 trained for them and
 --decide is not image.
 
-All steps run in one process. Keras names what it builds by counters, which each step finds as a new process does: otherwise the bits of
-what it writes would depend on the steps before it.
+All steps run in one process, but with --ray the groups of heads of stage 2 and the shards of calibration, see `tasks`. Keras names what it
+builds by counters, which each step finds as a new process does: otherwise the bits of what it writes would depend on the steps before it.
 """
 
 from absl import flags
 
-from mess_tf import arguments, terminal
+from mess_tf import arguments, tasks, terminal
 
 STEPS = ("train", "candidates", "calibrate", "measure", "search", "bundle", "report")
 
 
 def check_flags() -> None:
-    """Raises ValueError where the flags ask for no training or for no search."""
+    """Raises ValueError where the flags ask for no training or for no search, or for machines without Ray."""
     arguments.check_training()
     arguments.questions()
     arguments.check_latency()
+    tasks.check_installed(flags.FLAGS.ray)
 
 
 if __name__ == "__main__":
@@ -43,6 +44,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("latency", "", "latency.json to search with, in place of a measurement")
     flags.DEFINE_bool("android", False, "measure on the phones that adb sees, instead of this machine; see android_bench")
     flags.DEFINE_multi_string("android_flag", [], "a flag of `android_bench run`, such as --android_flag=--backend=gpu; several times")
+    tasks.define_flag()
     flags.DEFINE_enum("from", None, STEPS, "make this step and all after it anew, even where they are up to date")
     terminal.run("mess_tf.pipeline", __doc__, check_flags)
 
@@ -85,6 +87,7 @@ class Pipeline:
       latency: the latency.json to search with; None to measure.
       phones: arguments of `android_bench run`, to measure on phones instead of this machine; None otherwise.
       unsafe_loading: see `originals.allow`.
+      ray: see `tasks.run`, of the steps that are made of tasks: stage 2 of the training, and the calibration.
     """
 
     workdir: Path
@@ -94,6 +97,7 @@ class Pipeline:
     latency: Path | None = None
     phones: argparse.Namespace | None = None
     unsafe_loading: bool = False
+    ray: str = ""
 
     def run(self, first: str | None = None) -> Deployment:
         """Does what is not up to date, one line each, and returns what was chosen.
@@ -164,6 +168,7 @@ class Pipeline:
         # Without a word of it, a search that regions cannot be asked leaves them out.
         decide = REGIONS_DECIDE in self.asked.deciders(True) and self.config.stage1.regions != NONE
         regions = BY_TRAINING if decide else WITHOUT
+        ray_of_heads = self.ray if train.trains_heads(self.config) else ""
 
         def is_calibrated(precision: str | None) -> bool:
             whole = calibrate.is_calibrated(workdir, split, precision)
@@ -172,7 +177,7 @@ class Pipeline:
         steps = (
             (
                 lambda: train.is_trained(workdir, self.config) and train.has_its_data(workdir, self.config),
-                lambda: train.run(workdir, self.config, anew="train" in forced),
+                lambda: train.run(workdir, self.config, anew="train" in forced, ray=ray_of_heads),
             ),
             (
                 lambda: all(export_tflite.are_exported(workdir, precision, decide) for precision in precisions or (None,)),
@@ -180,7 +185,7 @@ class Pipeline:
             ),
             (
                 lambda: all(map(is_calibrated, precisions or (None,))),
-                lambda: _listed(calibrate.run(workdir, data_dir, precisions=precisions, regions=regions)),
+                lambda: _listed(calibrate.run(workdir, data_dir, precisions=precisions, regions=regions, ray=self.ray)),
             ),
             (self.is_measured, self.measure),
             (lambda: search.is_searched(workdir, self.question(), self.table), self.search),
@@ -281,6 +286,6 @@ def main() -> None:
     config = train.resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
     originals.allow_flags()
     workdir, latency = Path(FLAGS.workdir), Path(FLAGS.latency) if FLAGS.latency else None
-    pipeline = Pipeline(workdir, config, FLAGS.data_dir, asked[0], latency, phones, FLAGS.unsafe_loading)
+    pipeline = Pipeline(workdir, config, FLAGS.data_dir, asked[0], latency, phones, FLAGS.unsafe_loading, FLAGS.ray)
     deployment = pipeline.run(FLAGS["from"].value)
     print(summary(workdir, deployment))

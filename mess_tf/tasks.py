@@ -39,12 +39,14 @@ class Task:
       arguments: of the function: paths, other plain values, `Opened`.
       output: the file, written atomically.
       done: whether an earlier start has made it, so that it is left as it is.
+      on_gpu: on a cluster with GPUs, it gets one of its own; all others see none there.
     """
 
     function: Callable[..., None]
     arguments: tuple[Any, ...]
     output: Path
     done: bool = False
+    on_gpu: bool = False
 
 
 class Opened(Generic[T]):
@@ -118,9 +120,10 @@ def _on_ray(tasks: Sequence[Task], address: str) -> Iterator[None]:
 
     with _connected(ray, address):
         remote = ray.remote(max_retries=MAX_RETRIES)(_elsewhere)
-        sent = {}
+        sent, gpus = {}, ray.cluster_resources().get("GPU", 0) > 0
         for task in tasks:
-            sent[remote.remote(os.getcwd(), pickle.dumps((_place(task.function), task.arguments)))] = task
+            work = pickle.dumps((_place(task.function), task.arguments))
+            sent[remote.options(num_gpus=int(task.on_gpu and gpus)).remote(os.getcwd(), work)] = task
         waiting = list(sent)
         while waiting:
             (ready,), waiting = ray.wait(waiting)

@@ -3,20 +3,26 @@
 `python -m mess_tf.train --workdir=W --recipe=camvid_lite0 --data_dir=D [--set section.field=value ...]` trains both stages, each from its
 last checkpoint if there is one. WORKDIR/config.json keeps the resolved configuration; a later start must ask for the same or nothing.
 
-`--strategy` says on which devices, and may be another one at each start.
+`--strategy` says on which devices, and may be another one at each start. With `--ray`, the groups of heads of stage 2 are trained
+elsewhere, see `tasks` and `learning.parts`.
 """
 
 from absl import flags
 
-from mess_tf import arguments, terminal
+from mess_runtime.bundle import check
+from mess_tf import arguments, tasks, terminal
 from mess_tf.configs import STRATEGIES, check_strategy
 from mess_tf.files import best_weights
 
 
 def check_arguments() -> None:
-    """Raises ValueError where the flags ask for no training, or for data or devices that are not there."""
+    """Raises ValueError where the flags ask for no training, or for data, devices or machines that are not there."""
+    values = flags.FLAGS
     arguments.check_training()
-    check_strategy(flags.FLAGS.strategy)
+    check_strategy(values.strategy)
+    check(not values.ray or values.strategy == "none", "--ray", f"left out with --strategy={values.strategy}", values.ray)
+    check(not values.ray or values.stages == "both", "--ray", f"left out with --stages={values.stages}", values.ray)
+    tasks.check_installed(values.ray)
 
 
 if __name__ == "__main__":
@@ -24,6 +30,7 @@ if __name__ == "__main__":
     arguments.define_training_flags()
     flags.DEFINE_enum("stages", "both", ["stage1", "both"], "stages to run")
     flags.DEFINE_enum("strategy", "none", STRATEGIES, "devices: one, all GPUs here, all GPUs of the machines in TF_CONFIG, or a TPU")
+    tasks.define_flag()
     terminal.run("mess_tf.train", __doc__, check_arguments)
 
 import dataclasses
@@ -39,18 +46,19 @@ from typing import Any, Literal
 
 import keras
 
-from mess_runtime.bundle import FORMAT, check, check_writable, decode_versioned, file_sha256, read_json, write_json
+from mess_runtime.bundle import FORMAT, check_writable, decode_versioned, file_sha256, read_json, write_json
 from mess_runtime.files import locked, temporary_beside, write_atomically
 from mess_runtime.terminal import complain, first_few
 from mess_tf import configs
 from mess_tf.configs import Config, HeadSpec
 from mess_tf.data.examples import DataError, Examples
 from mess_tf.data.sources import open_split, open_training
+from mess_tf.learning.parts import are_wanted, train_parts
 from mess_tf.learning.stage import check_start, train_stage
 from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.costs import uncounted_layers
-from mess_tf.network.model import MultiExitNetwork, build_network
-from mess_tf.network.originals import allow_flags, load_original
+from mess_tf.network.model import MultiExitNetwork, build_network, without_weights
+from mess_tf.network.originals import allow, allow_flags, allowed, load_original
 from mess_tf.network.replicas import count, open_strategy, own_replicas
 
 FLAGS = flags.FLAGS
@@ -74,16 +82,9 @@ def prepare(config: Config, workdir: str, stages: Literal["stage1", "both"]) -> 
     Raises:
       FileNotFoundError, ValueError: the training could not start.
     """
-    fix_summation_order()
-    keras.mixed_precision.set_global_policy(config.stage1.precision)
-    keras.utils.set_random_seed(config.stage1.seed)
     config = configs.with_own_original(config, workdir)
-    own = load_original(config.backbone.weights) if config.backbone.name == "keras_file" else None
-    data = dict(zip(("train", "val"), open_training(config.data), strict=True))
-    check(len(data["val"]) >= count(), "data.val_split", f"at least {count()} images, one for each replica", len(data["val"]))
-    check_data(workdir, data)
-    network = build_network(config, data["train"].info.num_classes, own)
-    if own and (names := uncounted_layers(network.original, config.data.input_size)):
+    network, data = _open(config, workdir)
+    if config.backbone.name == "keras_file" and (names := uncounted_layers(network.original, config.data.input_size)):
         seen = f"no multiplication is seen in the layers {', '.join(names)}, which have weights"
         complain(f"warning: backbone.weights: {seen}: exits are placed, and MACs counted, as if they cost nothing")
     network.add_heads([HeadSpec.parse(config.exits.plain_head)], config.backbone.batch_norm_momentum)
@@ -94,10 +95,31 @@ def prepare(config: Config, workdir: str, stages: Literal["stage1", "both"]) -> 
     return network, data
 
 
+def _open(config: Config, workdir: str) -> tuple[MultiExitNetwork, dict[str, Examples]]:
+    """The network as it comes, without heads, and its data, which are those of the first start."""
+    fix_summation_order()
+    keras.mixed_precision.set_global_policy(config.stage1.precision)
+    keras.utils.set_random_seed(config.stage1.seed)
+    own = load_original(config.backbone.weights) if config.backbone.name == "keras_file" else None
+    data = dict(zip(("train", "val"), open_training(config.data), strict=True))
+    check(len(data["val"]) >= count(), "data.val_split", f"at least {count()} images, one for each replica", len(data["val"]))
+    check_data(workdir, data)
+    return build_network(config, data["train"].info.num_classes, own), data
+
+
+def _opened(allowance: tuple[Sequence[str], bool], config: Config, workdir: str) -> tuple[MultiExitNetwork, dict[str, Examples]]:
+    """What tasks train heads with, in another process; see `originals.allow`."""
+    allow(*allowance)
+    network, data = _open(without_weights(config, workdir), workdir)
+    network.add_heads([HeadSpec.parse(config.exits.plain_head)], config.backbone.batch_norm_momentum)
+    keras.mixed_precision.set_global_policy(config.stage2.precision)
+    return network, data
+
+
 def train_stages(
-    config: Config, workdir: str, stages: Literal["stage1", "both"], network: MultiExitNetwork, data: Mapping[str, Examples]
+    config: Config, workdir: str, stages: Literal["stage1", "both"], network: MultiExitNetwork, data: Mapping[str, Examples], ray: str = ""
 ) -> MultiExitNetwork:
-    """What `train` does once all is prepared."""
+    """What `train` does once all is prepared; `ray`: see `tasks.run`."""
     keep_data(workdir, data)
     keep_original(config, workdir)
     if config.stage1.epochs:
@@ -105,9 +127,19 @@ def train_stages(
     if stages == "both" and config.stage2.epochs:
         keras.mixed_precision.set_global_policy(config.stage2.precision)
         keras.utils.set_random_seed(config.stage2.seed)
+        plain = MultiExitNetwork(network.original, network.exit_points, network.heads, network.input_size)
         network.add_heads(config.exits.head_specs, config.backbone.batch_norm_momentum)
-        train_stage("stage2", config.stage2, network, config, data["train"], data["val"], workdir)
+        if trains_heads(config) and are_wanted("stage2", config.stage2, [*network.heads], workdir, ray):
+            opened = tasks.Opened((plain, data), _opened, allowed(), config, workdir)
+            train_parts("stage2", network, opened, config, workdir, ray)
+        else:
+            train_stage("stage2", config.stage2, network, config, data["train"], data["val"], workdir)
     return network
+
+
+def trains_heads(config: Config) -> bool:
+    """Whether there is a stage 2 of heads alone, whose groups can be trained elsewhere."""
+    return config.stage2.epochs > 0 and config.stage2.trains == "heads"
 
 
 def check_stage2(config: Config, network: MultiExitNetwork, train_examples: Examples, workdir: str) -> None:
@@ -278,7 +310,7 @@ def is_trained(workdir: str | os.PathLike, config: Config) -> bool:
     return record is not None and {*record.ended} == {"stage1", "stage2"} and all(map(os.path.exists, weights))
 
 
-def run(workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "both"] = "both", anew: bool = False) -> Path:
+def run(workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "both"] = "both", anew: bool = False, ray: str = "") -> Path:
     """The command: trains in WORKDIR from its last checkpoint, and returns the folder of the weights.
 
     Nothing of a training that could not start stays: the configuration and what it was made from are written once all is checked.
@@ -288,6 +320,7 @@ def run(workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "b
       config: see `resolve_config`.
       stages: see `train`.
       anew: forgets what was trained here, once all is checked.
+      ray: see `tasks.run`; of stage 2's groups of heads.
     """
     check_writable("workdir", workdir, folder=True)
     os.makedirs(workdir, exist_ok=True)
@@ -305,7 +338,7 @@ def run(workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "b
             write_atomically(Path(workdir, CONFIG), lambda temporary: temporary.write_text(text, encoding="utf-8"))
             record = Record.load(workdir) or Record(made_from(workdir, config), ())
             record.save(workdir)
-            train_stages(config, workdir, stages, *prepared)
+            train_stages(config, workdir, stages, *prepared, ray)
             ended = ("stage1", "stage2") if stages == "both" else ("stage1", *record.ended)
             dataclasses.replace(record, ended=tuple(sorted({*ended}))).save(workdir)
     except BlockingIOError:
@@ -313,15 +346,15 @@ def run(workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "b
     return Path(workdir, "checkpoints")
 
 
-def run_on(strategy: str, workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "both"] = "both") -> Path:
-    """Runs the command on the devices of a strategy, see `replicas.open_strategy`.
+def run_on(strategy: str, workdir: str | os.PathLike, config: Config, stages: Literal["stage1", "both"] = "both", ray: str = "") -> Path:
+    """Runs the command on the devices of a strategy, see `replicas.open_strategy`; `ray`: see `run`.
 
     Of several processes that train together the first one writes the work folder, which all must see. The others do the same in a
     temporary copy of its checkpoints.
     """
     with open_strategy(strategy).scope():
         if 0 in own_replicas():
-            return run(workdir, config, stages)
+            return run(workdir, config, stages, ray=ray)
         with tempfile.TemporaryDirectory() as own:
             if (checkpoints := Path(workdir, "checkpoints")).exists():
                 shutil.copytree(checkpoints, Path(own, "checkpoints"))
@@ -346,4 +379,5 @@ def forget(workdir: str | os.PathLike, config: Config) -> None:
 def main() -> None:
     config = resolve_config(FLAGS.workdir, FLAGS.recipe, FLAGS.data, FLAGS.data_dir, FLAGS.set)
     allow_flags()
-    print(run_on(FLAGS.strategy, FLAGS.workdir, config, FLAGS.stages))
+    check(not FLAGS.ray or trains_heads(config), "--ray", "left out where stage 2 trains no heads", FLAGS.ray)
+    print(run_on(FLAGS.strategy, FLAGS.workdir, config, FLAGS.stages, FLAGS.ray))

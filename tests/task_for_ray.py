@@ -19,6 +19,11 @@ def wait_and_write(number: int, folder: Path) -> None:
     write_atomically(folder / f"{number}.txt", lambda path: path.write_text(f"result of {number}"))
 
 
+def write_gpus(path: Path) -> None:
+    """Makes a file of the numbers of the GPUs that it sees."""
+    write_atomically(path, lambda temporary: temporary.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
+
+
 def tasks_in(folder: Path, count: int) -> list[Task]:
     """So many tasks."""
     return [Task(wait_and_write, (number, folder), folder / f"{number}.txt") for number in range(count)]

@@ -189,6 +189,18 @@ def test_other_latencies_are_searched_again(again, tmp_path):
         again(latency=lacking, asked=asked)
 
 
+def test_the_steps_that_are_tasks_are_told_where_to_run_them(tmp_path, model, monkeypatch):
+    told = []
+    for step in (train, calibrate):
+        monkeypatch.setattr(step, "run", lambda *args, ray, **kwargs: told.append(ray) or [])
+    for overrides in ([], ["stage2.epochs=0"]):
+        config = train.resolve_config(tmp_path, "smoke", "", "", [*OVERRIDES, f"backbone.weights={model}", *overrides])
+        steps = Pipeline(tmp_path, config, "", ASKED, ray="local").steps()
+        for name in ("train", "calibrate"):
+            steps[name][1]()
+    assert told == ["local", "local", "", "local"]
+
+
 def test_shards_counted_apart_make_the_same_statistics(again, monkeypatch):
     """What is finished is not done again, what is broken or of other thresholds is; another process makes the same of what it is sent."""
     path, workdir = again.workdir / "stats.npz", str(again.workdir)

@@ -93,3 +93,14 @@ def test_errors_of_a_cluster_answer_like_those_here(cluster, tmp_path):
     unseen = tasks.Task(os.fspath, ("file",), tmp_path / "file")
     with pytest.raises(ValueError, match=r"^--ray: must be machines that share the work folder, got "):
         tasks.run([unseen], "test", "task", cluster.address)
+
+
+@pytest.mark.slow
+def test_a_task_that_wants_a_gpu_has_one_of_its_own_where_there_is_any(cluster, tmp_path):
+    """Of the others, none sees it; without GPUs all run on CPUs."""
+    todo = [tasks.Task(task_for_ray.write_gpus, (tmp_path / name,), tmp_path / name, on_gpu=name == "own") for name in ("own", "none")]
+    tasks.run(todo, "test", "task", cluster.address)
+    assert [task.output.read_text() for task in todo] == ["", ""]
+    cluster.add_node(**NODE, num_gpus=1)
+    tasks.run(todo, "test", "task", cluster.address)
+    assert [task.output.read_text() for task in todo] == ["0", ""]

@@ -444,6 +444,8 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("train", ["--set=data.input_size=96,128"], "data.input_size: must be a list, written like [1,2], got '96,128'"),
         ("train", ["--recipe=smok"], "--recipe: must be a known name, nearest ['smoke', 'demo'], got 'smok'"),
         ("train", ["--set=stage1.epochs=1.5"], "stage1.epochs: must be an integer, got 1.5"),
+        ("train", ["--stages=stage1", "--ray=local"], f"--ray: {LEFT_OUT} with --stages=stage1, got 'local'"),
+        ("train", ["--strategy=mirrored", "--ray=local"], f"--ray: {LEFT_OUT} with --strategy=mirrored, got 'local'"),
         ("rescale", ["--input_scale=big", "--output=O"], "--input_scale: must be a number, got 'big'"),
     ],
 )

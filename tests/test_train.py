@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 import signal
 import time
@@ -16,12 +17,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mess_tf import configs, train
+from mess_tf import configs, tasks, train
 from mess_tf.configs import BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec, StageConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.sources import open_split
 from mess_tf.files import best_weights
-from mess_tf.learning import steps
+from mess_tf.learning import parts, steps
 from mess_tf.learning.losses import class_weights
 from mess_tf.learning.stage import LOGIT_SHARES
 from mess_tf.learning.steps import gradients, safe_convolutions
@@ -521,6 +522,89 @@ def test_gradients_of_strided_1x1_convolutions_pass_ones_without_strides(size, k
     backward = [op for op in safe.graph.get_operations() if op.type.startswith("Conv2DBackprop")]
     assert len(backward) == 4  # of either gradient, both ways
     assert all(max(op.get_attr("strides")) == (2 if kernel == 3 else 1) for op in backward)
+
+
+# ------------------------------------------------------------------------------------------------------------- stage 2 in parts
+
+
+def config_in_parts(folder: Path) -> Config:
+    """Stage 2 of two groups, the head of an exit each, behind a stage 1 without steps."""
+    model = folder / "model.keras"
+    make_model().save(model)
+    values = {"distillation": "filtered", "epochs": 2, "eval_epochs": 1, "batch_size": 4, "checkpoint_steps": 3, "group_size": 1}
+    return Config(
+        DataConfig(input_size=SIZE, synthetic_train=16, synthetic_val=2),
+        BackboneConfig("keras_file", weights=str(model)),
+        ExitsConfig(3, plain_head="fcn-r2-b0", heads=("decoder-r4-b0",)),
+        StageConfig(epochs=0),
+        StageConfig(trains="heads", class_weights="none", **values),
+    )
+
+
+def results(workdir: Path) -> tuple[dict[str, bytes], str]:
+    """The best weights and the log of stage 2."""
+    arrays = {name: array.tobytes() for name, array in np.load(best_weights(workdir, "stage2")).items()}
+    return arrays, (workdir / "logs" / "stage2" / "metrics.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def in_one_piece(tmp_path_factory) -> tuple[Config, tuple[dict[str, bytes], str]]:
+    folder = tmp_path_factory.mktemp("whole")
+    config = config_in_parts(folder)
+    train.run(folder / "whole", config)
+    return config, results(folder / "whole")
+
+
+def test_heads_in_parts_become_those_in_one_piece(in_one_piece, tmp_path, monkeypatch):
+    """One as in another process, the other one stopped on the way and gone on with here; what is finished is not done again."""
+    config, expected = in_one_piece
+    started, run_task, save = [], parts.train_part, tf.train.CheckpointManager.save
+
+    def run_on_ray(todo, address):
+        (first, second), do = todo, tasks._elsewhere
+        assert address == "local" and first.on_gpu and second.on_gpu
+        assert do(str(Path.cwd()), pickle.dumps((tasks._place(second.function), second.arguments))) is None
+        yield
+        monkeypatch.setattr(tf.train.CheckpointManager, "save", lambda *args, **kwargs: save(*args, **kwargs) and 1 // 0)
+        tasks._here(first)
+
+    monkeypatch.setattr(tasks, "_on_ray", run_on_ray)
+    with pytest.raises(ZeroDivisionError):
+        train.run(tmp_path, config, ray="local")
+    monkeypatch.setattr(tf.train.CheckpointManager, "save", save)
+    monkeypatch.setattr(parts, "train_part", lambda opened, name, *rest: started.append(name) or run_task(opened, name, *rest))
+    assert not Path(best_weights(tmp_path, "stage2")).exists()
+    train.run(tmp_path, config)
+    assert started == ["stage2/0-1"]
+    assert results(tmp_path) == expected
+    train.run(tmp_path, config, ray="local")
+    assert started == ["stage2/0-1"] and results(tmp_path) == expected
+
+
+def test_what_was_begun_in_one_piece_stays_so(in_one_piece, tmp_path):
+    config, _ = in_one_piece
+    heads = ["exit1.decoder-r4-b0", "exit2.decoder-r4-b0"]
+    assert parts.are_wanted("stage2", config.stage2, heads, tmp_path, "local")
+    assert not parts.are_wanted("stage2", config.stage2, heads, tmp_path, "")
+    assert not parts.are_wanted("stage2", config.stage2, heads[:1], tmp_path, "local")
+    tf.train.CheckpointManager(tf.train.Checkpoint(step=tf.Variable(6)), tmp_path / "checkpoints" / "stage2", 1).save()
+    assert not parts.are_wanted("stage2", config.stage2, heads, tmp_path, "local")
+
+
+def test_heads_that_go_on_have_the_original_that_they_were_begun_with(tmp_path, monkeypatch):
+    """That of `initial`, which is in no checkpoint of heads."""
+    given, path, seen = make_network(seed=1), str(tmp_path / "given.npz"), []
+    given.save_weights(path)
+    stage = StageConfig(trains="heads", batch_size=4, epochs=1, eval_epochs=1, initial=path)
+    config = Config(DataConfig(input_size=SIZE, synthetic_train=4, synthetic_val=2))
+    for epochs in (1, 2):
+        network = make_network()
+        monkeypatch.setattr(
+            "mess_tf.learning.stage.accuracies", lambda found, of=network: seen.append(weights_of(of.original)) or accuracies(found)
+        )
+        longer = dataclasses.replace(stage, epochs=epochs)
+        train.train_stage("stage2", longer, network, config, open_split(config.data, "train"), validation(), str(tmp_path))
+    assert len(seen) == 2 and all(same(each, weights_of(given.original)) for each in seen)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the command

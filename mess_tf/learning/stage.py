@@ -31,6 +31,11 @@ def _folder(workdir: str, name: str) -> str:
     return os.path.join(workdir, "checkpoints", name)
 
 
+def evaluated_weights(workdir: str | os.PathLike, name: str, step: int) -> str:
+    """Path of the heads' weights at an evaluation of a part of a stage."""
+    return os.path.join(_folder(workdir, name), f"{step}.npz")
+
+
 def check_start(name: str, stage: StageConfig, network: MultiExitNetwork, train: Examples, workdir: str) -> None:
     """Checks that batches can be shared, and the files that a stage starts from, unless it goes on from a checkpoint.
 
@@ -50,12 +55,34 @@ def check_start(name: str, stage: StageConfig, network: MultiExitNetwork, train:
         network.check_weights(stage.initial, other_heads=True)
 
 
+def number_of_steps(stage: StageConfig, train: Examples) -> tuple[int, int]:
+    """Steps of a stage: of an epoch, and in all."""
+    of_epoch = max(1, len(train) // stage.batch_size)
+    return of_epoch, stage.epochs * of_epoch
+
+
 def train_stage(
-    name: str, stage: StageConfig, network: MultiExitNetwork, config: Config, train: Examples, val: Examples, workdir: str
+    name: str,
+    stage: StageConfig,
+    network: MultiExitNetwork,
+    config: Config,
+    train: Examples,
+    val: Examples,
+    workdir: str,
+    keep_all: bool = False,
 ) -> None:
     """Trains one stage to its end, from its last checkpoint if there is one, and leaves `network` with the best evaluation's weights.
 
     The `tf.distribute` strategy in scope, in which `network` was built, says on how many devices; a checkpoint serves any number.
+
+    Args:
+      name: of the stage and of its folders in WORKDIR/checkpoints and WORKDIR/logs; of a part of it, STAGE/PART.
+      stage: its values.
+      network: what is trained.
+      config: the whole run.
+      train, val: the data.
+      workdir: the work folder.
+      keep_all: of a part: the heads' weights of every evaluation are kept, in `evaluated_weights`, and which is the best is left open.
 
     Raises:
       FileNotFoundError, ValueError: see `check_start`.
@@ -64,8 +91,7 @@ def train_stage(
     check_start(name, stage, network, train, workdir)
     folder = _folder(workdir, name)
     os.makedirs(folder, exist_ok=True)
-    steps_per_epoch = max(1, len(train) // stage.batch_size)
-    total_steps = stage.epochs * steps_per_epoch
+    steps_per_epoch, total_steps = number_of_steps(stage, train)
     parts = ([] if stage.trains == "heads" else [network.original]) + list(network.heads.values())
     share_statistics(parts)
     optimizer = make_optimizer(stage, [variable for part in parts for variable in part.trainable_variables])
@@ -74,13 +100,15 @@ def train_stage(
     train_step = make_step(network, stage, optimizer, config.data.training_size, weights)
 
     # ---- Restore policy: (1) the stage's last checkpoint, so that a stopped run ends as an unbroken one; (2) `initial`; (3) the network
-    # as it comes.
+    # as it comes. A checkpoint of heads has no weights of the original, so these are those of `initial` in (1) too.
     step_variable, best_variable = tf.Variable(0, dtype=tf.int64), tf.Variable(-1.0)
     checkpoint = tf.train.Checkpoint(parts=parts, optimizer=optimizer, step=step_variable, best=best_variable)
     manager = tf.train.CheckpointManager(checkpoint, folder, max_to_keep=2)
     if manager.latest_checkpoint:
         checkpoint.restore(manager.latest_checkpoint).assert_consumed()
         print(f"{name}: resumed at step {step_variable.numpy()} of {total_steps} from {manager.latest_checkpoint}", flush=True)
+        if stage.initial and stage.trains == "heads" and step_variable.numpy() < total_steps:
+            MultiExitNetwork(network.original, network.exit_points).load_weights(stage.initial, other_heads=True)
     elif stage.initial:
         network.load_weights(stage.initial, other_heads=True)
     first_step = int(step_variable.numpy())
@@ -110,12 +138,15 @@ def train_stage(
             masks = predict(image)
             best = {key: masks[key, best_share[key]][0][None] for key in best_of_exit}
             log.masks(done, example, image, best, val.info.num_classes)
-        if mean > float(best_variable.numpy()):
+        better = mean > float(best_variable.numpy())
+        if better:
             best_variable.assign(mean)
+        if better or keep_all:
             trained = {key: bias.numpy() for key, bias in biases.items() if bias is not None}
             for key, bias in trained.items():
                 biases[key].assign(bias - shifts[best_share[key]])
-            network.save_weights(best_weights(workdir, name))
+            path = evaluated_weights(workdir, name, done) if keep_all else best_weights(workdir, name)
+            network.save_weights(path, original=not keep_all)
             for key, bias in trained.items():
                 biases[key].assign(bias)
 
@@ -153,7 +184,8 @@ def train_stage(
                 means = {key: float(np.mean([values[key] for values in interval if key in values])) for key in keys}
                 if bad := [key for key, value in means.items() if not np.isfinite(value)]:
                     steps = f"{done - len(interval) + 1} to {done}"
-                    raise FloatingPointError(f"{name}: the loss of {bad} is not finite in steps {steps}; lower {name}.learning_rate")
+                    section = name.partition("/")[0]
+                    raise FloatingPointError(f"{name}: the loss of {bad} is not finite in steps {steps}; lower {section}.learning_rate")
                 pace.append((time.perf_counter() - started) / len(interval))
                 seconds = float(np.median(pace[1:][-20:] or pace))
                 log.write(done, epoch=done / steps_per_epoch, learning_rate=rate, loss=means)
@@ -168,4 +200,5 @@ def train_stage(
                 interval, started = [], time.perf_counter()
             else:
                 bar.advance(line="")
-    network.load_weights(best_weights(workdir, name))
+    if not keep_all:
+        network.load_weights(best_weights(workdir, name))

@@ -1,7 +1,7 @@
 """One step of each stage: what is computed, what is learnt from it, and what is updated; see docs/how_it_works.md."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import keras
 import numpy as np
@@ -242,6 +242,12 @@ def network_step(
     return run
 
 
+def groups(stage: StageConfig, heads: Iterable[str]) -> list[list[str]]:
+    """The heads that stage 2 trains in one call each."""
+    names = list(heads)
+    return [names[start : start + stage.group_size] for start in range(0, len(names), stage.group_size)]
+
+
 def heads_step(
     network: MultiExitNetwork, stage: StageConfig, optimizer: keras.optimizers.Optimizer, size: tuple[int, int], weights: np.ndarray
 ) -> Step:
@@ -269,7 +275,7 @@ def heads_step(
         return learning(step, stage)
 
     frozen = on_replicas(frozen, stage.jit_compile)
-    steps = [compiled(names[start : start + stage.group_size]) for start in range(0, len(names), stage.group_size)]
+    steps = [compiled(group) for group in groups(stage, names)]
 
     def run(batch, step):
         rows, columns = sampled_pixels(stage, size, step)

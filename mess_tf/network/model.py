@@ -29,12 +29,14 @@ class MultiExitNetwork:
       exit_points: where early exits can be, shallow to deep.
       heads: candidate name to functional model, taps to raw logits.
       input_size: (height, width) in pixels that heads must fit; None if `original` has a size of its own.
+      always: names of layers whose outputs `features` gives whatever is asked for.
     """
 
     original: keras.Model
     exit_points: tuple[ExitPoint, ...]
     heads: dict[str, keras.Model] = dataclasses.field(default_factory=dict)
     input_size: tuple[int, int] | None = None
+    always: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -51,17 +53,28 @@ class MultiExitNetwork:
         Raises:
           ValueError: if a head does not fit; the heads stay as they were.
         """
+        self.heads = self._heads([(point, spec) for point in self.exit_points for spec in specs], momentum)
+
+    def part(self, names: Sequence[str], always: Sequence[str], momentum: float) -> "MultiExitNetwork":
+        """The same original with some heads only, by name; those that are here are shared, others are built.
+
+        The graph behind `features`, and with it every bit, is that of the network with all heads if `always` are the taps of these.
+        """
+        points = {point.name: point for point in self.exit_points}
+        places = [(points[exit_name], HeadSpec.parse(head)) for exit_name, _, head in (name.partition(".") for name in names)]
+        return MultiExitNetwork(self.original, self.exit_points, self._heads(places, momentum), self.input_size, tuple(always))
+
+    def _heads(self, places: Sequence[tuple[ExitPoint, HeadSpec]], momentum: float) -> dict[str, keras.Model]:
         heads: dict[str, keras.Model] = {}
-        for point in self.exit_points:
-            for spec in specs:
-                name = f"{point.name}.{spec.name}"
-                if name in self.heads:
-                    heads[name] = self.heads[name]
-                elif spec.kind == "rest":
-                    heads[name] = build_rest(self.original, point, self.input_size)
-                else:
-                    heads[name] = build_head(spec, point, self.num_classes, momentum)
-        self.heads = heads
+        for point, spec in places:
+            name = f"{point.name}.{spec.name}"
+            if name in self.heads:
+                heads[name] = self.heads[name]
+            elif spec.kind == "rest":
+                heads[name] = build_rest(self.original, point, self.input_size)
+            else:
+                heads[name] = build_head(spec, point, self.num_classes, momentum)
+        return heads
 
     def taps(self, candidate: str) -> tuple[str, ...]:
         """Names of the layers whose outputs a candidate reads; for the original, its last layer."""
@@ -71,9 +84,10 @@ class MultiExitNetwork:
             raise KeyError(f"candidate: must be one of {self.candidates}, got {candidate!r}")
         return tuple(tensor.name.removeprefix(TAP) for tensor in self.heads[candidate].inputs)
 
-    def save_weights(self, path: str, dtype: str = "float32") -> None:
-        """Writes all weights of the original and the heads to one .npz file, atomically; `dtype` float16 halves it."""
-        arrays = {name: variable.numpy().astype(dtype) for name, variable in self._variables()}
+    def save_weights(self, path: str, dtype: str = "float32", original: bool = True) -> None:
+        """Writes all weights of the original, or not, and the heads to one .npz file, atomically; `dtype` float16 halves it."""
+        kept = [(name, each) for name, each in self._variables() if original or not name.startswith(f"{FINAL}/")]
+        arrays = {name: variable.numpy().astype(dtype) for name, variable in kept}
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:
@@ -131,7 +145,7 @@ class MultiExitNetwork:
 
     def features(self, candidates: Iterable[str], others: Iterable[str] = ()) -> keras.Model:
         """Image to a dict of every tensor that these candidates read, and others, by layer name. Computes nothing deeper than they need."""
-        names = dict.fromkeys([*(name for candidate in candidates for name in self.taps(candidate)), *others])
+        names = dict.fromkeys([*self.always, *(name for candidate in candidates for name in self.taps(candidate)), *others])
         tensors = {node.name: node.output for node in graph_nodes(self.original)}
         return keras.Model(self.original.input, {name: tensors[name] for name in names})
 
@@ -283,14 +297,19 @@ def weights_sha256(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def without_weights(config: Config, workdir: str | os.PathLike) -> Config:
+    """The same configuration of a network whose weights come from the work folder: those of the backbone are not read, nor downloaded."""
+    config = with_own_original(config, workdir)
+    if config.backbone.name == "keras_file":
+        return config
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="none"))
+
+
 def load_network(workdir: str | os.PathLike, config: Config, num_classes: int) -> MultiExitNetwork:
     """Rebuilds a trained network: with all candidate heads after stage 2, with the plain ones after stage 1."""
-    config = with_own_original(config, workdir)
-    if config.backbone.name != "keras_file":
-        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="none"))
     path = trained_weights(workdir)
     specs = config.exits.head_specs if path == best_weights(workdir, "stage2") else (HeadSpec.parse(config.exits.plain_head),)
-    network = build_network(config, num_classes)
+    network = build_network(without_weights(config, workdir), num_classes)
     network.add_heads(specs, config.backbone.batch_norm_momentum)
     network.load_weights(path)
     return network
