@@ -156,6 +156,14 @@ def plan(network: MultiExitNetwork, config: Config, options: RegionOptions) -> P
     return Plan(regions, tuple(name for name in candidates if name in used), segments, left_out, cells)
 
 
+def plan_of(network: MultiExitNetwork, chain: Sequence[str], regions: Regions, size: tuple[int, int]) -> Plan:
+    """The one chain of a deployment, candidates shallow to deep, at an input size (H, W); raises as `segments_on_grid`."""
+    segments = segments_on_grid(network, chain, size, regions)
+    some = next(filter(None, segments))
+    cells = tuple(some.cells_of(side, axis) for axis, side in enumerate(size))
+    return Plan(regions, tuple(chain), {tuple(chain): segments}, {}, cells)
+
+
 def submodels(plan: Plan) -> tuple[list[str], list[str]]:
     """Names of the files that are measured: of each candidate as the first, and of each pair and budget, budget by budget."""
     pairs = [f"region.{first}.{second}.{budget}" for first, second in plan.pairs for budget in plan.regions.budgets]
@@ -168,13 +176,13 @@ class Outcome:
 
     Attributes:
       mask: uint8 [H, W] at the network's size.
+      exits: int [rows, columns], the position in the chain of the exit that each cell has its answer from.
       taken: the budget that each exit after the first took, 0 for those that no cell came to.
-      cells: int, cells whose answer is that of each exit.
     """
 
     mask: np.ndarray
+    exits: np.ndarray
     taken: tuple[int, ...]
-    cells: tuple[int, ...]
 
 
 class Outcomes:
@@ -229,9 +237,8 @@ class Outcomes:
                 sure = np.where(active, made[SURE].ravel(), GONE)
         key = (chain, theta_pix, *taken)
         if key not in self._outcomes:
-            counts = np.bincount(at, minlength=len(chain))
             unused = (0,) * (len(chain) - 1 - len(taken))
-            self._outcomes[key] = Outcome(mask, (*taken, *unused), tuple(counts.tolist()))
+            self._outcomes[key] = Outcome(mask, at.reshape(regions.grid), (*taken, *unused))
         return self._outcomes[key]
 
     def _ran(self, chain: tuple[str, ...], index: int, path: tuple, cells: np.ndarray) -> tuple:
@@ -319,7 +326,8 @@ def count(
                 if id(outcome) not in counted:
                     counted[id(outcome)] = count_mask(outcome.mask)
                 tp[k, i], fp[k, i] = counted[id(outcome)]
-                taken[k, i, : len(outcome.taken)], cells[k, i, : len(outcome.cells)] = outcome.taken, outcome.cells
+                taken[k, i, : len(outcome.taken)] = outcome.taken
+                cells[k, i] = np.bincount(outcome.exits.ravel(), minlength=most)
             bar.advance(examples.names[images[i]])
     return {"tp": tp, "fp": fp, "labelled": labelled, "taken": taken, "cells": cells}
 

@@ -55,9 +55,10 @@ from mess_tf.graph import policy
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network
 from mess_tf.network.originals import allow_flags
 from mess_tf.optimise import guarantee
-from mess_tf.optimise.regions import configuration_of, predict_regions, region_latencies, region_macs, select, taken_shares
+from mess_tf.optimise.regions import configuration_of, only, predict_regions, region_latencies, region_macs, select, taken_shares
 from mess_tf.optimise.search import front
 from mess_tf.optimise.space import Costs, evaluate_configuration, latency_costs, macs_costs, mixture, original, predict
+from mess_tf.region_candidates import Outcomes, plan_of
 
 FLAGS = flags.FLAGS
 PAGES = Path(__file__).with_name("pages")
@@ -68,6 +69,7 @@ IMAGES = 36  # at most, and fewer where they fill so many bytes of the page:
 IMAGE_BYTES = 3_500_000
 IMAGE_SIDE = 480  # pixels of the longer side
 CONFIDENCE_COLOURS = ((22, 11, 57), (120, 28, 109), (208, 66, 74), (251, 155, 6), (252, 255, 164))  # from 0 to 1, as bright as it is sure
+EXIT_HUES = (300, 95)  # purple to yellow by blue and green, and ever lighter (report.css): told apart whatever colours one sees
 ERRORS = {  # what an exit does to a pixel, and its colour
     "right": (235, 235, 235),
     "wrong": (240, 170, 40),
@@ -126,6 +128,8 @@ class Chosen:
       tp, fp, fn: int64 [I, C], of the mask that comes out.
       reached: int [I], position of the exit where the image leaves; where regions decide, of the deepest one that a part of it came to.
       predicted: of all images, whatever part of them was to choose.
+      cells: where regions decide, float64 [I, E], share of the cells that have their answer from each chosen exit; None elsewhere.
+      spent: likewise, what each exit cost, after the one before.
     """
 
     tp: np.ndarray
@@ -133,6 +137,8 @@ class Chosen:
     fn: np.ndarray
     reached: np.ndarray
     predicted: Predicted
+    cells: np.ndarray | None = None
+    spent: np.ndarray | None = None
 
     @property
     def counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -151,9 +157,12 @@ def chosen_of(
     if latencies is not None:
         rows, asked = [dataclasses.asdict(row) for row in latencies.rows], deployment.asked
         of_regions = region_latencies(regions, stats, costs, rows, asked.device, asked.threads, deployment.backend)
-    k = configuration_of(regions, deployment.exits)
-    tp, fp = regions.tp[k].astype(np.int64), regions.fp[k].astype(np.int64)
-    return Chosen(tp, fp, regions.labelled - tp, (regions.taken[k] > 0).sum(1), predict_regions(regions, of_regions, k))
+    chosen = only(regions, np.array([configuration_of(regions, deployment.exits)]))
+    tp, fp = chosen.tp[0].astype(np.int64), chosen.fp[0].astype(np.int64)
+    used = len(deployment.exits)
+    cells = chosen.cells[0, :, :used] / chosen.regions.cells
+    spent = np.concatenate([*of_regions.of_image[0].by_exit(chosen)]).T[:, :used]
+    return Chosen(tp, fp, regions.labelled - tp, (chosen.taken[0] > 0).sum(1), predict_regions(chosen, of_regions, 0), cells, spent)
 
 
 def judging(stats: Stats, deployment: Deployment) -> Stats:
@@ -173,9 +182,20 @@ def difference_interval(stats: Stats, chosen: Chosen) -> tuple[float, float]:
     return guarantee.interval(mious(chosen.counts) - mious(stats.counts(-1)))
 
 
+def cell_curves(deployment: Deployment, outcome: Chosen) -> list[dict[str, Any]]:
+    """Where regions decide, for each chosen exit: by images in percent, the surest first, percentage of the cells that have left there or
+    before, and there."""
+    if outcome.cells is None:
+        return []
+    shares = outcome.cells[np.lexsort(-outcome.cells.T[::-1])]
+    before = 100 * np.arange(len(shares)) / max(1, len(shares) - 1)
+    points = np.stack([np.broadcast_to(before, shares.T.shape), 100 * shares.cumsum(1).T, 100 * shares.T], -1)
+    return [{"name": each.exit, "points": thinned(of_exit.tolist())} for each, of_exit in zip(deployment.exits, points, strict=True)]
+
+
 def exit_names(stats: Stats) -> list[dict[str, Any]]:
     """Every exit, shallow to deep, with the hue in degrees of its colour."""
-    return [{"name": name, "hue": round(hue)} for name, hue in zip(stats.exits, np.linspace(250, 30, len(stats.exits)), strict=True)]
+    return [{"name": name, "hue": round(hue)} for name, hue in zip(stats.exits, np.linspace(*EXIT_HUES, len(stats.exits)), strict=True)]
 
 
 def front_space(deployment: Deployment) -> dict[str, Any]:
@@ -304,6 +324,12 @@ def worth_showing(miou: np.ndarray, lost: np.ndarray, leaves_at: np.ndarray, con
     return list(taken)[:IMAGES]
 
 
+def edges(cells: np.ndarray, inside: slice) -> list[float]:
+    """Where the cells that rows (or columns) of the network's input lie in begin, and the last one ends, in 0..1 of the image inside."""
+    begins = np.searchsorted(cells, np.arange(cells[-1] + 2))
+    return ((begins.clip(inside.start, inside.stop) - inside.start) / (inside.stop - inside.start)).tolist()
+
+
 def error_map(label: np.ndarray, mask: np.ndarray, final: np.ndarray) -> np.ndarray:
     """The pixels of ERRORS, uint8 [H, W, 3], of a label, an exit's mask and the original network's, each uint8 [H, W]."""
     here, there = mask == label, final == label
@@ -338,13 +364,20 @@ def gallery(
     size: tuple[int, int],
     resize: str,
 ) -> Iterator[dict[str, Any]]:
-    """Images with their label and, at each chosen exit and the original's, mask, confidence, errors and mIoU in percent."""
+    """Images with their label and, at each chosen exit and the original's, mask, confidence, errors and mIoU in percent.
+
+    Where regions decide, also the exit that each cell has its answer from, and mask and errors that come of it.
+    """
     chosen = chain_of(deployment)
     shown = list(dict.fromkeys([*chosen, FINAL]))
     miou = np.array([100 * metrics.miou(*stats.counts(stats.candidates.index(name))) for name in shown])  # [exits, I]
     leaves_at, here = outcome.reached, 100 * metrics.miou(*outcome.counts)
-    decides = not deployment.regions
+    first, decides = deployment.exits[0], not deployment.regions
     sure = [image_confidence(stats, deployment, k) for k, each in enumerate(deployment.exits) if decides and each.theta_pix is not None]
+    surest = sure[0] if sure else here
+    if deployment.regions:
+        plan, surest = plan_of(network, chosen, deployment.regions, size), outcome.cells[:, 0]
+        outcomes = Outcomes(network, plan, size)
     features_of = network.features(shown)
 
     @tf.function(autograph=False)
@@ -353,7 +386,7 @@ def gallery(
         return [tf.cast(network.head_logits(name, features), tf.float32) for name in shown]
 
     colours = np.vstack([palette(len(stats.classes)), [ERRORS["no label"]]]).astype(np.uint8)
-    for index in progress(worth_showing(here, miou[-1] - here, leaves_at, sure[0] if sure else here), "report", "image"):
+    for index in progress(worth_showing(here, miou[-1] - here, leaves_at, surest), "report", "image"):
         image, label = examples.load(index)
         inside = placed(image.shape[:2], size, resize)
         label = mask_at(label, tuple(part.stop - part.start for part in inside), "stretch")
@@ -371,14 +404,31 @@ def gallery(
             }
             for k in range(len(shown))
         ]
+        of_cells = None
+        if deployment.regions:
+            outcomes.take(network_input(image, size, resize))
+            ran = outcomes.outcome(tuple(chosen), first.theta_pix, first.theta_img)
+            mask = ran.mask[inside]
+            of_cells = {
+                "exits": ran.exits.tolist(),
+                "rows": edges(plan.cells[0], inside[0]),
+                "columns": edges(plan.cells[1], inside[1]),
+                "shares": outcome.cells[index].tolist(),
+                "spent": (unit(deployment.predicted.cost_name)[1] * outcome.spent[index]).tolist(),
+                "mask": data_uri(colours[mask], display, None),
+                "errors": data_uri(error_map(label, mask, masks[-1]), display, None),
+            }
         yield {
             "name": stats.images[index],
             "photo": data_uri(image, display, 75),
             "label": data_uri(colours[np.minimum(label, len(stats.classes))], display, None),
             "size": display,
             "leaves": int(leaves_at[index]),
+            "miou": float(here[index]),
+            "surest": float(surest[index]),
             "lost": float(miou[-1, index] - here[index]),
             "exits": at_exits,
+            "cells": of_cells,
         }
 
 
@@ -492,13 +542,13 @@ def page(
         "front": front_space(deployment),
         "points": front_points(stats, costs, deployment, outcome.predicted),
         "rates": exit_rate_curves(stats, deployment),
+        "cells": cell_curves(deployment, outcome),
         "training": training_panels(workdir, stats.exits),
         "shown": list(dict.fromkeys([*chain_of(deployment), FINAL])),
         "images": fitting(gallery(network, examples, stats, outcome, deployment, size, resize), IMAGE_BYTES),
         "confidence_colours": css_colours(CONFIDENCE_COLOURS),
         "errors": [*zip(ERRORS, css_colours(ERRORS.values()), strict=True)],
         "needed": [None if deployment.regions or each.theta_img is None else 100 * each.theta_img for each in deployment.exits],
-        "cells": deployment.regions is not None,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined

@@ -1,6 +1,8 @@
 """Chains of exits whose cells leave: statistics against Keras, the search against brute force, predictions against bundles."""
 
+import base64
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -9,10 +11,14 @@ import re
 import shutil
 from pathlib import Path
 
+import browsers
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from small_network import small_network
 
 from mess_runtime.benchmark import LatencyRow, LatencyTable
@@ -416,17 +422,69 @@ def test_prediction_is_what_the_bundle_does_and_the_report_says(made, stats, tmp
     run_deployment(folder, folder / "deployment.json", measure=False)
     bundle = Bundle.load(folder / "bundle")
     assert bundle.manifest.predicted.exit_rates == predicted.exit_rates and bundle.manifest.regions == stats.regions
-    runner, matrix = Runner(bundle, threads=1), 0
+    runner, matrix, results = Runner(bundle, threads=1), 0, {}
     for i in range(len(val)):
         image, label = val.load(i)
-        result = runner.run(image)
+        results[val.names[i]] = result = runner.run(image)
         matrix += metrics.confusion_matrix(label, result.mask, val.info.num_classes)
         assert [step.budget for step in result.trace[1:]] == [int(each) for each in stats.taken[number, i] if each]
     assert metrics.miou(*metrics.class_counts(matrix)) == pytest.approx(predicted.miou, abs=2e-3)
 
     monkeypatch.setattr(report, "front", lambda *_, **__: [])
-    words = " ".join(re.sub(r"<[^>]+>", " ", report.run(folder).read_text(encoding="utf-8")).split())
+    page = report.run(folder)
+    text = page.read_text(encoding="utf-8")
+    words = " ".join(re.sub(r"<[^>]+>", " ", text).split())
     rates = [f"{each} {100 * rate:.1f} %" for each, rate in zip(("exit1", "exit2", "final"), predicted.exit_rates, strict=True)]
     assert "Where cells leave exit leave here" in words and all(rate in words for rate in rates)
     shares = " ".join(f"{100 * share:.1f} %" for share in taken_shares(stats, number)[0])
     assert f"How many cells exits work on exit none 1 2 4 exit2 {shares} final" in words
+    drawn = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    check_cells(drawn, stats, number, results, runner.manifest.palette)
+    check_page(page, drawn)
+
+
+def check_cells(drawn: dict, stats: RegionStats, number: int, results: dict, colours: tuple) -> None:
+    """Asserts that the report's cells, costs and merged masks are those of the runner, and of the statistics."""
+    spent = [each[number] for each in region_macs(stats).of_image[0].by_exit(stats)]
+    assert {image["name"] for image in drawn["images"]} == {*results} == {*stats.images}
+    for image in drawn["images"]:
+        cells, result, i = image["cells"], results[image["name"]], stats.images.index(image["name"])
+        np.testing.assert_array_equal(cells["exits"], result.cells)
+        assert cells["shares"] == [(result.cells == k).mean() for k in range(3)] == (stats.cells[number, i] / 4).tolist()
+        assert cells["spent"] == pytest.approx([1e-9 * each[i] for each in spent])
+        assert (cells["rows"], cells["columns"]) == ([0, 0.75, 1], [0, 0.5, 1])  # 6 of 8 and 6 of 12 positions
+        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(cells["mask"].partition(",")[2]))).convert("RGB"))
+        assert (mask != np.array(colours)[result.mask]).any(-1).mean() < 2e-3
+        tp, fp = (getattr(stats, name)[number, i] for name in ("tp", "fp"))
+        assert image["miou"] == pytest.approx(100 * metrics.miou(tp, fp, stats.labelled[i] - tp))
+    curves = [np.array(curve["points"]) for curve in drawn["cells"]]
+    assert [curve["name"] for curve in drawn["cells"]] == ["exit1", "exit2", "final"]
+    shares = np.stack([curve[:, 2] for curve in curves])
+    assert sorted(shares.T.tolist()) == sorted((100 * stats.cells[number] / 4).tolist()) and (np.diff(shares[0]) <= 0).all()
+    np.testing.assert_allclose(np.stack([curve[:, 1] for curve in curves]), shares.cumsum(0))
+
+
+def check_page(page: Path, drawn: dict) -> None:
+    """Asserts that a browser shows an image's cells in the colour of their exit, and on request an exit alone."""
+    browser = browsers.start()
+    try:
+        browsers.show(browser, page.as_uri(), width=390, dark=True)
+
+        def sources() -> list[str]:
+            return [each.get_attribute("src") for each in browser.find_elements(By.CSS_SELECTOR, ".panes img")]
+
+        image = max(drawn["images"], key=lambda each: each["lost"])
+        cells = image["cells"]
+        assert sources() == [image["photo"], image["label"], image["photo"], cells["mask"], cells["errors"]]
+        areas = browser.find_elements(By.CSS_SELECTOR, ".panes .cells .exit")
+        assert [area.get_attribute("d").count("M") for area in areas] == [int(4 * share) for share in cells["shares"]]
+        colours = [area.value_of_css_property("fill") for area in areas]
+        assert len({*colours}) == 3
+        assert all(f"{100 * share:.1f} %" in browser.find_element(By.CSS_SELECTOR, ".facts").text for share in cells["shares"])
+        assert browser.execute_script("const page = document.documentElement; return page.scrollWidth <= page.clientWidth")
+        browser.find_element(By.CSS_SELECTOR, "#viewer").send_keys(Keys.ARROW_DOWN)
+        assert sources()[2:] == [image["exits"][0][name] for name in ("mask", "confidence", "errors")]
+        assert len(browser.find_elements(By.CSS_SELECTOR, "#cells-chart path.area")) == 3
+        assert browser.get_log("browser") == []
+    finally:
+        browser.quit()

@@ -441,15 +441,16 @@ def asking(bundle: Bundle, *thetas: float) -> Bundle:
     return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, segments=(*segments, last)))
 
 
-def keras_run(network: MultiExitNetwork, bundle: Bundle, image: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The mask, and budget and active cells of every segment, by `masked`."""
+def keras_run(network: MultiExitNetwork, bundle: Bundle, image: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]], np.ndarray]:
+    """The mask, budget and active cells of every segment, and the exit that each cell has its answer from, by `masked`."""
     segments = segments_on_grid(network, CANDIDATES, SIZE, CELLS)
     tensors = dict(network.segments(CANDIDATES)[0]({"image": image[None].astype(np.float32)}, training=False))
-    alive, mask, steps = tf.ones((1, *CELLS.grid), tf.bool), None, [(12, 12)]
+    alive, mask, steps, cells = tf.ones((1, *CELLS.grid), tf.bool), None, [(12, 12)], np.zeros((1, *CELLS.grid), int)
     for index, choice in enumerate(bundle.manifest.segments):
         logits = tensors.pop("logits")
         made = decide(logits, SIZE, ())["mask"]
         mask = made if mask is None else segments[0].merged(mask, made, alive)
+        cells = np.where(alive, index, cells)
         if choice.theta_img is None:
             break
         confident = tf.reduce_max(tf.nn.softmax(tf.image.resize(logits, SIZE)), -1) >= choice.theta_pix
@@ -462,7 +463,7 @@ def keras_run(network: MultiExitNetwork, bundle: Bundle, image: np.ndarray) -> t
         active = segments[index].active(segments[index].most_unsure(sure, budget))
         alive &= active
         tensors = dict(segments[index].masked({name: tensors[name] for name in segments[index].inputs}, active))
-    return mask.numpy()[0], steps
+    return mask.numpy()[0], steps, cells[0]
 
 
 def steps_of(result) -> list[tuple[int, int]]:
@@ -472,19 +473,21 @@ def steps_of(result) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_bundle_runs_as_keras_masks(three_exits, bundle, engine):
     assert Bundle.load(bundle.folder).manifest.regions == CELLS
-    seen = set()
+    seen, mixed = set(), False
     for thetas in ((0.05, 0.5), (0.3, 0.2)):
         asked = asking(bundle, *thetas)
         run = Runner(asked, engine=engine)
         for seed in range(1, 7):
             result = run.run(noise(seed))
-            mask, steps = keras_run(three_exits, asked, noise(seed))
+            mask, steps, cells = keras_run(three_exits, asked, noise(seed))
             assert steps_of(result) == steps
+            np.testing.assert_array_equal(result.cells, cells)
             same(result.mask, mask)
             seen.add(tuple(budget for budget, _ in steps))
             assert [step.exit for step in result.trace] == ["exit1", "exit2", "final"][: len(steps)]
             assert result.trace[-1].confidence in (None, 1)
-    assert len(seen) > 2  # images that leave, and small and large budgets
+            mixed |= len({*cells.ravel().tolist()}) == 2
+    assert len(seen) > 2 and mixed  # images that leave, and small and large budgets
 
 
 def test_nothing_active_is_the_first_exit_and_everything_the_dense_network(bundle):
@@ -499,9 +502,11 @@ def test_nothing_active_is_the_first_exit_and_everything_the_dense_network(bundl
     assert [step.budget for step in result.trace] == [12] * 3 and 0 < result.trace[0].confidence < 1
     alone = file("alone.final", {"image": image[None]})["mask"][0]
     same(result.mask, alone)
-    np.testing.assert_array_equal(run.run(image, setting="budgeted").mask, alone)
+    budgeted = run.run(image, setting="budgeted")
+    np.testing.assert_array_equal(budgeted.mask, alone)
     *_, refined = run.refine(image)
     np.testing.assert_array_equal(refined.mask, result.mask)
+    assert all((each.cells == 2).all() and each.cells.shape == (3, 4) for each in (result, budgeted, refined))
 
 
 def only_dense(bundle: Bundle) -> Bundle:
@@ -519,10 +524,16 @@ def test_budgeted_without_signatures_alone_is_the_dense_chain(bundle, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("deadline_ms", "budgets", "exit"),
-    [(19, [12], "exit1"), (20, [12, 3], "exit2"), (39, [12, 3, 3], "final"), (50, [12, 12], "exit2"), (90, [12, 12, 12], "final")],
+    ("deadline_ms", "budgets", "exit", "cells"),
+    [
+        (19, [12], "exit1", [12]),
+        (20, [12, 3], "exit2", [9, 3]),
+        (39, [12, 3, 3], "final", [9, 0, 3]),
+        (50, [12, 12], "exit2", [0, 12]),
+        (90, [12, 12, 12], "final", [0, 0, 12]),
+    ],
 )
-def test_anytime_takes_the_largest_budget_in_time(bundle, monkeypatch, deadline_ms, budgets, exit):
+def test_anytime_takes_the_largest_budget_in_time(bundle, monkeypatch, deadline_ms, budgets, exit, cells):
     """The first exit and 3 cells take 10 ms, 12 cells 40 ms; more than 3 are unsure at the first two exits."""
     clock = [0]
     monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter_ns=lambda: clock[0]))
@@ -536,7 +547,7 @@ def test_anytime_takes_the_largest_budget_in_time(bundle, monkeypatch, deadline_
     monkeypatch.setattr(run._engine, "run", advancing)
     run._fastest_ms = {name: 40.0 if name.endswith(".12") else 10.0 for name in run._fastest_ms}
     result = run.run(noise(7), "anytime", deadline_ms=deadline_ms)
-    assert ([step.budget for step in result.trace], result.exit) == (budgets, exit)
+    assert ([step.budget for step in result.trace], result.exit, np.bincount(result.cells.ravel()).tolist()) == (budgets, exit, cells)
     assert Runner(asking(bundle, 0.0, 0.0)).run(noise(7), "anytime", deadline_ms=1e3).exit == "exit1"  # no cell is left
 
 

@@ -405,5 +405,7 @@ def test_dark_and_light_at_any_width(opened, page, width):
         browsers.show(opened, page.as_uri(), width, dark)
         assert opened.execute_script("const page = document.documentElement; return page.scrollWidth <= page.clientWidth")
         backgrounds.add(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
-        assert opened.find_elements(By.CSS_SELECTOR, "#front-chart circle.head")
+        heads = opened.find_elements(By.CSS_SELECTOR, "#front-chart circle.head")
+        lightness = sorted({float(re.match(r"oklch\(([\d.]+)", head.value_of_css_property("fill"))[1]) for head in heads})
+        assert len(lightness) == 2 and min(np.diff(lightness)) > 0.15  # exits are told apart by that alone
     assert len(backgrounds) == 2

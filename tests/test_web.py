@@ -369,7 +369,7 @@ def test_an_int8_bundle_runs_and_keeps_a_deadline(browser, site, photos, tmp_pat
     put(browser, "#deadline", 1)
     rest(browser)
     assert by_id(browser, "deadline-value").text == "1 ms"
-    assert by_id(browser, "left").text == "Left at exit1" and len(trace(browser)) == 1
+    assert by_id(browser, "left").text == "Left at exit1" and len(trace(browser)) == 1 and not by_id(browser, "cells").is_displayed()
     assert different(browser, runner, next(runner.refine(photos[0])).mask) <= UNDECIDED
     names = [item.text.rstrip("0123456789.% ") for item in browser.find_elements(By.CSS_SELECTOR, "#legend li")]
     assert names == json.loads((INT8 / "manifest.json").read_text())["classes"]
@@ -382,8 +382,8 @@ def test_cells_leave_each_for_itself(browser, site, regions, photos, tmp_path):
         const image = new ImageData(Uint8ClampedArray.from(atob(pixels), (letter) => letter.charCodeAt(0)), size.width, size.height);
         import("./mess.js").then(async ({ Runner }) => {
             const runner = await Runner.load("bundle/", "litertjs/core/wasm/");
-            const { mask, exit, trace } = await runner.run(image, options);
-            done({ mask: Array.from(mask), exit, trace });
+            const { mask, exit, trace, cells } = await runner.run(image, options);
+            done({ mask: Array.from(mask), exit, trace, cells: Array.from(cells) });
         }).catch((error) => done(String(error)));"""
     alpha, taken = np.full((*PHOTO_SIZE, 1), 255, np.uint8), set()
     sent = [base64.b64encode(np.concatenate([photo, alpha], -1).tobytes()).decode() for photo in photos]
@@ -399,10 +399,39 @@ def test_cells_leave_each_for_itself(browser, site, regions, photos, tmp_path):
             steps = [(each["exit"], each["confidence"], each["budget"], each["active"]) for each in made["trace"]]
             assert steps == [(step.exit, step.confidence, step.budget, step.active) for step in expected.trace]
             np.testing.assert_array_equal(np.reshape(made["mask"], photo.shape[:2]), expected.mask)
+            np.testing.assert_array_equal(np.reshape(made["cells"], expected.cells.shape), expected.cells)
             taken |= {step.budget for step in expected.trace[1:]}
     assert taken == {2, 8}
     late = browser.execute_async_script(script, sent[0], size, {"thresholds": [0.9, None], "deadlineMs": 1e-6})
-    assert len(late["trace"]) == 1 and late["exit"] == "exit1"
+    assert len(late["trace"]) == 1 and late["exit"] == "exit1" and late["cells"] == [0] * 8
+
+
+def test_cells_are_shown_in_the_colour_of_their_exit(browser, site, regions, photos, tmp_path):
+    open_page(browser, f"{site}/regions/")
+    Image.fromarray(photos[0]).save(tmp_path / "photo.png")
+    open_photo(browser, tmp_path / "photo.png")
+    put(browser, "[data-exit=exit1]", 0.1)
+    rest(browser)
+    early, last = regions.manifest.segments
+    segments = (dataclasses.replace(early, theta_img=0.1), last)
+    expected = Runner(dataclasses.replace(regions, manifest=dataclasses.replace(regions.manifest, segments=segments))).run(photos[0])
+    assert [row[4] for row in trace(browser)] == [str(step.budget) for step in expected.trace]
+    assert by_id(browser, "left").text == f"Deepest exit {expected.exit}" and {*expected.cells.ravel().tolist()} == {0, 1}
+    by_id(browser, "cells").click()
+    # 60x90 letterboxed to 32x48 of 32x64, whose columns of cells begin at 0, 16, 32 and 48, the photo at 8.
+    rows, columns = (0, 1 / 2, 1), (0, 1 / 6, 1 / 2, 5 / 6, 1)
+    for exit in (0, 1):
+        drawn = browser.find_element(By.CSS_SELECTOR, f"#picture .exit[data-exit='{exit}']").get_attribute("d")
+        corners = re.findall(r"M([^ ]+) ([^H]+)H([^V]+)V([^H]+)H[^Z]+Z", drawn)
+        places = [(columns[x], rows[y], columns[x + 1], rows[y + 1]) for y, x in np.argwhere(expected.cells == exit)]
+        np.testing.assert_allclose(np.array(corners, float), places)
+    shares = [f"{100 * (expected.cells == exit).mean():.1f} %" for exit in (0, 1)]
+    legend = [item.text for item in browser.find_elements(By.CSS_SELECTOR, "#legend li")]
+    assert all(text.startswith(f"{name} {share}, ") for text, name, share in zip(legend, ("exit1", "final"), shares, strict=True))
+    assert not by_id(browser, "mask").is_displayed()
+    by_id(browser, "cells").click()
+    assert by_id(browser, "mask").is_displayed() and not browser.find_elements(By.CSS_SELECTOR, "#picture svg")
+    assert different(browser, Runner(regions), expected.mask) == 0
 
 
 def test_the_code_of_the_docs_runs(browser, site, folder, bundle, photos, tmp_path):

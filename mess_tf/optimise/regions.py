@@ -6,8 +6,9 @@ search holds: that with the better mIoU, or with the lower first cost.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,13 +40,16 @@ class RegionCost:
 
     def of_images(self, stats: RegionStats) -> np.ndarray:
         """Of every configuration and image: float64 [K, I]."""
-        total = np.repeat(self.first[stats.chains[:, 0], None], len(stats.images), 1)
+        return functools.reduce(np.add, self.by_exit(stats))
+
+    def by_exit(self, stats: RegionStats) -> Iterator[np.ndarray]:
+        """The part of each exit after the one before, shallow to deep, of every configuration and image: float64 [K, I]."""
+        yield np.repeat(self.first[stats.chains[:, 0], None], len(stats.images), 1)
         for hop in range(stats.taken.shape[2]):
             taken, pair, here = stats.taken[:, :, hop], stats.pair_of_hop[:, hop, None], stats.chains[:, hop + 1]
             in_middle = (stats.chains[:, hop + 2] >= 0) if hop + 2 < stats.chains.shape[1] else np.zeros(here.size, bool)
             cost = self.pair[pair, np.searchsorted(stats.budgets, taken)] + np.where(in_middle, self.decision[here], 0.0)[:, None]
-            total += np.where(taken > 0, cost, 0.0)
-        return total
+            yield np.where(taken > 0, cost, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,7 +146,7 @@ def scores(stats: RegionStats, costs: RegionCosts) -> tuple[np.ndarray, dict[str
 
 def predict_regions(stats: RegionStats, costs: RegionCosts, configuration: int) -> Predicted:
     """What a configuration, by number, does on the images of the statistics; `exit_rates` are shares of the cells."""
-    alone = _only(stats, np.array([configuration]))
+    alone = only(stats, np.array([configuration]))
     accuracy, values = scores(alone, costs)
     cost = costs.of_image[0].of_images(alone)[0]
     drawn = guarantee.resamples(cost.size)
@@ -161,7 +165,7 @@ def predict_regions(stats: RegionStats, costs: RegionCosts, configuration: int) 
     )
 
 
-def _only(stats: RegionStats, configurations: np.ndarray) -> RegionStats:
+def only(stats: RegionStats, configurations: np.ndarray) -> RegionStats:
     """The statistics of some configurations, by number.
 
     Raises:
@@ -204,7 +208,7 @@ def search_regions(
     for name in (*objective.limits, *([objective.minimise] if objective.minimise else [])):
         check(name in costs.names, "objective", f"of costs {', '.join(costs.names)} where regions decide", name)
     start = kernels.clock()
-    stats = _only(stats, np.flatnonzero((stats.chains >= 0).sum(1) <= max_early_exits + 1))
+    stats = only(stats, np.flatnonzero((stats.chains >= 0).sum(1) <= max_early_exits + 1))
     count = len(stats.chains)
     accuracy, values = scores(stats, costs)
     best = _best(accuracy, values, objective, costs.name)

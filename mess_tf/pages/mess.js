@@ -8,6 +8,7 @@ import { Tensor, loadAndCompile, loadLiteRt, supportsFeature } from "@litertjs/c
 const GREY = 128; // around images that do not fill their frame
 const WARMUP_RUNS = 2; // the first run touches the memory and makes shaders, the second has a typical latency
 const SURE_ROUNDING = 1e-5; // a sum of as many float32 as a cell has pixels
+const GONE = 2; // how sure a cell is that left before
 
 // === Photos and their fit to the network ===
 
@@ -119,6 +120,19 @@ export function maskAt(mask, input, size) {
   return made;
 }
 
+/**
+ * Where cells begin, and the last one ends, in 0..1 of an image of a size that was fitted to the network's input: {rows, columns}.
+ *
+ * grid: numbers of rows and columns, of which all are taken to be equally large. Those at the end are smaller where the network's map is
+ *   no multiple of the cell.
+ */
+export function cellEdges(grid, input, size) {
+  const { left, top, width, height } = placed(size, input);
+  const edges = (count, whole, begin, length) =>
+    Array.from({ length: count + 1 }, (_, k) => Math.min(Math.max(((k * whole) / count - begin) / length, 0), 1));
+  return { rows: edges(grid[0], input.height, top, height), columns: edges(grid[1], input.width, left, width) };
+}
+
 // === Running ===
 
 let started;
@@ -188,9 +202,10 @@ export class Runner {
    * deadlineMs: a segment that cannot make it even in the least time it ever took is not started, one that turns out late does not count;
    *   the first one always counts. With regions, the largest budget that can make it is taken where the one that holds all cells cannot.
    *
-   * Returns {mask, exit, trace, latencyMs, fitMs}: mask, a class per pixel at the size of the image; exit, whose it is; trace, what was
+   * Returns {mask, exit, trace, latencyMs, fitMs, cells}: mask, a class per pixel at the size of the image; exit, whose it is; trace, what was
    * run: {exit, confidence, latencyMs}, the time from a segment's inputs to its mask in memory; with regions, confidence is the share of the
-   * cells that are sure, and there are budget, how many cells it worked on, and active, how many had no answer yet.
+   * cells that are sure, and there are budget, how many cells it worked on, and active, how many had no answer yet; cells, by rows, the
+   * number of the exit that each has its answer from, null without regions.
    */
   async run(image, { thresholds = this.manifest.segments.map((segment) => segment.theta_img), deadlineMs = Infinity } = {}) {
     const { input, segments } = this.manifest;
@@ -199,7 +214,8 @@ export class Runner {
     const fitMs = performance.now() - began;
     const tensors = { image: this.#tensor(pixels) };
     const trace = [];
-    let [stands, spent, active] = [null, 0, this.cells];
+    const cells = this.cells ? new Uint8Array(this.cells) : null;
+    let [stands, spent, active, unsure] = [null, 0, this.cells, null];
     try {
       for (const [index, { exit }] of segments.entries()) {
         const able = this.forms[index].filter((form) => !index || spent + form.fastestMs <= deadlineMs);
@@ -219,12 +235,18 @@ export class Runner {
         spent += latencyMs;
         if (index && spent > deadlineMs) break;
         stands = { mask, exit };
+        // A segment works on the least sure cells, of equally sure ones on the first.
+        if (cells && index) {
+          const least = [...unsure.keys()].sort((a, b) => unsure[a] - unsure[b]).slice(0, form.budget);
+          for (const cell of least) if (unsure[cell] < GONE) cells[cell] = index;
+        }
+        unsure = sure;
         if (leaves) break;
       }
     } finally {
       for (const tensor of Object.values(tensors)) tensor.delete();
     }
-    return { mask: maskAt(stands.mask, input, image), exit: stands.exit, trace, latencyMs: spent, fitMs };
+    return { mask: maskAt(stands.mask, input, image), exit: stands.exit, trace, latencyMs: spent, fitMs, cells };
   }
 
   #tensor(pixels) {

@@ -1,5 +1,4 @@
 // Draws the charts and the image viewer of the report page from the JSON object that it holds.
-"use strict";
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -96,8 +95,8 @@
     return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
   }
 
-  /** Curves over a common axis; a pointer or the arrow keys read their values. */
-  function lineChart(host, { series, xlabel, ylabel, ys, xdigits }) {
+  /** Curves over a common axis; a pointer or the arrow keys read their values, of [x, y, value] the value. Areas end at the curve before. */
+  function lineChart(host, { series, xlabel, ylabel, ys, xdigits, areas }) {
     const plot = element("div", { class: "chart" });
     const output = element("output", { "aria-live": "polite" }, "\u00a0");
     const key = element("ul", { class: "key" });
@@ -109,9 +108,10 @@
       const all = series.flatMap(({ points, chosen }) => (chosen ? [...points, chosen] : points));
       const yrange = ys || padded(all.map((point) => point[1]), 0.05);
       const { svg, x, y, inverse } = axes(width, 250, padded(all.map((point) => point[0]), 0.02), yrange, xlabel, ylabel);
-      for (const { name, points, chosen } of series) {
+      for (const { name, points, chosen } of areas ? [...series].reverse() : series) {
         const path = points.map(([px, py], k) => `${k ? "L" : "M"}${x(px).toFixed(1)} ${y(py).toFixed(1)}`).join("");
-        const group = element("g", hue(name), element("path", { class: "curve", d: path }));
+        const below = `V${y(yrange[0])}H${x(points[0][0]).toFixed(1)}Z`;
+        const group = element("g", hue(name), element("path", areas ? { class: "area", d: path + below } : { class: "curve", d: path }));
         if (points.length === 1) group.append(element("circle", { class: "head", cx: x(points[0][0]), cy: y(points[0][1]), r: 4 }));
         if (chosen) group.append(element("circle", { class: "chosen", cx: x(chosen[0]), cy: y(chosen[1]), r: 6 }));
         svg.append(group);
@@ -121,7 +121,7 @@
       const read = (index) => {
         at = clamp(index, 0, stops.length - 1);
         const nearest = (points) => points.reduce((best, point) => (Math.abs(point[0] - stops[at]) < Math.abs(best[0] - stops[at]) ? point : best));
-        const values = series.map(({ name, points }) => `${name} ${digits4(nearest(points)[1])}`);
+        const values = series.map(({ name, points }) => `${name} ${digits4(nearest(points).at(-1))}`);
         output.textContent = `${xlabel} ${stops[at].toFixed(xdigits)}: ${values.join(", ")}`;
         for (const end of ["x1", "x2"]) cursor.setAttribute(end, x(stops[at]));
         cursor.setAttribute("visibility", "visible");
@@ -289,24 +289,27 @@
 
   const ORDERS = {
     lost: ["most lost by leaving first", (item) => -item.lost],
-    worst: ["lowest mIoU first", (item) => item.exits[item.leaves].miou],
-    surest: ["surest first", (item) => -item.exits[0].sure],
+    worst: ["lowest mIoU first", (item) => item.miou],
+    surest: ["surest first", (item) => -item.surest],
     exit: ["by exit", (item) => item.leaves],
   };
 
   function imageViewer(host) {
     let items = data.images;
     let at = 0;
-    let exit = 0;
+    let shown = 0;
 
     const position = element("output", { "aria-live": "polite" });
     const order = element("select", { id: "order", onchange: sort });
     for (const [name, [label]] of Object.entries(ORDERS)) {
-      if (name !== "surest" || data.images[0].exits[0].sure !== null) order.append(element("option", { value: name }, label));
+      if (name !== "surest" || data.images[0].exits[0].sure !== null || data.cells.length) order.append(element("option", { value: name }, label));
     }
-    const exits = data.shown.map((candidate, k) =>
-      element("button", { type: "button", onclick: () => choose(at, k) }, element("span", hue(exitOf(candidate)), exitOf(candidate))),
-    );
+    // What the panes show: the mask of an exit, by its number; first, where cells leave each for itself, that which comes of all.
+    const views = [...(data.cells.length ? ["merged"] : []), ...data.shown.keys()];
+    const exits = views.map((view) => {
+      const name = view === "merged" ? view : element("span", hue(exitOf(data.shown[view])), exitOf(data.shown[view]));
+      return element("button", { type: "button", onclick: () => choose(at, view) }, name);
+    });
     const strip = element("div", { class: "strip", role: "group", "aria-label": "Images" });
     const panes = element("div", { class: "panes" });
     host.setAttribute("tabindex", 0);
@@ -328,7 +331,7 @@
       const [images, steps] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] || [0, 0];
       if (!images && !steps) return;
       event.preventDefault();
-      choose(at + images, images ? null : clamp(exit + steps, 0, exits.length - 1));
+      choose(at + images, images ? null : views[clamp(views.indexOf(shown) + steps, 0, views.length - 1)]);
     });
 
     function sort() {
@@ -345,31 +348,56 @@
     const errorKey = () => element("span", { class: "swatches" }, ...data.errors.flatMap(([name, colour]) => [swatch(colour), `${name} `]));
     const confidenceKey = () => element("span", {}, "confidence: 0", element("i", { class: "ramp", style: `background:${SURE}` }), "1");
 
-    /** Shows an image at an exit; at the exit where it leaves if none is given. */
-    function choose(image, at_exit) {
-      at = (image + items.length) % items.length;
-      const item = items[at];
-      exit = at_exit === null ? item.leaves : at_exit;
-      const name = exitOf(data.shown[exit]);
-      position.textContent = `${at + 1} of ${items.length}`;
-      exits.forEach((button, k) => button.setAttribute("aria-pressed", k === exit));
-      [...strip.children].forEach((button, k) => (k === at ? button.setAttribute("aria-current", true) : button.removeAttribute("aria-current")));
-      const thumb = strip.children[at];
-      strip.scrollLeft = thumb.offsetLeft - strip.offsetLeft - (strip.clientWidth - thumb.clientWidth) / 2;
-      const pane = (source, alt, caption) =>
-        element("figure", {}, element("img", { src: source, alt, width: item.size[0], height: item.size[1] }), element("figcaption", {}, caption));
-      const result = item.exits[exit];
+    /** How an image is left, in the order of the chosen exits, and what each is alone. */
+    function facts(item) {
+      const names = data.shown.map((candidate) => element("span", hue(exitOf(candidate)), exitOf(candidate)));
+      const against = `${signed(-item.lost, 2)} pp against the original.`;
+      if (item.cells) {
+        const { shares, spent } = item.cells;
+        const rows = item.exits.map((each, k) => [names[k], k in shares ? percent(shares[k]) : "–", k in spent ? digits4(spent[k]) : "–", each.miou.toFixed(2)]);
+        rows.push(["merged", "", digits4(spent.reduce((sum, each) => sum + each, 0)), item.miou.toFixed(2)]);
+        return [table(["exit", "cells", data.unit, "mIoU %"], rows, rows.length - 1), `Merged: ${against}`];
+      }
       const rows = item.exits.map((each, k) => [
-        element("span", hue(exitOf(data.shown[k])), exitOf(data.shown[k])),
+        names[k],
         each.miou.toFixed(2),
         each.sure === null ? "–" : `${each.sure.toFixed(1)} %`,
         data.needed[k] == null ? "–" : `${data.needed[k].toFixed(1)} %`,
       ]);
+      return [table(["exit", "mIoU %", "sure pixels", "needed"], rows, item.leaves), `Left at ${exitOf(data.shown[item.leaves])}: ${against}`];
+    }
+
+    /** Shows an image at an exit; as it runs if none is given. */
+    function choose(image, view) {
+      at = (image + items.length) % items.length;
+      const item = items[at];
+      shown = view ?? (item.cells ? "merged" : item.leaves);
+      position.textContent = `${at + 1} of ${items.length}`;
+      exits.forEach((button, k) => button.setAttribute("aria-pressed", views[k] === shown));
+      [...strip.children].forEach((button, k) => (k === at ? button.setAttribute("aria-current", true) : button.removeAttribute("aria-current")));
+      const thumb = strip.children[at];
+      strip.scrollLeft = thumb.offsetLeft - strip.offsetLeft - (strip.clientWidth - thumb.clientWidth) / 2;
+      const picture = (source, alt) => element("img", { src: source, alt, width: item.size[0], height: item.size[1] });
+      const pane = (source, alt, caption) => element("figure", {}, picture(source, alt), element("figcaption", {}, caption));
+      const [figures, summary] = facts(item);
       panes.replaceChildren(
         pane(item.photo, `Image ${item.name}`, item.name),
         pane(item.label, "Its label", "label"),
-        element("div", { class: "facts" }, table(["exit", "mIoU %", "sure pixels", "needed"], rows, item.leaves),
-          element("p", { class: "note" }, `${data.cells ? "Deepest exit:" : "Left at"} ${exitOf(data.shown[item.leaves])}: ${signed(-item.lost, 2)} pp against the original.`)),
+        element("div", { class: "facts" }, figures, element("p", { class: "note" }, summary)),
+      );
+      if (shown === "merged") {
+        const { exits: byCell, rows, columns, shares, mask, errors } = item.cells;
+        const key = shares.map((share, k) => element("span", hue(exitOf(data.shown[k])), `${exitOf(data.shown[k])} ${percent(share)} `));
+        const cells = cellsOverlay(byCell, rows, columns, shares.map((_, k) => hues[exitOf(data.shown[k])]));
+        panes.append(
+          element("figure", {}, element("div", { class: "cells" }, picture(item.photo, "Cells by the exit where they left"), cells), element("figcaption", {}, ...key)),
+          pane(mask, "Merged mask", "merged mask"),
+          pane(errors, "Errors of the merged mask", errorKey()),
+        );
+        return;
+      }
+      const [name, result] = [exitOf(data.shown[shown]), item.exits[shown]];
+      panes.append(
         pane(result.mask, `Mask of ${name}`, `mask of ${name}`),
         pane(result.confidence, `Confidence of ${name}`, confidenceKey()),
         pane(result.errors, `Errors of ${name}`, errorKey()),
@@ -385,6 +413,9 @@
   imageViewer(document.getElementById("viewer"));
   if (data.rates.length) {
     lineChart(document.getElementById("rates-chart"), { series: data.rates, xlabel: "θ_img", ylabel: "% of images that leave", ys: [0, 105], xdigits: 4 });
+  }
+  if (data.cells.length) {
+    lineChart(document.getElementById("cells-chart"), { series: data.cells, xlabel: "images in %, the surest first", ylabel: "% of the cells", ys: [0, 100], xdigits: 1, areas: true });
   }
   for (const { title, ylabel, series } of data.training) {
     const panel = element("div", {}, element("h3", {}, title));

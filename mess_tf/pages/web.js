@@ -1,5 +1,5 @@
 // The page of the target `web`: what is opened, shown and chosen. What computes is mess.js.
-import { Runner, pixelsOf, readPhoto } from "./mess.js";
+import { Runner, cellEdges, pixelsOf, readPhoto } from "./mess.js";
 
 const LARGEST = 1600; // pixels across of what is drawn; the network sees the whole photo
 
@@ -23,6 +23,8 @@ let video = null; // while the camera runs
 let thresholds = [];
 let deadlineMs = Infinity;
 let [wanted, working, checking] = [false, false, false];
+let cellsShown = false;
+let redraw = () => {}; // what is shown already, once more
 
 /** Runs what is asked for now; if something is running, after that. */
 async function again() {
@@ -84,19 +86,29 @@ async function load() {
 
 /** All that only the bundle tells: once it is loaded. */
 function introduce() {
-  const { classes, input, palette, precision, segments, setting } = runner.manifest;
+  const { input, precision, segments, setting, classes, regions } = runner.manifest;
   const exits = segments.map(({ exit }) => exit).join(", ");
   byId("about").textContent =
     `${classes.length} classes, ${input.width}×${input.height} pixels, ${precision}, exits ${exits}, made to run ${setting}. ` +
+    (regions ? `${regions.grid.join("×")} cells leave each for itself. ` : "") +
     "Photos stay in this browser.";
-  byId("legend").replaceChildren(
-    ...classes.map((name, k) => element("li", {}, element("i", { style: `background:rgb(${palette[k]})` }), name, element("span"))),
-  );
+  byId("cells").hidden = byId("works-on").hidden = !regions;
+  if (regions) byId("who").textContent = "each cell of an image";
+  drawLegend(classNames());
   if (thresholds.length === 0) setControls();
   else setDeadline();
 }
 
-const hueOf = (index) => 250 - (220 * index) / Math.max(1, runner.manifest.segments.length - 1);
+const hueOf = (index) => 300 - (205 * index) / Math.max(1, runner.manifest.segments.length - 1);
+const exitNamed = (index) => element("span", { class: "hue", style: `--hue:${hueOf(index)}` }, runner.manifest.segments[index].exit);
+const classNames = () =>
+  runner.manifest.classes.map((name, k) => [element("i", { style: `background:rgb(${runner.manifest.palette[k]})` }), name]);
+
+/** The legend: names, each a list of nodes, and what there is of each, 0 for nothing. */
+function drawLegend(names, shares = names.map(() => 0), texts = shares.map(percent)) {
+  const items = names.map((name, k) => element("li", { class: shares[k] ? "" : "absent" }, ...name, element("span", {}, shares[k] ? ` ${texts[k]}` : "")));
+  byId("legend").replaceChildren(...items);
+}
 
 function setControls() {
   const { segments } = runner.manifest;
@@ -130,33 +142,54 @@ function setDeadline() {
   byId("deadline-value").textContent = deadlineMs === Infinity ? "none" : `${deadlineMs} ms`;
 }
 
-function show({ mask, exit, trace, latencyMs, fitMs }, image) {
-  const { palette, input, segments } = runner.manifest;
-  drawPhoto(image);
-  drawMask(mask, palette, image);
+function show(result, image) {
+  const { exit, trace, latencyMs, fitMs } = result;
+  const { input, regions, segments } = runner.manifest;
+  redraw = () => draw(result, image);
+  redraw();
   byId("check").hidden = runner.accelerator === "wasm";
   byId("checked").textContent = "";
-  const counts = new Uint32Array(palette.length);
-  for (const value of mask) counts[value]++;
-  [...byId("legend").children].forEach((item, k) => {
-    item.className = counts[k] ? "" : "absent";
-    item.lastChild.textContent = counts[k] ? ` ${percent(counts[k] / mask.length)}` : "";
-  });
-  byId("left").replaceChildren("Left at ", element("span", { class: "hue", style: `--hue:${hueOf(segments.findIndex((each) => each.exit === exit))}` }, exit));
+  byId("left").replaceChildren(regions ? "Deepest exit " : "Left at ", exitNamed(segments.findIndex((each) => each.exit === exit)));
   byId("times").replaceChildren(
     ...trace.map((step, index) => element("i", { class: "hue", style: `--hue:${hueOf(index)};flex-grow:${step.latencyMs}` })),
   );
   byId("trace").tBodies[0].replaceChildren(
     ...segments.map((segment, index) => {
       const step = trace[index];
-      const name = element("span", { class: "hue", style: `--hue:${hueOf(index)}` }, segment.exit);
       const cells = [percent(step?.confidence ?? null), percent(thresholds[index]), step ? milliseconds(step.latencyMs) : "–"];
+      if (regions) cells.push(step ? String(step.budget) : "–");
       const kind = segment.exit === exit ? "here" : step ? "late" : "idle";
-      return element("tr", { class: kind }, element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell)));
+      return element("tr", { class: kind }, element("th", { scope: "row" }, exitNamed(index)), ...cells.map((cell) => element("td", {}, cell)));
     }),
   );
   byId("total").textContent =
     `${milliseconds(latencyMs)} ms together; before that ${milliseconds(fitMs)} ms to fit ${image.width}×${image.height} pixels to ${input.width}×${input.height}.`;
+}
+
+/** The photo with its mask, or with its cells in the colours of their exits, and the legend of the one or the other. */
+function draw({ mask, trace, cells }, image) {
+  const { input, palette, regions, segments } = runner.manifest;
+  const asCells = cellsShown && cells !== null;
+  const counted = (values, kinds) => {
+    const counts = new Uint32Array(kinds);
+    for (const value of values) counts[value]++;
+    return Array.from(counts, (count) => count / values.length);
+  };
+  drawPhoto(image);
+  drawMask(mask, palette, image);
+  byId("picture").classList.toggle("cells", asCells);
+  byId("picture").querySelector("svg")?.remove();
+  if (asCells) {
+    const [rows, columns] = regions.grid;
+    const byRow = Array.from({ length: rows }, (_, row) => [...cells.subarray(row * columns, (row + 1) * columns)]);
+    const edges = cellEdges(regions.grid, input, image);
+    byId("picture").append(cellsOverlay(byRow, edges.rows, edges.columns, segments.map((_, index) => hueOf(index))));
+    const shares = counted(cells, segments.length);
+    const texts = shares.map((share, index) => `${percent(share)}, ${milliseconds(trace[index]?.latencyMs ?? 0)} ms`);
+    drawLegend(segments.map((_, index) => [exitNamed(index)]), shares, texts);
+  } else {
+    drawLegend(classNames(), counted(mask, palette.length));
+  }
 }
 
 function drawPhoto(image) {
@@ -185,7 +218,7 @@ function drawMask(mask, palette, image) {
 }
 
 function fade() {
-  byId("mask").style.opacity = byId("opacity").value;
+  byId("picture").style.setProperty("--opacity", byId("opacity").value);
   byId("opacity-value").textContent = `${Math.round(100 * byId("opacity").value)} %`;
 }
 
@@ -244,6 +277,11 @@ byId("open").addEventListener("click", () => byId("file").click());
 byId("file").addEventListener("change", () => byId("file").files.length && open(byId("file").files[0]));
 byId("camera").addEventListener("click", film);
 byId("accelerator").addEventListener("change", again);
+byId("cells").addEventListener("click", () => {
+  cellsShown = !cellsShown;
+  byId("cells").setAttribute("aria-pressed", cellsShown);
+  if (runner) redraw();
+});
 byId("deadline").addEventListener("input", () => {
   deadlineMs = Number(byId("deadline").value);
   setDeadline();

@@ -80,12 +80,14 @@ class Result(NamedTuple):
       exit: name of the exit that made the mask.
       trace: every signature that was run, in order.
       latency_ms: sum over the trace.
+      cells: with regions, uint8 [rows, columns], which exit, by position in the manifest, each cell has its answer from; None without.
     """
 
     mask: np.ndarray
     exit: str
     trace: tuple[StepTrace, ...]
     latency_ms: float
+    cells: np.ndarray | None = None
 
 
 def _open(bundle: Bundle, threads: int, engine: str | None, backend: str | None) -> tuple[str, CompiledEngine | InterpreterEngine]:
@@ -428,7 +430,21 @@ class Runner:
     def _result(self, signature: str, trace: list[StepTrace], image: np.ndarray) -> Result:
         mask = self._get(signature, MASK)[0]
         mask = mask_at(mask, image.shape[:2], self._input.resize)
-        return Result(mask, _exit_of(signature), tuple(trace), sum(step.latency_ms for step in trace))
+        exit = _exit_of(signature)
+        cells = self._cells(exit, trace) if self._regions else None
+        return Result(mask, exit, tuple(trace), sum(step.latency_ms for step in trace), cells)
+
+    def _cells(self, exit: str, trace: Sequence[StepTrace]) -> np.ndarray:
+        """Which exit each cell has its answer from, once those up to `exit` have run: a segment works on the least sure cells."""
+        last = self._exits.index(exit)
+        if len(trace) <= last:  # by a signature of this exit alone
+            return np.full(self._regions.grid, last, np.uint8)
+        cells = np.zeros(self._regions.cells, np.uint8)
+        for index in range(1, last + 1):
+            sure = self._sure(self._forms[index - 1][trace[index - 1].budget]).ravel()
+            least = np.argsort(sure, kind="stable")[: trace[index].budget]
+            cells[least[sure[least] < GONE]] = index
+        return cells.reshape(self._regions.grid)
 
 
 def _exit_of(signature: str) -> str:
