@@ -185,9 +185,10 @@ def _check_pair(path: pathlib.Path, label: Label, num_classes: int) -> tuple[np.
             raise DataError(f"{printable(str(path))}: not a readable image: missing{_nearly(path)}")
         size, orientation = photo_header(path)
         _check_sizes(size, pixels, label)
-        same_either_way = orientation in range(2, 5) or (orientation > 4 and size[0] == size[1])
-        told = isinstance(label, LabelFile) and photo_header(label.path)[1] != 1
-        return np.bincount(pixels.ravel(), minlength=256)[:num_classes], same_either_way and not told
+        doubtful = orientation in range(2, 5) or (orientation > 4 and size[0] == size[1])
+        if doubtful and isinstance(label, LabelFile):
+            doubtful = photo_header(label.path)[1] == 1
+        return np.bincount(pixels.ravel(), minlength=256)[:num_classes], doubtful
     except (DataError, UnreadableError) as error:
         return error
 
