@@ -1,4 +1,4 @@
-# make demo: the whole path on synthetic data, in minutes on a CPU.   make test: the test suite.   make lint: style.
+# make demo: the whole path on synthetic data, in minutes on a CPU.   make test: the test suite; FULL=--full: all cases, as in CI.   make lint: style.
 # make notebooks: every notebook from start to end at a small size, and the commands that the pages begin with.
 # make bench DATA_DIR=FOLDER: every benchmark once, small, from the trained work folder in models/.
 # make docs: the pages and the API reference, into runs/docs.
@@ -19,7 +19,7 @@ demo-commands:
 	@echo "masks: runs/demo/masks, report: runs/demo/report/index.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(FULL)
 
 notebooks: $(READY)
 	$(BIN)/python -m pytest -q -m notebook

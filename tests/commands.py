@@ -1,6 +1,7 @@
 """Commands of this project, each in a process of its own, which begins with Keras imported: seconds less than `python -m` each time."""
 
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -32,6 +33,7 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 def _command(module: str, words: list[str], stdout: str, stderr: str, environment: Mapping[str, str]) -> None:
     """What a forked process does, as `python -m module words` would."""
+    gc.freeze()
     os.environ.update(environment)
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)

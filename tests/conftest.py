@@ -1,12 +1,15 @@
 """What all tests share: quiet logs, fixed seeds, and the data and weights that lie beside the repository."""
 
+import gc
 import importlib.util
 import itertools
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import fake_adbd
 import numpy as np
 import pytest
+from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,26 +29,40 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The files that take longest, in the order in which the workers begin them: none is left with one of these alone at the end.
 LONGEST = (
     "search",
-    "networks",
-    "recipes",
     "train",
     "terminal",
-    "backends",
-    "export",
     "pipeline",
+    "export",
+    "region_search",
+    "networks",
+    "recipes",
+    "backends",
     "android",
+    "replicas",
+    "regions",
+    "mediapipe",
+    "web",
     "model",
     "backbones",
     "originals",
 )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        full = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if item not in full]
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays until the end: no need to look through it again and again
+
+
 def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also the cases that a short form stands for, as in CI; marked `full`")
     parser.addoption("--kills", type=int, default=0, metavar="N", help="of the pipeline, at random moments; see tests/test_pipeline.py")
     parser.addoption(
         "--fuzz", type=int, default=60, metavar="N", help="mutations for each reader that tests/fuzz tries; the longest random searches"
@@ -127,6 +145,12 @@ def tool(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Of --full."""
+    return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="session")
 def fuzz_count(request) -> int:
     """Of --fuzz."""
     return request.config.getoption("--fuzz")
@@ -155,6 +179,26 @@ def fuzz(request, fuzz_count) -> Callable[[st.SearchStrategy, Callable[[Any], No
         print(f"{request.node.name}: {next(count)} mutations")
 
     return run
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command `mess_tf.X` in this process, which has loaded everything; returns its exit code, stdout and stderr."""
+
+    def call(name: str, *words) -> tuple[int, str, str]:
+        before = set(flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        capsys.readouterr()
+        try:
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning), pytest.raises(SystemExit) as end:
+                runpy.run_module(f"mess_tf.{name}", run_name="__main__")  # warns that the module is there already
+        finally:
+            for flag in {*flags.FLAGS} - before:
+                delattr(flags.FLAGS, flag)
+            flags.FLAGS.unparse_flags()
+        return end.value.code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -154,9 +154,13 @@ def classes(java, tmp_path_factory):
     return output
 
 
-def test_the_flavour_with_play_services_compiles(classes, java, tmp_path):
+def test_both_flavours_have_the_same_sources():
     names = [sorted(path.relative_to(MAIN.parent / each) for path in (MAIN.parent / each).rglob("*.kt")) for each in ("bundled", "play")]
     assert names[0] == names[1] != []
+
+
+@pytest.mark.full
+def test_the_flavour_with_play_services_compiles(classes, java, tmp_path):
     compile_kotlin(tmp_path / "play", [JSON, classes], [*(MAIN.parent / "play").rglob("*.kt"), *java])
 
 

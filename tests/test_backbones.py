@@ -75,7 +75,7 @@ def applications(tmp_path_factory):
 # === Structure ===
 
 
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.parametrize("output_stride", [8, pytest.param(16, marks=pytest.mark.full), 32])
 @pytest.mark.parametrize("name", CHANNELS)
 def test_output_shape_is_as_declared_and_every_variable_gets_a_gradient(backbones, name, output_stride):
     model = backbones(name, output_stride)
@@ -94,11 +94,11 @@ def test_output_shape_is_as_declared_and_every_variable_gets_a_gradient(backbone
 
 
 @pytest.mark.parametrize("name", CHANNELS)
-def test_dilation_changes_the_resolution_and_not_the_values(backbones, name):
+def test_dilation_changes_the_resolution_and_not_the_values(backbones, name, full):
     """À trous: the coarse features are found in the finer ones, from the first place (resnet50) or the last one of each cell."""
     x = image()
     coarse = backbones(name, 32)(x).numpy()
-    for output_stride in (16, 8):
+    for output_stride in (16, 8) if full else (8,):
         ratio = 32 // output_stride
         first = 0 if name == "resnet50" else ratio - 1
         fine = backbones(name, output_stride)(x).numpy()[:, first::ratio, first::ratio]
@@ -106,7 +106,7 @@ def test_dilation_changes_the_resolution_and_not_the_values(backbones, name):
 
 
 def test_images_of_any_size_pass(backbones):
-    assert backbones("mobilenet_v2", 16)(image(1, (45, 60))).shape == (1, 3, 4, 160)
+    assert backbones("mobilenet_v2", 32)(image(1, (45, 60))).shape == (1, 2, 2, 160)
 
 
 # === Weights of keras.applications ===
@@ -170,7 +170,7 @@ OTHERS = {  # the last layer of the trunk, where it is not the network's, and wh
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", pytest.param("efficientnet_v2_b0", marks=pytest.mark.full)])
 def test_other_networks_have_the_features_of_keras_applications_and_any_output_stride(name, tmp_path):
     class_name, last, channels = OTHERS[name]
     base = getattr(keras.applications, class_name)(input_shape=(*SIZE, 3), include_top=False, weights=None)
@@ -195,7 +195,7 @@ def test_every_name_is_one_of_keras_applications():
 # === Weights of EfficientNet-Lite ===
 
 
-@pytest.mark.parametrize(("number", "parameters"), [(1, 3_774_624), (2, 4_413_488)])
+@pytest.mark.parametrize(("number", "parameters"), [(1, 3_774_624), pytest.param(2, 4_413_488, marks=pytest.mark.full)])
 def test_larger_lites_are_those_of_the_packages(number, parameters):
     """Counted with the packages' weights in them, of which none was left over; the first and the last stage have one block in all."""
     model = build_backbone(config(f"efficientnet_lite{number}"))

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from test_search import enumerate_space, latency_rows, make_stats, of_two_precisions, run_command
+from test_search import enumerate_space, latency_rows, make_stats, of_two_precisions
 
 from mess_runtime.benchmark import LatencyRow, LatencyTable
 from mess_runtime.bundle import write_json
@@ -134,7 +134,7 @@ def test_what_cannot_be_reached_names_the_device():
         share(DEVICES, [variant_of(stats, 0)], 0, Objective(None, 0.0), "sum", **SPACE)
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, command):
     stats = make_stats(3)
     stats.save(tmp_path / "stats.npz")
     about = {"soc": "s", "os": "o", "runtime": "r", "runtime_version": "1", "p90_ms": None, "mean_ms": 9.0, "runs": 5}
@@ -142,9 +142,9 @@ def test_command(tmp_path):
     rows = [row for factor, name in ((1.0, "fast"), (9.0, "slow"), (3.0, "third")) for row in latency_rows(stats, name, factor=factor)]
     write_json(tmp_path / "latency.json", LatencyTable({}, tuple(LatencyRow(**row, **about) for row in rows)).to_json())
     words = [f"--workdir={tmp_path}", f"--latency={tmp_path / 'latency.json'}", "--max_drop_pp=1", "--all_devices", "--max_bundles=2"]
-    result = run_command(*words, "--fleet=worst")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    code, out, err = command("search", *words, "--fleet=worst")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["fast-t1", "slow-t1", "third-t1"] and lines[-1] == str(tmp_path / "fleet")
     assert "divisions of 3 devices" in lines[-2] and "the optimum" in lines[-2]
     found = json.loads((tmp_path / "fleet" / "fleet.json").read_text())
@@ -156,8 +156,8 @@ def test_command(tmp_path):
     assert found["value"] == found["bound"] == max(each["latency_ms"] for each in found["devices"].values())
     (tmp_path / "fleet" / "bundle7.json").write_text("of a larger fleet")
     for refused, message in ((["--minimise=latency_ms"], "--minimise: must be left out"), (["--limit=latency_ms=3"], "limit: must be")):
-        assert message in run_command(*words, *refused).stderr
-    assert run_command(*words).returncode == 0
+        assert message in command("search", *words, *refused)[2]
+    assert command("search", *words)[0] == 0
     assert not (tmp_path / "fleet" / "bundle7.json").exists()
     deployment = Deployment.load(tmp_path / "fleet" / "bundle1.json")
     assert dataclasses.replace(deployment.asked, device=None).max_drop_pp == 1.0

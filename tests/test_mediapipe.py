@@ -65,7 +65,7 @@ def photos(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-@pytest.fixture(scope="module", params=BUNDLES)
+@pytest.fixture(scope="module", params=["fp16", pytest.param("int8", marks=pytest.mark.full)])
 def bundle(request, photos, tmp_path_factory):
     """A bundle at whose first exit about half of these photos leave, one of them with just as many confident pixels as are needed."""
     shipped = Bundle.load(BUNDLES[request.param])
@@ -100,9 +100,8 @@ def check_mask(mask, expected, file, photo):
         assert (best[..., -1] - best[..., -2])[mask != expected].max() <= 1e-4 * np.abs(best).max()
 
 
+@pytest.mark.skipif(not PYTHON.exists(), reason=f"needs {PYTHON}, an environment with nothing but mediapipe, which .ci/run makes")
 def test_the_example_gives_exits_scores_and_masks_of_the_runner(bundle, written, photos, tmp_path):
-    if not PYTHON.exists():
-        pytest.skip(f"needs {PYTHON}, an environment with nothing but mediapipe, which .ci/run makes")
     words = [str(word) for word in (PYTHON, "-c", CODE, EXAMPLES / "segment.py", written, *photos)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -123,9 +122,8 @@ def test_the_example_gives_exits_scores_and_masks_of_the_runner(bundle, written,
 
 
 @pytest.mark.parametrize("bundle", ["fp16"], indirect=True)
+@pytest.mark.skipif(not MODULES.exists(), reason=f"needs {MODULES} with the npm package @mediapipe/tasks-vision, which .ci/run fetches")
 def test_the_page_gives_exits_scores_and_masks_of_the_runner(bundle, written, photos, tmp_path):
-    if not MODULES.exists():
-        pytest.skip(f"needs {MODULES} with the npm package @mediapipe/tasks-vision, which .ci/run fetches")
     for name, target in {"index.html": EXAMPLES / "index.html", "node_modules": MODULES, "mediapipe": written}.items():
         (tmp_path / name).symlink_to(target)
     classes = {tuple(colour): number for number, colour in enumerate(bundle.manifest.palette)}

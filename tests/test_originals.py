@@ -93,6 +93,8 @@ def test_a_network_of_another_size_is_an_error(tmp_path):
     image, x = trunk(SIZE)
     keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(x)).save(tmp_path / "fixed.keras")
     backbone = BackboneConfig("keras_file", weights=str(tmp_path / "fixed.keras"))
+    with pytest.raises(ValueError, match=r"exits\.count: .* \(--set exits\.count=\d\), got 9; the network is '.*fixed\.keras'$"):
+        build_network(Config(DataConfig(input_size=SIZE), backbone, ExitsConfig(count=9)), CLASSES)
     config = Config(DataConfig(input_size=SIZE, crop_size=(16, 16)), backbone, ExitsConfig(count=2))
     with pytest.raises(ValueError, match=r"data\.crop_size: must be \(0, 0\) with a network that takes images of \(32, 48\) only"):
         build_network(config, CLASSES)

@@ -25,6 +25,7 @@ from mess_runtime.files import locked
 from mess_tf import calibrate, configs, evaluate, pipeline, tasks, train
 from mess_tf.data.synthetic import SYNTHETIC_CLASSES
 from mess_tf.files import Asked, Deployment, Stats, best_weights
+from mess_tf.network.evaluation import Accuracy
 from mess_tf.pipeline import STEPS, Pipeline, StepError
 
 ASKED = Asked(cost_share=0.9)
@@ -260,6 +261,12 @@ def test_evaluation_in_shards_is_that_of_the_whole_split(again, monkeypatch):
     assert path.read_bytes() == expected and not path.with_suffix("").exists()
 
 
+def test_the_table_of_an_evaluation_names_classes_whole():
+    header, row = evaluate.table({"final.original": Accuracy(0.5, 0.75, (0.25, 0.1234))}, ["left", "a_very_long_name"]).splitlines()
+    assert header.split() == ["mIoU", "pixels", "left", "a_very_long_name"] and len(header) == len(row)
+    assert row.split() == ["final.original", "50.00", "75.00", "25.0", "12.3"]
+
+
 @pytest.mark.usefixtures("without_bundle_and_report")
 def test_edited_statistics_are_searched_again(again):
     stats = Stats.load(again.workdir / "stats.npz")
@@ -430,9 +437,17 @@ STOPS = {
 }
 
 
-def test_stopped_in_each_step_it_ends_with_the_same_files(made, model, tmp_path, monkeypatch, capsys):
-    workdir, replace = tmp_path / "work", os.replace
-    for name, stop in STOPS.items():
+def test_stopped_in_each_step_it_ends_with_the_same_files(made, model, full, tmp_path, monkeypatch, capsys):
+    """In its short form it begins with the training, whose stops tests/test_train.py has."""
+    workdir, replace, stops = tmp_path / "work", os.replace, dict(STOPS)
+    if not full:
+        del stops["train"]
+        trained = ("checkpoints", "logs", "config.json", "data.json", "original.keras", "training.json", ".lock")
+        shutil.copytree(made, workdir, symlinks=True)
+        for path in workdir.iterdir():
+            if not path.name.endswith(trained):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name, stop in stops.items():
 
         def stopped(source, target, stop=stop):
             if Path(target) == workdir / stop:
@@ -445,7 +460,8 @@ def test_stopped_in_each_step_it_ends_with_the_same_files(made, model, tmp_path,
         monkeypatch.setattr(os, "replace", replace)
         found, before = said(capsys.readouterr().out), STEPS[: STEPS.index(name)]
         assert [step for step, _ in found] == [*before], name
-        assert [step for step, word in found if word == "up to date"] == [*before[:-1]], name
+        done = before if name == "candidates" and not full else before[:-1]
+        assert [step for step, word in found if word == "up to date"] == [*done], name
     start(workdir, model)
     assert_same(workdir, made)
 

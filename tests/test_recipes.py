@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_datasets import coco_config, coco_document, filled, make_ade20k, make_cityscapes, write
 
-from mess_tf import calibrate, configs, search, train
-from mess_tf.configs import RECIPES
+from mess_tf import calibrate, search, train
+from mess_tf.configs import RECIPES, Config
 from mess_tf.files import Asked, Deployment, Stats
 
 SMALL = (
@@ -46,18 +46,46 @@ DATA: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.slow
+IMAGES = {
+    "voc_mobilenet_v2": {"train": 2, "val": 1},
+    "coco21_resnet50": {"train": 1, "val": 3},
+    "cityscapes_lite0": {"train": 2, "val": 1},
+    "ade20k_mobilenet_v3": {"train": 2, "val": 2},
+}
+CLASSES = {"voc": 21, "coco21": 21, "cityscapes": 19, "ade20k": 150}
+
+
+@pytest.fixture
+def small(tmp_path) -> Callable[[str], Config]:
+    """The configuration of a recipe, small, and its data."""
+
+    def of(name: str) -> Config:
+        make, overrides = DATA[name]
+        make(tmp_path / "data")
+        return train.resolve_config(str(tmp_path / "work"), name, "", str(tmp_path / "data"), [*SMALL, *overrides])
+
+    return of
+
+
 @pytest.mark.parametrize("name", DATA)
-def test_a_recipe_runs_from_its_data_to_a_deployment(name, tmp_path):
-    make, overrides = DATA[name]
-    make(tmp_path / "data")
-    workdir = tmp_path / "work"
-    config = train.resolve_config(str(workdir), name, "", str(tmp_path / "data"), [*SMALL, *overrides])
+def test_a_recipe_gets_ready_to_train_on_its_data(name, small, tmp_path):
+    config = small(name)
+    network, data = train.prepare(config, str(tmp_path / "work"), "both")
+    assert {split: len(examples) for split, examples in data.items()} == IMAGES[name]
+    assert network.num_classes == data["val"].info.num_classes == CLASSES[config.data.source]
+    exits = [f"exit{k}.{config.exits.plain_head}" for k in range(1, 1 + len(config.exits.layers or "1"))]
+    assert network.candidates == [*exits, "final.original"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["voc_mobilenet_v2", *(pytest.param(name, marks=pytest.mark.full) for name in [*DATA][1:])])
+def test_a_recipe_runs_from_its_data_to_a_deployment(name, small, tmp_path):
+    workdir, config = tmp_path / "work", small(name)
     train.run(workdir, config)
     (path,) = calibrate.run(str(workdir), theta_pix=(0.5, 0.9))
     stats = Stats.load(path)
     assert stats.candidates == ("exit1.fcn-r8-b0", *(["exit2.fcn-r8-b0"] if config.exits.layers else []), "final.original")
-    assert len(stats.classes) == {"voc": 21, "coco21": 21, "cityscapes": 19, "ade20k": 150}[config.data.source]
+    assert len(stats.classes) == CLASSES[config.data.source]
     search.run(workdir, Asked(min_miou=0.0))
     assert Deployment.load(workdir / "deployment.json").exits
 
@@ -66,7 +94,7 @@ def test_recipes_of_the_papers_size_have_commands_and_hyperparameters():
     """What the page says of each stands in its configuration."""
     page = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
     for name in DATA:
-        config: configs.Config = RECIPES[name]
+        config = RECIPES[name]
         assert f"--recipe={name} " in page
         (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` | {config.backbone.name}"))
         height, width = config.data.input_size

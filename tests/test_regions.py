@@ -123,7 +123,11 @@ def close(made: tf.Tensor, expected: tf.Tensor) -> None:
     np.testing.assert_allclose(made, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+FULL = pytest.mark.full
+LIKE_OTHERS = ("basic", "mobilenet_v2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=FULL if name in LIKE_OTHERS else ()) for name in NETWORKS])
 def test_everything_active_is_the_dense_network(networks, name):
     network = networks(name)
     tensors, expected = features(network)
@@ -135,12 +139,16 @@ def test_everything_active_is_the_dense_network(networks, name):
         close(segment_of(network, 2, neighbours).masked(tensors, active)["logits"], expected)
 
 
-SMALL = [(name, neighbours, cell) for name in ("bottleneck", "basic", "deeplab", "small") for neighbours in NEIGHBOURS for cell in (1, 2)]
+SMALL = [(name, neighbours, cell) for name in ("bottleneck", "small") for neighbours in NEIGHBOURS for cell in (1, 2)]
+SMALL += [("deeplab", neighbours, 2) for neighbours in NEIGHBOURS]
+OTHERS = [("basic", neighbours, cell) for neighbours in NEIGHBOURS for cell in (1, 2)]
+OTHERS += [("deeplab", neighbours, 1) for neighbours in NEIGHBOURS]
+OTHERS += [("mobilenet_v2", NEAREST, 3), ("efficientnet_lite0", NEAREST, 2)]
 
 
 @pytest.mark.parametrize(
     ("name", "neighbours", "cell"),
-    [*SMALL, ("mobilenet_v2", NEAREST, 3), ("efficientnet_lite0", NEAREST, 2), ("efficientnet_lite0", STALE, 1)],
+    [*SMALL, ("efficientnet_lite0", STALE, 1), *(pytest.param(*other, marks=FULL) for other in OTHERS)],
 )
 def test_gathered_is_masked(networks, name, neighbours, cell):
     network = networks(name)

@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -1069,13 +1067,6 @@ def test_nothing_half_written_is_left(tmp_path, deployment, monkeypatch):
 # === command ===
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tflite")))}
-    return subprocess.run(
-        [sys.executable, "-m", "mess_tf.search", *arguments], capture_output=True, text=True, env=environment, check=False
-    )
-
-
 def test_time_that_kernels_are_compiled_in_is_no_time_of_the_search(monkeypatch):
     """A kernel is compiled in the middle of a search."""
     stats, run = two_images(), optimum.Optimiser.run
@@ -1108,17 +1099,18 @@ def test_table(deployment):
     assert lines[7].split() == ["difference", "+0.00", "0.700x", "1.057x"]
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, command):
     stats = make_stats(3)
     stats.save(tmp_path / "stats.npz")
     about = {"soc": "s", "os": "o", "runtime": "r", "runtime_version": "1", "p90_ms": 99.0, "mean_ms": 9.0, "runs": 5}
     about |= {"backend_obtained": "unknown", "temperature_c": None}
     rows = tuple(LatencyRow(**row, **about) for row in latency_rows(stats))
     write_json(tmp_path / "latency.json", LatencyTable({}, rows).to_json())
-    result = run_command(f"--workdir={tmp_path}", f"--latency={tmp_path / 'latency.json'}", "--max_drop_pp=1", "--max_early_exits=2")
-    assert result.returncode == 0, result.stderr
+    words = (f"--workdir={tmp_path}", f"--latency={tmp_path / 'latency.json'}", "--max_drop_pp=1", "--max_early_exits=2")
+    code, out, err = command("search", *words)
+    assert (code, err) == (0, "")
     path = tmp_path / "deployment.json"
-    assert result.stdout.splitlines()[-1] == str(path)
+    assert out.splitlines()[-1] == str(path)
     deployment = Deployment.load(path)
     costs = latency_costs(stats, latency_rows(stats))
     objective = resolve_objective(original(stats, costs), costs, "input-dependent", max_drop_pp=1.0)
@@ -1178,9 +1170,8 @@ def test_backends_and_precisions_are_different_and_known(change):
         (["--max_risk=0.1", "--max_cost=9"], "max_risk: must be given for one device, without another constraint"),
     ],
 )
-def test_command_that_fails_writes_nothing(tmp_path, constraint, message):
+def test_command_that_fails_writes_nothing(tmp_path, command, constraint, message):
     make_stats(3).save(tmp_path / "stats.npz")
-    result = run_command(f"--workdir={tmp_path}", *constraint)
-    assert result.returncode == 1
-    assert message in result.stderr
+    code, out, err = command("search", f"--workdir={tmp_path}", *constraint)
+    assert (code, out) == (1, "") and message in err
     assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]

@@ -1,11 +1,14 @@
 """Tasks without a cluster, and on one of two machines of which one dies. What runs as tasks is tested where it is made."""
 
 import contextlib
+import functools
+import importlib.machinery
 import os
 import signal
 import sys
 import threading
 import time
+import types
 
 import pytest
 import task_for_ray
@@ -39,9 +42,46 @@ def test_without_ray_its_flag_says_what_to_do(monkeypatch):
         tasks.check_installed("local")
 
 
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray's functions, which run tasks in this process, the last one first; `calls` are those of `init` and `shutdown`."""
+    stand_in = types.ModuleType("ray")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("ray", None)
+    stand_in.calls, results = [], {}
+
+    def send(function, *arguments):
+        results[len(results)] = function(*arguments)
+        return len(results) - 1
+
+    stand_in.init = lambda *words, **options: stand_in.calls.append((words, options))
+    stand_in.shutdown = lambda: stand_in.calls.append("shutdown")
+    stand_in.remote = lambda max_retries: lambda function: types.SimpleNamespace(remote=functools.partial(send, function))
+    stand_in.wait = lambda waiting: (waiting[-1:], waiting[:-1])
+    stand_in.get = results.get
+    stand_in.get_runtime_context = lambda: types.SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    return stand_in
+
+
+def test_tasks_are_sent_to_ray_and_their_answers_are_heard(ray, tmp_path):
+    (tmp_path / "killed").touch()
+    todo = task_for_ray.tasks_in(tmp_path, 3)
+    outputs = tasks.run(todo, "test", "task", tasks.LOCAL)
+    assert [output.read_text() for output in outputs] == [f"result of {number}" for number in range(3)]
+    (words, options), end = ray.calls
+    assert (words, end) == ((tasks.LOCAL,), "shutdown") and options["include_dashboard"] is False
+    missing = tasks.Task(run_table, (tmp_path, {"a": [Asked(min_miou=0.5)]}, None, tmp_path), tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"stats\.npz"):
+        tasks.run([missing], "test", "task", tasks.LOCAL)
+    unseen = tasks.Task(os.fspath, ("file",), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"^--ray: must be machines that share the work folder, got "):
+        tasks.run([unseen], "test", "task", tasks.LOCAL)
+    assert ray.calls[-1] == "shutdown"
+
+
+@pytest.mark.usefixtures("ray")
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "first"])
 def test_an_address_where_nobody_answers_is_said(tmp_path, address):
-    pytest.importorskip("ray", reason="needs Ray: pip install .[cluster]")
     with pytest.raises(ValueError, match=r"^--ray: must be local, auto or the address of a cluster, got "):
         tasks.run(task_for_ray.tasks_in(tmp_path, 1), "test", "task", address)
 
@@ -59,7 +99,7 @@ def cluster():
         nodes.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_tasks_of_a_machine_that_dies_are_run_again(cluster, tmp_path):
     """And no other: every task waits until one machine is killed with what it runs."""
     other = cluster.add_node(**NODE)
@@ -85,7 +125,7 @@ def test_tasks_of_a_machine_that_dies_are_run_again(cluster, tmp_path):
     assert sorted(len(path.read_text().splitlines()) for path in tmp_path.glob("*.started")) == [1, 1, 1, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_errors_of_a_cluster_answer_like_those_here(cluster, tmp_path):
     missing = tasks.Task(run_table, (tmp_path, {"a": [Asked(min_miou=0.5)]}, None, tmp_path), tmp_path / "a")
     with pytest.raises(FileNotFoundError, match=r"stats\.npz"):

@@ -4,18 +4,15 @@ import contextlib
 import os
 import pty
 import re
-import runpy
 import signal
 import subprocess
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import commands
 import pytest
-from absl import flags
 from small_network import FEW_BLOCKS, small_network
 from test_pretrained import Tensor, floats, torch_file  # noqa: F401
 
@@ -241,6 +238,10 @@ def test_an_answer_is_one_line_and_verbose_shows_where_it_comes_from(noisy):
     [
         ("open('/nowhere/file')", "noisy: /nowhere/file: No such file or directory\n"),
         (
+            "from android_bench import adb; raise adb.NoDeviceError(adb.HOST, 'devices', 'no phone is connected')",
+            "noisy: adb: devices: no phone is connected\n",
+        ),
+        (
             "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
             "noisy: stopped\n",
         ),
@@ -330,26 +331,6 @@ def test_elsewhere_there_are_lines(capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------- user errors of every command
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs a command `mess_tf.X` in this process, which has loaded everything; returns its exit code, stdout and stderr."""
-
-    def call(name: str, *words) -> tuple[int, str, str]:
-        before = set(flags.FLAGS)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-        capsys.readouterr()
-        try:
-            with warnings.catch_warnings(action="ignore", category=RuntimeWarning), pytest.raises(SystemExit) as end:
-                runpy.run_module(f"mess_tf.{name}", run_name="__main__")  # warns that the module is there already
-        finally:
-            for flag in {*flags.FLAGS} - before:
-                delattr(flags.FLAGS, flag)
-            flags.FLAGS.unparse_flags()
-        return end.value.code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_images_are_fitted_with_the_bits_of_python(page, size, resize):
     np.testing.assert_array_equal(np.reshape(grown, size), mask_at(mask, size, resize))
 
 
-@pytest.mark.parametrize("accelerator", ["wasm", "webgpu"])
+@pytest.mark.parametrize("accelerator", ["wasm", pytest.param("webgpu", marks=pytest.mark.full)])
 def test_photos_give_the_masks_and_exits_of_python(page, bundle, photos, tmp_path, accelerator):
     if accelerator == "webgpu" and not page.execute_async_script(
         "const done = arguments[0]; navigator.gpu ? navigator.gpu.requestAdapter().then((made) => done(made !== null)) : done(false)"
