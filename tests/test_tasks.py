@@ -1,6 +1,7 @@
 """Tasks without a cluster, and on one of two machines of which one dies. What runs as tasks is tested where it is made."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.machinery
 import os
@@ -44,10 +45,17 @@ def test_without_ray_its_flag_says_what_to_do(monkeypatch):
 
 @pytest.fixture
 def ray(monkeypatch):
-    """Ray's functions, which run tasks in this process, the last one first; `calls` are those of `init` and `shutdown`."""
+    """Ray's functions, which run tasks in this process, the last one first; `calls` are those of `init` and `shutdown`.
+
+    `resources` are those of the cluster, `gpus` how many each task was given.
+    """
     stand_in = types.ModuleType("ray")
     stand_in.__spec__ = importlib.machinery.ModuleSpec("ray", None)
-    stand_in.calls, results = [], {}
+    stand_in.calls, stand_in.resources, stand_in.gpus, results = [], {"CPU": 2.0}, [], {}
+
+    def given(function, num_gpus):
+        stand_in.gpus.append(num_gpus)
+        return types.SimpleNamespace(remote=functools.partial(send, function))
 
     def send(function, *arguments):
         results[len(results)] = function(*arguments)
@@ -55,7 +63,8 @@ def ray(monkeypatch):
 
     stand_in.init = lambda *words, **options: stand_in.calls.append((words, options))
     stand_in.shutdown = lambda: stand_in.calls.append("shutdown")
-    stand_in.remote = lambda max_retries: lambda function: types.SimpleNamespace(remote=functools.partial(send, function))
+    stand_in.cluster_resources = lambda: stand_in.resources
+    stand_in.remote = lambda max_retries: lambda function: types.SimpleNamespace(options=functools.partial(given, function))
     stand_in.wait = lambda waiting: (waiting[-1:], waiting[:-1])
     stand_in.get = results.get
     stand_in.get_runtime_context = lambda: types.SimpleNamespace(get_node_id=lambda: "here")
@@ -77,6 +86,15 @@ def test_tasks_are_sent_to_ray_and_their_answers_are_heard(ray, tmp_path):
     with pytest.raises(ValueError, match=r"^--ray: must be machines that share the work folder, got "):
         tasks.run([unseen], "test", "task", tasks.LOCAL)
     assert ray.calls[-1] == "shutdown"
+
+
+def test_a_task_that_wants_a_gpu_gets_one_where_there_is_any(ray, tmp_path):
+    (tmp_path / "killed").touch()
+    todo = [dataclasses.replace(task, on_gpu=number == 1) for number, task in enumerate(task_for_ray.tasks_in(tmp_path, 3))]
+    for resources in ({"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}):
+        ray.resources = resources
+        tasks.run(todo, "test", "task", tasks.LOCAL)
+    assert ray.gpus == [0, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.usefixtures("ray")
@@ -135,12 +153,10 @@ def test_errors_of_a_cluster_answer_like_those_here(cluster, tmp_path):
         tasks.run([unseen], "test", "task", cluster.address)
 
 
-@pytest.mark.slow
-def test_a_task_that_wants_a_gpu_has_one_of_its_own_where_there_is_any(cluster, tmp_path):
-    """Of the others, none sees it; without GPUs all run on CPUs."""
-    todo = [tasks.Task(task_for_ray.write_gpus, (tmp_path / name,), tmp_path / name, on_gpu=name == "own") for name in ("own", "none")]
-    tasks.run(todo, "test", "task", cluster.address)
-    assert [task.output.read_text() for task in todo] == ["", ""]
+@pytest.mark.full
+def test_ray_shows_a_gpu_to_the_task_that_was_given_it(cluster, tmp_path):
+    """Of the others, none sees it."""
     cluster.add_node(**NODE, num_gpus=1)
+    todo = [tasks.Task(task_for_ray.write_gpus, (tmp_path / name,), tmp_path / name, on_gpu=name == "own") for name in ("own", "none")]
     tasks.run(todo, "test", "task", cluster.address)
     assert [task.output.read_text() for task in todo] == ["0", ""]
