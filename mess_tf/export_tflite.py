@@ -125,7 +125,7 @@ from mess_tf.graph.exporter import Exporter
 from mess_tf.network.model import FINAL, MultiExitNetwork, load_network, weights_sha256
 from mess_tf.network.originals import allow_flags
 from mess_tf.region_candidates import BY_TRAINING, Plan, RegionOptions, options_of_flags, plan
-from mess_tf.targets import android, check_whole_images, mediapipe, web
+from mess_tf.targets import android, mediapipe, web
 
 FLAGS = flags.FLAGS
 WEIGHTS, REGIONS_OF_FILES = "weights.sha256", "regions.json"
@@ -326,9 +326,9 @@ def main() -> None:
     target, output, packages = MODULES.get(FLAGS.target), Path(FLAGS.output), [Path(FLAGS.litertjs)] if FLAGS.litertjs else []
     if target:
         target.check(output, *packages)
-    if target and target is not web:
+    if target is mediapipe:
         deployed = bundles.Bundle.load(FLAGS.bundle).manifest if FLAGS.bundle else Deployment.load(FLAGS.deployment)
-        check_whole_images(deployed.regions)
+        mediapipe.check_whole_images(deployed.regions)
     bundle = FLAGS.bundle
     if FLAGS.deployment:
         how = (FLAGS.input, FLAGS.resize, FLAGS.measure, FLAGS.extra_signatures, FLAGS.verify)

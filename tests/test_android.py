@@ -16,7 +16,7 @@ from ai_edge_litert.compiled_model import CompiledModel
 from small_network import small_network
 
 from mess_runtime import engines, runner
-from mess_runtime.bundle import MANIFEST, MODEL, Bundle, InputSpec, write_manifest
+from mess_runtime.bundle import MANIFEST, MODEL, Bundle, InputSpec, Regions, write_manifest
 from mess_runtime.images import fit
 from mess_runtime.runner import Runner
 from mess_tf.configs import DataConfig, HeadSpec
@@ -34,6 +34,7 @@ JSON = Path("/usr/share/java/com.android.json.jar")  # Android's org.json, of th
 FRAMEWORK = Path("/usr/share/android-framework-res/framework-res.apk")  # its resources, of android-framework-res
 SDK = ROOT / ".venv-runtimes/types-android/node_modules/@nativescript/types-android/lib/android/android-platform-37.d.ts"
 SIZE, PHOTO_SIZE, HEAD, THETA_PIX, EXITS = (32, 64), (60, 90), "fcn-r1-b0", 0.4, ("exit1", "exit2", "final")
+FIELDS = ("exit", "confidence", "latency_ms", "budget", "active")  # of a step
 
 
 # ---------------------------------------------------------------- the target
@@ -265,7 +266,10 @@ class Remote:
         self._serve("next")
         self._image += 1
         steps = [step.split("=") for step in trace.split(",")]
-        trace = [(name, None if sure == "none" else float(sure), float(spent)) for name, sure, spent in steps]
+        trace = [
+            (name, None if sure == "none" else float(sure), float(spent), *(None if each == "none" else int(each) for each in cells))
+            for name, sure, spent, *cells in steps
+        ]
         return exit, trace, float(milliseconds), np.frombuffer(bytes.fromhex(mask), np.uint8).reshape(photo.shape[:2])
 
     def end(self) -> None:
@@ -306,7 +310,7 @@ class Remote:
         pairs = [[word.split("=") for word in words.split(",")] for words in tensors]
         self._model.run_by_name(signature, *({name: self._tensors[int(number)][0] for name, number in each} for each in pairs))
         self.runs.append(signature)
-        self.clock += int(self._durations[self._image, EXITS.index(signature.partition(".")[2])])
+        self.clock += int(self._durations[self._image, EXITS.index(signature.split(".")[1])])
         return ""
 
     def _on_bytes(self, number: str, values: str) -> str:
@@ -324,6 +328,9 @@ class Remote:
     def _on_int(self, number: str) -> int:
         return self._read(number, np.int32)[0]
 
+    def _on_sure(self, number: str) -> str:
+        return ",".join(map(str, self._read(number, np.float32)))
+
     def _on_mask(self, number: str) -> str:
         return self._read(number, np.uint8).tobytes().hex()
 
@@ -333,23 +340,29 @@ class Remote:
         return buffer.read(size, found)
 
 
-def test_the_runner_on_a_jvm_decides_like_the_python_runner(classes, folder, photos, monkeypatch):
-    """Masks, exits, confidences, times and the order of signatures, under one clock; the second run of an image is under a deadline."""
-    deadlines = [1e6, 5.0, 12.0, 18.0, 21.0, 26.0]
-    cases = [(photo, deadline) for photo, each in zip(photos, deadlines, strict=True) for deadline in (None, each)]
-    durations = np.random.default_rng(0).integers(4_000_000, 12_000_000, (len(cases) + 2, len(EXITS)))
-    remote = Remote(classes, folder, durations)
-
+@pytest.fixture
+def under_one_clock(monkeypatch) -> tuple[np.ndarray, list[int], list[str]]:
+    """Durations of segments by image, by which Python's runner runs from now on; the number of the image, and what it ran."""
+    durations = np.random.default_rng(0).integers(4_000_000, 12_000_000, (14, len(EXITS)))
     now, image, runs = [0], [0], []
     monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter_ns=lambda: now[0]))
     original = engines.CompiledEngine.run
 
     def advancing(self, signature, inputs):
-        now[0] += int(durations[image[0], EXITS.index(signature.partition(".")[2])])
+        now[0] += int(durations[image[0], EXITS.index(signature.split(".")[1])])
         runs.append(signature)
         return original(self, signature, inputs)
 
     monkeypatch.setattr(engines.CompiledEngine, "run", advancing)
+    return durations, image, runs
+
+
+def test_the_runner_on_a_jvm_decides_like_the_python_runner(classes, folder, photos, under_one_clock):
+    """Masks, exits, confidences, times and the order of signatures, under one clock; the second run of an image is under a deadline."""
+    deadlines = [1e6, 5.0, 12.0, 18.0, 21.0, 26.0]
+    cases = [(photo, deadline) for photo, each in zip(photos, deadlines, strict=True) for deadline in (None, each)]
+    durations, image, runs = under_one_clock
+    remote = Remote(classes, folder, durations)
     expected = Runner(Bundle.load(folder))
     left = set()
     for image[0], (photo, deadline) in enumerate(cases):
@@ -360,7 +373,7 @@ def test_the_runner_on_a_jvm_decides_like_the_python_runner(classes, folder, pho
             result = expected.run(photo, setting="anytime", deadline_ms=deadline)
             exit, trace, milliseconds, mask = remote.run(photo, thresholds="none,none,none", deadline=str(deadline))
         assert (exit, remote.runs) == (result.exit, runs)
-        assert trace == [(step.exit, step.confidence, step.latency_ms) for step in result.trace]
+        assert trace == [(step.exit, step.confidence, step.latency_ms, None, None) for step in result.trace]
         assert milliseconds == result.latency_ms
         np.testing.assert_array_equal(mask, result.mask)
         # Of an image, the host writes the pixels, and reads a number per decision and one mask: features stay where they are.
@@ -375,4 +388,28 @@ def test_the_runner_on_a_jvm_decides_like_the_python_runner(classes, folder, pho
     hard = max(photos, key=lambda photo: len(expected.run(photo).trace))
     assert remote.run(hard)[0] == "final"
     assert len(remote.run(hard, thresholds="none,0.0,none")[1]) == 2  # other thresholds than the bundle's
+    remote.end()
+
+
+def test_on_a_jvm_cells_leave_as_in_python(classes, network, photos, tmp_path, under_one_clock):
+    """Budgets, active cells, masks and times; every second time under a deadline, which takes a smaller budget where there is one."""
+    choices = [ExitChoice(name, HEAD, 0.34, theta) for name, theta in (("exit1", 0.3), ("exit2", 0.2))]
+    regions = Regions("nearest", (2, 4), (2, 8))
+    configuration = Configuration("input-dependent", False, (*choices, ExitChoice("final", "original")), None, regions=regions)
+    Exporter(network, SIZE).bundle(tmp_path / "bundle", configuration, None, list("abcde"), InputSpec(*SIZE, "uint8", "letterbox"))
+    android.write(Bundle.load(tmp_path / "bundle"), tmp_path / "assets")
+    durations, image, runs = under_one_clock
+    remote, expected, seen = Remote(classes, tmp_path / "assets", durations), Runner(Bundle.load(tmp_path / "assets")), set()
+    for image[0], (photo, deadline) in enumerate(itertools.product(photos, (None, 17.0))):
+        runs.clear()
+        result = expected.run(photo, *(() if deadline is None else ("anytime", None, None, deadline)))
+        exit, trace, milliseconds, mask = remote.run(photo, deadline=str(deadline or "none"))
+        assert (exit, remote.runs, milliseconds) == (result.exit, runs, result.latency_ms)
+        assert trace == [tuple(step._asdict()[name] for name in FIELDS) for step in result.trace]
+        np.testing.assert_array_equal(mask, result.mask)
+        seen |= {(step.budget, step.active) for step in result.trace[1:]}
+        assert [kind for kind in remote.asked if kind in ("sure", "int")] == ["sure"] * sum(
+            step.confidence is not None for step in result.trace
+        )
+    assert {budget for budget, _ in seen} == {2, 8} and len(seen) > 2
     remote.end()

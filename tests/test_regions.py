@@ -624,7 +624,7 @@ def test_the_cpp_runner_takes_the_same_budgets(bundle, cpp_runner, tmp_path):
 
 
 def test_mediapipe_refuses_regions(bundle, tmp_path):
-    with pytest.raises(ValueError, match="--target: must be web for a deployment with regions"):
+    with pytest.raises(ValueError, match="--target: must be web or android for a deployment with regions"):
         mediapipe.write(bundle, tmp_path / "mediapipe")
     assert not (tmp_path / "mediapipe").exists()
 

@@ -20,11 +20,6 @@ def check_output(output: Path, mark: str) -> None:
     bundles.check(ours, "--output", f"a folder that is new, empty or of an earlier export, with {mark} in it", str(output))
 
 
-def check_whole_images(regions: bundles.Regions | None) -> None:
-    """Raises ValueError where cells leave each for itself: of the targets, only the page runs that."""
-    bundles.check(regions is None, "--target", "web for a deployment with regions", regions)
-
-
 def write_segments(
     bundle: bundles.Bundle, folder: Path, change: Callable[[flatbuffer.Graph], flatbuffer.Graph] = lambda graph: graph
 ) -> dict[str, flatbuffer.Graph]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mess_runtime import bundle as bundles
 from mess_runtime.files import replace_folder
-from mess_tf.targets import check_output, check_whole_images, write_segments
+from mess_tf.targets import check_output, write_segments
 
 SIGNATURES = "signatures.json"
 
@@ -21,10 +21,9 @@ def write(bundle: bundles.Bundle, output: Path) -> None:
         `signatures.json`: by signature the names of inputs and outputs.
 
     Raises:
-      ValueError: the output is something else, the bundle has regions, or the file does not do what it did.
+      ValueError: the output is something else, or the file does not do what it did.
     """
     check(output)
-    check_whole_images(bundle.manifest.regions)
 
     def fill(folder: Path) -> None:
         graphs = write_segments(bundle, folder)

@@ -21,7 +21,7 @@ from mess_runtime.files import replace_folder
 from mess_runtime.runner import Runner, needed_pixels
 from mess_tf.graph import flatbuffer, policy
 from mess_tf.graph.conversion import FP32, TOLERANCE, convert, pixels, run_signature
-from mess_tf.targets import check_output, check_whole_images
+from mess_tf.targets import check_output
 
 DESCRIPTION = "early_exit.json"
 CONFIDENCE, LOGITS = "confidence", "logits"
@@ -67,6 +67,11 @@ def write(bundle: bundles.Bundle, output: Path) -> None:
         bundles.write_json(folder / DESCRIPTION, {"input": fitted, "palette": manifest.palette, "exits": exits})
 
     replace_folder(output, fill)
+
+
+def check_whole_images(regions: bundles.Regions | None) -> None:
+    """Raises ValueError where cells leave each for itself."""
+    bundles.check(regions is None, "--target", "web or android for a deployment with regions", regions)
 
 
 def check(output: Path) -> None:

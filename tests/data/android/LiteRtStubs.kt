@@ -26,6 +26,8 @@ class TensorBuffer private constructor() : AutoCloseable {
 
     fun readInt(): IntArray = throw NotImplementedError()
 
+    fun readFloat(): FloatArray = throw NotImplementedError()
+
     fun readInt8(): ByteArray = throw NotImplementedError()
 
     override fun close() = throw NotImplementedError()

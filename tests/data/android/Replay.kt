@@ -38,6 +38,8 @@ private class Asking : Engine<Int> {
 
     override fun readInt(tensor: Int): Int = ask("int $tensor").toInt()
 
+    override fun readFloats(tensor: Int): FloatArray = ask("sure $tensor").split(",").map { it.toFloat() }.toFloatArray()
+
     override fun readBytes(tensor: Int): ByteArray = bytes(ask("mask $tensor"))
 
     override fun close() {
@@ -64,7 +66,9 @@ fun main(arguments: Array<String>) {
             val thresholds = words[3].split(",").map { if (it == "none") null else it.toDouble() }
             runner.run(colours, height, width, thresholds, deadline)
         }
-        val trace = result.trace.joinToString(",") { "${it.exit}=${it.confidence ?: "none"}=${it.milliseconds}" }
+        val trace = result.trace.joinToString(",") {
+            listOf(it.exit, it.confidence ?: "none", it.milliseconds, it.budget ?: "none", it.active ?: "none").joinToString("=")
+        }
         ask("result ${result.exit} $trace ${result.milliseconds} ${hex(result.mask)}")
     }
     runner.close()

@@ -5,8 +5,11 @@ package org.messtf.example
 import org.json.JSONArray
 import org.json.JSONObject
 
-/** An exit, and the share of confident pixels from which an image leaves there, null where none does. */
+/** An exit, and the share of confident pixels from which an image leaves there, or with regions a cell of it; null where none does. */
 class Exit(val name: String, val threshold: Double?)
+
+/** Cells that leave each for itself, and the numbers of them that a segment after the first can work on, rising up to all. */
+class Regions(val cells: Int, val budgets: List<Int>)
 
 /** Names of what a signature reads and makes. */
 class Signature(val inputs: List<String>, val outputs: List<String>)
@@ -22,6 +25,11 @@ class Description(manifest: String, signatures: String) {
     /** Colours of the classes, 0xAARRGGBB. */
     val palette: IntArray
     val exits: List<Exit>
+
+    /** Null where an image leaves as a whole. */
+    val regions: Regions?
+
+    /** By name, those of the segments. */
     val signatures: Map<String, Signature>
 
     init {
@@ -43,11 +51,23 @@ class Description(manifest: String, signatures: String) {
             val segment = segments.getJSONObject(index)
             Exit(segment.getString("exit"), if (segment.isNull("theta_img")) null else segment.getDouble("theta_img"))
         }
-        val named = JSONObject(signatures)
-        this.signatures = exits.associate { exit ->
-            val signature = named.getJSONObject("segment.${exit.name}")
-            exit.name to Signature(strings(signature.getJSONArray("inputs")), strings(signature.getJSONArray("outputs")))
+        regions = root.optJSONObject("regions")?.let { value ->
+            val grid = value.getJSONArray("grid")
+            val budgets = value.getJSONArray("budgets")
+            Regions(grid.getInt(0) * grid.getInt(1), (0 until budgets.length()).map { budgets.getInt(it) })
         }
+        val named = JSONObject(signatures)
+        this.signatures = named.keys().asSequence().associateWith { name ->
+            val signature = named.getJSONObject(name)
+            Signature(strings(signature.getJSONArray("inputs")), strings(signature.getJSONArray("outputs")))
+        }
+    }
+
+    /** The signatures of a segment by number of cells, rising; one that can only be dense has no other budgets in the file. */
+    fun forms(index: Int): Map<Int, String> {
+        val whole = "segment.${exits[index].name}"
+        if (regions == null || index == 0) return mapOf((regions?.cells ?: 0) to whole)
+        return regions.budgets.associateWith { "$whole.$it" }.filterValues { it in signatures }
     }
 
     private fun strings(array: JSONArray): List<String> = (0 until array.length()).map { array.getString(it) }

@@ -25,6 +25,8 @@ class LiteRtEngine(private val model: CompiledModel) : Engine<TensorBuffer> {
 
     override fun readInt(tensor: TensorBuffer): Int = tensor.readInt()[0]
 
+    override fun readFloats(tensor: TensorBuffer): FloatArray = tensor.readFloat()
+
     override fun readBytes(tensor: TensorBuffer): ByteArray = tensor.readInt8()
 
     override fun close() {

@@ -158,7 +158,8 @@ class MainActivity : Activity() {
         findViewById<TextView>(R.id.left).text = getString(R.string.left, result.exit, milliseconds(result.milliseconds))
         findViewById<TextView>(R.id.trace).text = result.trace.joinToString("\n") { step ->
             val sure = step.confidence?.let { getString(R.string.sure, percent(it)) } ?: getString(R.string.not_asked)
-            "${step.exit}: $sure, ${milliseconds(step.milliseconds)}"
+            val worked = step.budget?.let { ", " + getString(R.string.cells, it) } ?: ""
+            "${step.exit}: $sure, ${milliseconds(step.milliseconds)}$worked"
         }
     }
 
