@@ -127,7 +127,7 @@ def test_every_submodel_is_there_and_hashed(made):
     assert all(len(value) == 64 for value in hashes)
 
 
-@pytest.mark.parametrize("image_size", [SIZE, (48, 80)])
+@pytest.mark.parametrize("image_size", [pytest.param(SIZE, marks=pytest.mark.full), (48, 80)])
 def test_statistics_equal_the_evaluation(made, image_size):
     network = made[0]
     examples = open_split(DataConfig(input_size=image_size, synthetic_train=2, synthetic_val=3), "val")
@@ -308,7 +308,7 @@ def test_measured_miou_is_that_of_the_evaluation(made, deployed):
         assert segment.miou == pytest.approx(result[f"{segment.exit}.{segment.head}"].miou, abs=2e-3)
 
 
-@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
+@pytest.mark.parametrize("resize", [pytest.param("stretch", marks=pytest.mark.full), "letterbox"])
 def test_what_is_promised_is_measured_as_it_runs(made, exporter, resize):
     network, _, folder, _ = made
     examples = open_split(DataConfig(input_size=(120, 150), synthetic_train=2, synthetic_val=3), "val")  # larger, and of another shape
