@@ -29,7 +29,7 @@ import numpy as np
 from absl import app, flags
 
 from mess_tf import calibrate, configs, evaluate, train
-from mess_tf.files import STATS, Asked, best_weights
+from mess_tf.files import REGIONS, STATS, Asked, best_weights
 from mess_tf.search import run_table
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
@@ -95,7 +95,7 @@ def main(argv) -> None:
     with tempfile.TemporaryDirectory() as folder:
         here, there = Path(folder, "here"), Path(folder, "there")
         for copy in (here, there):
-            shutil.copytree(FLAGS.workdir, copy, ignore=shutil.ignore_patterns("ckpt-*", "shards", STATS, "logs"))
+            shutil.copytree(FLAGS.workdir, copy, ignore=shutil.ignore_patterns("ckpt-*", "*shards", STATS, REGIONS, "logs"))
         trained = Path(folder, "trained")
         expected = (heads(Path(folder, "trained_here"), ""), *results(here, ""))
         of_heads, groups_before_kill = with_a_death(cluster, lambda: [*trained.glob("checkpoints/stage2/*-*/2.npz")], heads, trained)
