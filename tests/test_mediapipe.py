@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
-from PIL import Image
+from PIL import ExifTags, Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from small_network import small_network
 
-from mess_runtime.bundle import IMAGE, SIGNATURE, Bundle, write_manifest
+from mess_runtime.bundle import IMAGE, RESIZES, SIGNATURE, Bundle, write_manifest
 from mess_runtime.images import fit, read_photo
 from mess_runtime.runner import Runner, needed_pixels
 from mess_tf.configs import DataConfig, HeadSpec
@@ -41,6 +41,32 @@ BUNDLES = {
 }
 SIZE = (360, 480)
 SECONDS = 120  # a slow machine's
+needs_mediapipe = pytest.mark.skipif(
+    not PYTHON.exists(), reason=f"needs {PYTHON}, an environment with nothing but mediapipe, which .ci/run makes"
+)
+needs_tasks_vision = pytest.mark.skipif(
+    not MODULES.exists(), reason=f"needs {MODULES} with the npm package @mediapipe/tasks-vision, which .ci/run fetches"
+)
+# Runs the example on each list of arguments from standard input, in this process, and says how each ends: a text is one line and code 1.
+ENDS = """
+import json, runpy, sys
+program, ends = sys.argv[1], []
+for sys.argv in json.load(sys.stdin):
+    try:
+        runpy.run_path(program, run_name="__main__")
+        ends.append(0)
+    except SystemExit as end:
+        ends.append(end.code)
+print(json.dumps(ends))
+"""
+# What the example makes of photos for each input.
+FITS = """
+import json, runpy, sys, types
+import numpy, PIL.Image
+fit = runpy.run_path(sys.argv[1])["EarlyExit"].fit
+for number, (path, given) in enumerate(json.load(sys.stdin)):
+    numpy.save(f"{number}.npy", fit(types.SimpleNamespace(input=given), PIL.Image.open(path)))
+"""
 # Runs the example, then writes down the names of the classes and, of the last photo, what MediaPipe makes of the first exit's logits.
 CODE = """
 import json, runpy, sys
@@ -100,7 +126,7 @@ def check_mask(mask, expected, file, photo):
         assert (best[..., -1] - best[..., -2])[mask != expected].max() <= 1e-4 * np.abs(best).max()
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason=f"needs {PYTHON}, an environment with nothing but mediapipe, which .ci/run makes")
+@needs_mediapipe
 def test_the_example_gives_exits_scores_and_masks_of_the_runner(bundle, written, photos, tmp_path):
     words = [str(word) for word in (PYTHON, "-c", CODE, EXAMPLES / "segment.py", written, *photos)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -111,7 +137,7 @@ def test_the_example_gives_exits_scores_and_masks_of_the_runner(bundle, written,
     for line, path, (name, confidence, mask) in zip(lines, photos, results, strict=True):
         assert line.split()[:2] == [str(path), name]
         assert float(line.split()[2]) == pytest.approx(confidence, abs=1e-6)
-        with Image.open(tmp_path / path.name) as picture:
+        with Image.open(tmp_path / f"{path.stem}.mask.png") as picture:
             check_mask(np.asarray(picture), mask, written / f"{name}.tflite", path)
             assert picture.getpalette()[: 3 * len(bundle.manifest.classes)] == np.ravel(bundle.manifest.palette).tolist()
     assert json.loads(labels) == list(bundle.manifest.classes)
@@ -122,7 +148,7 @@ def test_the_example_gives_exits_scores_and_masks_of_the_runner(bundle, written,
 
 
 @pytest.mark.parametrize("bundle", ["fp16"], indirect=True)
-@pytest.mark.skipif(not MODULES.exists(), reason=f"needs {MODULES} with the npm package @mediapipe/tasks-vision, which .ci/run fetches")
+@needs_tasks_vision
 def test_the_page_gives_exits_scores_and_masks_of_the_runner(bundle, written, photos, tmp_path):
     for name, target in {"index.html": EXAMPLES / "index.html", "node_modules": MODULES, "mediapipe": written}.items():
         (tmp_path / name).symlink_to(target)
@@ -143,13 +169,96 @@ def test_the_page_gives_exits_scores_and_masks_of_the_runner(bundle, written, ph
                 with Image.open(io.BytesIO(base64.b64decode(picture))) as drawn:
                     colours = np.asarray(drawn.convert("RGB")).reshape(-1, 3).tolist()
                 check_mask(np.reshape([classes[tuple(colour)] for colour in colours], SIZE), mask, written / f"{name}.tflite", path)
+            choose.send_keys(str(written / mediapipe.DESCRIPTION))  # no image
+            WebDriverWait(browser, SECONDS).until(lambda _: output.text.startswith("error: "))
+            assert canvas.get_property("width") == 0
+        finally:
+            browser.quit()
+
+
+def run_example(code, given, folder):
+    """Runs code of above in MediaPipe's environment, in a folder, with something as JSON on standard input."""
+    words = [str(PYTHON), "-c", code, str(EXAMPLES / "segment.py")]
+    done = subprocess.run(words, input=json.dumps(given), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_mediapipe
+def test_the_example_fits_photos_as_training_does(tmp_path):
+    rng, cases, expected = np.random.default_rng(2), [], []
+    sizes = [(61, 203), (203, 61), (150, 113), (20, 31), (48, 36), (90, 36), (48, 70), (3, 401), (401, 3)]
+    for number, (width, height) in enumerate(sizes):
+        path = tmp_path / f"{number}.png"
+        photo = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        exif = photo.getexif()
+        exif[ExifTags.Base.Orientation] = 1 + number % 8
+        photo.convert(["RGB", "L", "RGBA", "P"][number % 4]).save(path, exif=exif)
+        for resize in RESIZES:
+            cases.append((str(path), {"width": 48, "height": 36, "resize": resize}))
+            expected.append(fit(read_photo(path), (36, 48), resize))
+    run_example(FITS, cases, tmp_path)
+    for number, pixels in enumerate(expected):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), pixels, err_msg=str(cases[number]))
+
+
+@needs_mediapipe
+@pytest.mark.parametrize("bundle", ["fp16"], indirect=True)
+def test_the_example_writes_over_no_photo_and_says_in_a_line_what_is_wrong(bundle, written, photos, tmp_path):
+    (tmp_path / "d").mkdir()
+    for name in ("photo.png", "d/photo.png", "d/cut.png", "other.png", "other.mask.png"):
+        shutil.copy(photos[0], tmp_path / name)
+    (tmp_path / "cut.png").write_bytes(photos[0].read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(np.full((36, 48), 40000, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((36, 48), 0.5, np.float32)).save(tmp_path / "floats.tif")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    folder = str(written)
+    ends = {
+        (): "usage: ",
+        (folder,): "usage: ",
+        ("d", "photo.png"): "d: FileNotFoundError(",
+        (folder, "photo.png", "gone.png"): "gone.png: must be a file",
+        (folder, "photo.png", "d"): "d: must be a file",
+        (folder, "d/photo.png", "photo.png"): "photos: must have different names",
+        (folder, "other.png", "other.mask.png"): "photos: must have different names",
+        (folder, "deep.png"): 'deep.png: ValueError("must have 8 bits per channel, got Pillow\'s mode I;16")',
+        (folder, "floats.tif"): "floats.tif: ValueError(",
+        (folder, "text.png"): "text.png: UnidentifiedImageError(",
+        (folder, "cut.png"): "cut.png: OSError(",
+    }
+    *lines, got = run_example(ENDS, [["segment.py", *words] for words in [*ends, (folder, "photo.png")]], tmp_path).splitlines()
+    *failures, last = json.loads(got)
+    for failure, expected in zip(failures, ends.values(), strict=True):
+        assert failure.startswith(expected) and "\n" not in failure, failure
+    assert last == 0 and len(lines) == 1
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert after.pop(tmp_path / "photo.mask.png") and after == before
+
+
+@needs_tasks_vision
+def test_the_page_says_what_is_missing(tmp_path):
+    (tmp_path / "index.html").symlink_to(EXAMPLES / "index.html")
+    browser = browsers.start()
+    with browsers.served(tmp_path) as address:
+        try:
+            for missing in ("vision_bundle.mjs", "early_exit.json: 404"):
+                browser.get(address)
+                output = browser.find_element(By.TAG_NAME, "output")
+                WebDriverWait(browser, SECONDS).until(lambda _, output=output: output.text.startswith("error: "))
+                assert missing in output.text
+                assert not browser.find_element(By.TAG_NAME, "input").is_enabled()
+                if missing == "vision_bundle.mjs":
+                    (tmp_path / "node_modules").symlink_to(MODULES)
         finally:
             browser.quit()
 
 
 @pytest.mark.parametrize("name", ["segment.py", "index.html"])
 def test_examples_are_short(name):
-    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= 60
+    """At most 60 lines of code, which are not empty and more than a comment or docstring."""
+    lines = map(str.strip, (EXAMPLES / name).read_text(encoding="utf-8").splitlines())
+    assert len([line for line in lines if line and not line.startswith(("#", '"""', "//", "/*"))]) <= 60
 
 
 def test_no_rounding_of_a_score_decides(bundle, written):

@@ -1,4 +1,4 @@
-"""Early exit with MediaPipe: `python segment.py FOLDER photo.jpg ...` prints exit and score, writes photo.png; FOLDER is of the export."""
+"""Early exit with MediaPipe: `python segment.py FOLDER photo.jpg ...`, FOLDER of the export; prints exit and score, writes photo.mask.png."""
 
 import json
 import sys
@@ -34,13 +34,23 @@ class EarlyExit:
             options = image_segmenter.ImageSegmenterOptions(file, output_category_mask=True, output_confidence_masks=False)
             self.segmenters.append(image_segmenter.ImageSegmenter.create_from_options(options))
 
+    def fit(self, photo):
+        """A photo (PIL) at the network's size, as in training: upright, smoothly, across the width first, grey where it does not reach."""
+        if photo.mode[0] in "IF":  # more than 8 bits, which Pillow would clip
+            raise ValueError(f"must have 8 bits per channel, got Pillow's mode {photo.mode}")
+        photo = ImageOps.exif_transpose(photo).convert("RGB")
+        width, height = self.input["width"], self.input["height"]
+        frame = Image.new("RGB", (width, height), (128, 128, 128))
+        if self.input["resize"] == "letterbox":
+            width = min(frame.width, max(1, (2 * photo.width * frame.height + photo.height) // (2 * photo.height)))
+            height = min(frame.height, max(1, (2 * photo.height * frame.width + photo.width) // (2 * photo.width)))
+        photo = photo.resize((width, photo.height), Image.Resampling.BILINEAR).resize((width, height), Image.Resampling.BILINEAR)
+        frame.paste(photo, ((frame.width - width) // 2, (frame.height - height) // 2))
+        return frame
+
     def run(self, photo):
         """A photo (PIL) to the name of the exit, its score and the mask, uint8 [height, width] of the network's input."""
-        photo, size = photo.convert("RGB"), (self.input["width"], self.input["height"])
-        if self.input["resize"] == "letterbox":
-            photo = ImageOps.pad(photo, size, Image.Resampling.BILINEAR, (128, 128, 128))
-        photo = photo.resize(size, Image.Resampling.BILINEAR)  # smoothly, as in training
-        image = mp.Image(image_format=mp.ImageFormat.SRGB, data=np.asarray(photo))
+        image = mp.Image(image_format=mp.ImageFormat.SRGB, data=np.asarray(self.fit(photo)))
         for each, segmenter in zip(self.exits, self.segmenters, strict=True):
             result = segmenter.segment(image)
             if result.quality_scores[0] >= each["leave_from"]:
@@ -49,11 +59,21 @@ class EarlyExit:
 
 
 if __name__ == "__main__":
-    early_exit = EarlyExit(sys.argv[1])
-    for path in sys.argv[2:]:
-        with Image.open(path) as photo:
-            name, score, mask = early_exit.run(ImageOps.exif_transpose(photo))
-        print(path, name, score)
-        picture = Image.fromarray(mask)
-        picture.putpalette(np.uint8(early_exit.palette).tobytes())
-        picture.save(f"{Path(path).stem}.png")
+    path, *photos = sys.argv[1:] or [""]
+    if not photos:
+        sys.exit("usage: python segment.py FOLDER photo.jpg ...")
+    if missing := [photo for photo in photos if not Path(photo).is_file()]:
+        sys.exit(f"{missing[0]}: must be a file")
+    masks = [f"{Path(photo).stem}.mask.png" for photo in photos]
+    if len({str(Path(file).resolve()).casefold() for file in [*photos, *masks]}) < 2 * len(photos):
+        sys.exit("photos: must have different names, and none the name of another's mask, such as photo.mask.png")
+    try:
+        early_exit = EarlyExit(path)
+        for path, mask in zip(photos, masks, strict=True):
+            name, score, classes = early_exit.run(Image.open(path))
+            print(path, name, score)
+            picture = Image.fromarray(classes)
+            picture.putpalette(np.uint8(early_exit.palette).tobytes())
+            picture.save(mask)
+    except Exception as error:  # of what a broken file makes Pillow or MediaPipe raise
+        sys.exit(f"{path}: {error!r}")
