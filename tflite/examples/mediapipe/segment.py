@@ -1,4 +1,4 @@
-"""Early exit with MediaPipe: `python segment.py FOLDER photo.jpg ...` with the export in FOLDER: prints exit, score, writes photo.mask.png."""
+"""Early exit with MediaPipe: `python segment.py FOLDER photo.jpg ...` prints exit and score, writes photo.mask.png; FOLDER is an export."""
 
 import json
 import sys
