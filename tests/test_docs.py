@@ -141,7 +141,7 @@ def test_flags_fields_files_and_modules_in_sentences_exist(page):
     for code in inline(page.read_text(encoding="utf-8")):
         for flag in re.findall(r"(?:^|[\s\[(])--(\w+)", code):
             assert flag in known, code
-        for section, field in re.findall(rf"(?<![\w/])({'|'.join(SECTIONS)})\.(\w+)", code):
+        for section, field in re.findall(rf"(?<![\w/.])({'|'.join(SECTIONS)})\.(\w+)", code):
             assert field in SECTIONS[section], code
         for name in re.findall(r"-m (\w+(?:\.\w+)*)", code):
             assert source_of(name), code
@@ -159,8 +159,10 @@ def test_imports_in_examples_exist(page):
 
 
 @every_page
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+def test_links_have_a_text_and_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"\[\]\([^)]*\)", text), "to these MyST alone gives a text"
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
         assert not target.startswith("/"), target
         if target.startswith("http") or (not path and anchor.startswith(("mess_", "android_bench"))):
