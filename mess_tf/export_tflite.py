@@ -23,6 +23,8 @@ that is there, `--bundle=FOLDER`: see `mess_tf.targets`. For web LiteRT.js comes
 `npm pack` wrote.
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from mess_runtime.bundle import EXTRA_SIGNATURES, FIDELITIES, FP32, INPUT_TYPES, INT8, PRECISIONS, RESIZES, Bundle, check
@@ -49,6 +51,10 @@ def check_arguments() -> None:
     terminal.check_left_out(values.target != "web", "litertjs", "without --target=web")
     check(bool(values.target or not values.bundle), "--target", f"one of {', '.join(arguments.TARGETS)} with --bundle", values.target)
     check(bool(values.output or not values.target), "--output", "given with --target", values.output)
+    if values.target:
+        source = Path(values.bundle or Path(values.workdir, "bundle"))
+        outside = not Path(values.output).resolve().is_relative_to(source.resolve())
+        check(outside, "--output", f"a folder outside of the bundle {source}", values.output)
     check({*values.precisions} <= {*PRECISIONS}, "--precisions", f"of {', '.join(PRECISIONS)}", ",".join(values.precisions))
     if values.bundle:
         Bundle.load(values.bundle)
@@ -108,7 +114,6 @@ if __name__ == "__main__":
 import dataclasses
 import os
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image

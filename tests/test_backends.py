@@ -12,15 +12,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flatbuffers
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
 from PIL import Image
 from small_network import small_network
 
 from mess_runtime import engines, verify
 from mess_runtime.__main__ import main
-from mess_runtime.bundle import FP16, FULL, MANIFEST, MODEL, SIGNATURE, Bundle, InputSpec, Verification, write_manifest
+from mess_runtime.bundle import FP16, FULL, MANIFEST, MODEL, SIGNATURE, Bundle, InputSpec, Verification, sha256, write_manifest
 from mess_runtime.runner import Runner
 from mess_tf.configs import HeadSpec
 from mess_tf.files import Configuration, ExitChoice
@@ -29,6 +31,7 @@ from mess_tf.graph.conversion import PRECISIONS, ExportError, convert, run_signa
 from mess_tf.graph.exporter import Exporter
 from mess_tf.graph.policy import FIDELITIES, decide
 from mess_tf.network.model import convert as convert_network
+from mess_tf.targets import android, mediapipe, web
 
 SIZE = (40, 56)
 CLASSES = tuple("abcde")
@@ -103,6 +106,7 @@ def test_the_cpu_in_another_process_gives_what_the_cpu_gives(bundle, images):
     assert any(each.output not in ("mask", "confident_pixels") for each in report.differences)
     assert all(each.worst <= 1e-6 for each in report.differences)
     assert report.sha256 == bundle.manifest.sha256
+    assert "accelerated" not in report.table()
 
 
 def test_what_is_wrong_from_the_third_run_on_is_found(bundle, images, backend):
@@ -181,6 +185,55 @@ def test_a_network_whose_values_are_not_finite_is_not_exported(network, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def not_finite(bundle, tmp_path_factory):
+    """The bundle with NaN for the weights of a convolution of its first segment."""
+    folder = Path(shutil.copytree(bundle.folder, tmp_path_factory.mktemp("nan") / "bundle"))
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel((folder / MODEL).read_bytes(), 0))
+    (*_, kernel) = [
+        model.buffers[each.buffer]
+        for each in model.subgraphs[0].tensors
+        if each.type == schema.TensorType.FLOAT32 and len(each.shape) == 4 and model.buffers[each.buffer].data is not None
+    ]
+    kernel.data = np.full(len(kernel.data) // 4, np.nan, np.float32).view(np.uint8)
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    content = bytes(builder.Output())
+    (folder / MODEL).write_bytes(content)
+    write_manifest(folder, dataclasses.replace(bundle.manifest, sha256=sha256(content), size_bytes=len(content)))
+    return Bundle.load(folder)
+
+
+@pytest.mark.parametrize("write", [android.write, mediapipe.write, web.write_bundle])
+def test_a_bundle_whose_values_are_not_finite_goes_to_no_target(not_finite, tmp_path, write):
+    with pytest.raises(
+        ValueError, match=r"model\.tflite: must be a model whose values are finite, got 'segment\.exit1: \S+, inside: \d+ of"
+    ):
+        write(not_finite, tmp_path / "output")
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_verify_says_what_is_not_finite_though_there_are_labels_and_masks_of_no_class(not_finite, images, backend):
+    backend(lambda turn, outputs: outputs["segment.final"]["mask"].fill(255))
+    report = verify.verify(not_finite.folder, "gpu", images[:1], [np.zeros(SIZE, np.uint8)], runs=1)
+    assert not report.ok and any("inside" in fault for fault in report.faults)
+    assert report.mious["final"][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("height", "words", "message"),
+    [
+        (SIZE[0], ["--precision=fp32"], "--precision: must be left out for a bundle, which knows it, got 'fp32'"),
+        (300, [], "segment.exit1: input 'image': must be one of"),
+    ],
+)
+def test_verify_ends_with_2_where_it_cannot_compare(bundle, tmp_path, monkeypatch, capsys, height, words, message):
+    folder = shutil.copytree(bundle.folder, tmp_path / "copy")
+    write_manifest(folder, dataclasses.replace(bundle.manifest, input=dataclasses.replace(bundle.manifest.input, height=height)))
+    monkeypatch.setattr(sys, "argv", ["mess_runtime", "--verbose", "verify", str(folder), "--backend=cpu", *words])
+    assert main() == 2 and message in capsys.readouterr().err
+
+
 def test_labels_give_the_miou_of_both_sides(bundle, images, backend):
     masks = [Runner(bundle).run(image, "budgeted").mask for image in images]
     backend()
@@ -234,7 +287,7 @@ def test_verify_records_a_proof(bundle, backend, tmp_path, monkeypatch, capsys):
     (proof,) = Bundle.load(folder).manifest.verified
     assert (proof.backend, proof.images, proof.different) == ("gpu", 2, 0.0)
     monkeypatch.setattr(sys, "argv", ["mess_runtime", "verify", str(folder / MODEL), "--backend=gpu", "--record"])
-    assert main() == 1 and "--record: must be left out for a file without manifest" in capsys.readouterr().err
+    assert main() == 2 and "--record: must be left out for a file without manifest" in capsys.readouterr().err
 
 
 def test_export_records_the_proof_and_keeps_no_file_that_differs(network, backend, tmp_path):

@@ -628,6 +628,22 @@ def test_signatures_that_do_not_fit_the_manifest(copy, signatures, engine):
         Runner(replace_model(copy, flatbuffer.write(undecided)), engine=engine)
 
 
+def few_classes(folder, net, images):
+    """Takes the highest class of an image's last mask out of a manifest; returns that image and class."""
+    image = max(images, key=lambda image: net.everything(image)[0][2].max())
+    top = net.everything(image)[0][2].max()
+    edit(folder, lambda value: value.update(classes=value["classes"][:top], palette=value["palette"][:top]))
+    return image, top
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_mask_with_a_value_that_is_no_class(copy, net, images, engine):
+    image, top = few_classes(copy, net, images)
+    run = Runner(Bundle.load(copy), engine=engine)
+    with pytest.raises(ValueError, match=rf"final: mask: must be of classes 0 to {top - 1}, got {top}"):
+        run.run(image, "budgeted", "final")
+
+
 @pytest.mark.parametrize("height", [HEIGHT * 2, 10**9])  # the latter takes no memory
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_graphs_of_another_size(copy, engine, height):
@@ -1080,6 +1096,10 @@ BUNDLE_MADE = "the folder that `python -m mess_tf.export_tflite --deployment=FIL
         (["inspect", "nowhere"], f"nowhere: must be a bundle, {BUNDLE_MADE}, got no folder"),
         (["inspect", "."], f".: must be a bundle, {BUNDLE_MADE}, got a folder without manifest.json"),
         (["verify", ".", "--backend=cpu"], f".: must be a bundle, {BUNDLE_MADE}, got a folder without manifest.json"),
+        (["verify", "nowhere", "--backend=cpu", "--record"], f"nowhere: must be a bundle, {BUNDLE_MADE}, got no folder"),
+        (["verify", "nowhere.tflite", "--backend=cpu"], "nowhere.tflite"),
+        (["verify", "nowhere", "--backend=npu"], "--backend: must be one of 'cpu', 'gpu', got 'npu'"),
+        (["verify", "nowhere", "--bakend=cpu"], "--bakend: must be a flag of this command, nearest --backend"),
         (["run", "nowhere", "x.png", "--output=out"], f"nowhere: must be a bundle, {BUNDLE_MADE}, got no folder"),
         (["benchmark", "nowhere.tflite", "--output=out.json"], "nowhere.tflite"),
         (["benchmark", ".", "--output=out.json"], "must hold files with the suffix .tflite, got none"),
@@ -1093,7 +1113,7 @@ BUNDLE_MADE = "the folder that `python -m mess_tf.export_tflite --deployment=FIL
 )
 def test_user_errors_are_one_line(command, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    lines, errors = command(*arguments, code=1)
+    lines, errors = command(*arguments, code=2 if arguments[0] == "verify" else 1)  # where 1 says that a file differs
     assert lines == []
     assert len(errors) == 1 and message in errors[0]
     assert list(tmp_path.iterdir()) == []
@@ -1163,9 +1183,15 @@ def test_cpp_runner_decides_like_the_python_runner(cpp_runner, folder, images, t
     assert len(seen) > 1
 
 
-def test_cpp_runner_names_what_is_wrong(cpp_runner, folder, images, tmp_path):
+def test_cpp_runner_names_what_is_wrong(cpp_runner, folder, net, images, copy, tmp_path):
     images[0].tofile(tmp_path / "uint8.rgb")
     model, usage = folder / MODEL, "usage: mess_runner cpu|gpu model.tflite"
+    cut, few, alone = (shutil.copytree(copy, tmp_path / name) / MODEL for name in ("cut", "few", "alone"))
+    content = cut.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    image, top = few_classes(few.parent, net, images)
+    image.astype(np.float32).tofile(tmp_path / "float32.rgb")
+    (alone.parent / bundle.MANIFEST).unlink()
     for words, message in (
         (["cpu", "nowhere.tflite", "final", "uint8.rgb", "o"], "loading nowhere.tflite failed"),
         (["cpu", model, "exit1=3,final", "uint8.rgb", "o"], "segment.final reads feature_2, which no segment before it makes"),
@@ -1176,11 +1202,29 @@ def test_cpp_runner_names_what_is_wrong(cpp_runner, folder, images, tmp_path):
         (["cpu", model, "exit9", "uint8.rgb", "o"], "the model has no signature segment.exit9"),
         (["cpu", model, "exit1=3", "uint8.rgb", "o"], "the last exit must be given without a number"),
         (["cpu", model, "exit1,final", "uint8.rgb", "o"], "only the last exit has no number"),
+        (["cpu", model, "exit1=abc,final", "uint8.rgb", "o"], "exit1 must be given a whole number of pixels, got exit1=abc"),
+        (["cpu", model, "exit1=0.9,final", "uint8.rgb", "o"], "exit1 must be given a whole number of pixels, got exit1=0.9"),
+        (["cpu", model, "exit1=,final", "uint8.rgb", "o"], "exit1 must be given a whole number of pixels, got exit1="),
+        (["cpu", model, "exit1=0.9x,final@12", "uint8.rgb", "o"], "exit1 must be given a share of pixels, got exit1=0.9x"),
+        (
+            ["cpu", model, "exit1=0.9,final@3,12x", "uint8.rgb", "o"],
+            "budgets must be whole numbers of cells, got 12x in exit1=0.9,final@3,12x",
+        ),
+        (
+            ["cpu", cut, "final", "uint8.rgb", "o"],
+            f"model.tflite must have {len(content)} bytes, as manifest.json says, got {len(content) // 2}",
+        ),
+        (["cpu", alone, "final", "uint8.rgb", "o"], "manifest.json must lie beside the model"),
+        (
+            ["cpu", few, f"exit1={PIXELS + 1},exit2={PIXELS + 1},final", "float32.rgb", "o"],
+            f"the mask of final must be of classes 0 to {top - 1}, got {top}",
+        ),
         (["npu", model, "final", "uint8.rgb", "o"], usage),
         (["cpu", model, "final", "uint8.rgb"], usage),
     ):
         done = subprocess.run([str(word) for word in (cpp_runner, *words)], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 1 and message in done.stderr, words
+        assert done.returncode == 1 and message in done.stderr, (words, done)
+    assert not (tmp_path / "o").exists()
 
 
 def test_importing_the_device_side_needs_no_tensorflow():

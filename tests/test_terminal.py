@@ -354,6 +354,7 @@ def test_wrong_arguments_are_one_line(command, tmp_path, monkeypatch, words, lin
 
 
 LEFT_OUT = "must be left out"
+OUTSIDE = "must be a folder outside of the bundle"
 NO_JSON = "must be a folder that can be written to, not a .json file"
 NO_TWINS = "must be such that no two rows of the table have a file of one name"
 NO_FOLDER = "must be a file in a folder that exists and can be written to, got 'no/where.npz'"
@@ -404,6 +405,10 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("export_tflite", ["--candidates", "--float_operations=a"], f"--float_operations: {LEFT_OUT} without --precision=int8, got ['a']"),
         ("export_tflite", [], "arguments: must be one of --candidates, --deployment=FILE and --bundle=FOLDER, got ''"),
         ("export_tflite", ["--bundle=B"], f"--workdir: {LEFT_OUT} with --bundle, got 'W'"),
+        *(
+            ("export_tflite", ["--deployment=D", "--target=web", f"--output={path}"], f"--output: {OUTSIDE} W/bundle, got '{path}'")
+            for path in ("W/bundle", "./W/../W/bundle/x")
+        ),
         ("export_tflite", ["--deployment=D", "--output=O"], f"--output: {LEFT_OUT} without --target, got 'O'"),
         ("export_tflite", ["--deployment=D", "--target=web"], "--output: must be given with --target, got ''"),
         (
@@ -443,6 +448,8 @@ def test_other_commands_say_it_too(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command("pretrained", "--output=no/where.npz") == (1, "", f"mess_tf.pretrained: --output: {NO_FOLDER}\n")
     folded = ("pretrained", "--output=W.npz", "--folded=a.npz")
+    inside = ("export_tflite", "--bundle=B", "--target=android", "--output=B/inside")
+    assert command(*inside) == (1, "", f"mess_tf.export_tflite: --output: {OUTSIDE} B, got 'B/inside'\n")
     assert command(*folded) == (1, "", f"mess_tf.pretrained: --folded: {LEFT_OUT} without --network=mobilenet_v2, got 'a.npz'\n")
     Path("W").mkdir()
     Path("W", "config.json").write_text(configs.to_json(configs.RECIPES["smoke"]))

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import browsers
@@ -17,7 +18,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from small_network import small_network
 
-from mess_runtime.bundle import Bundle, InputSpec, Regions, write_manifest
+from mess_runtime.bundle import MODEL, Bundle, InputSpec, Regions, write_manifest
 from mess_runtime.images import fit, mask_at, read_photo
 from mess_runtime.runner import Runner
 from mess_tf.configs import DataConfig, HeadSpec
@@ -404,6 +405,46 @@ def test_cells_leave_each_for_itself(browser, site, regions, photos, tmp_path):
     assert taken == {2, 8}
     late = browser.execute_async_script(script, sent[0], size, {"thresholds": [0.9, None], "deadlineMs": 1e-6})
     assert len(late["trace"]) == 1 and late["exit"] == "exit1" and late["cells"] == [0] * 8
+
+
+SIZE_OF_MODEL, HASH_OF_MODEL = r"model\.tflite: must have \d+ bytes, got 1000$", r"model\.tflite: must have the SHA-256 \w{64}, got \w{64}$"
+NO_CLASS = r"mask of exit1: must be of classes 0 to 0, got [1-4]$"
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "secure", "message"),
+    [
+        (lambda content: content[:1000], None, True, SIZE_OF_MODEL),
+        (lambda content: content[:1000], None, False, SIZE_OF_MODEL),
+        (lambda content: content[:1000], 1000, False, r"model\.tflite: LiteRT\.js cannot load it: "),
+        (flipped, None, True, HASH_OF_MODEL),
+        (flipped, None, False, NO_CLASS),
+        (lambda content: content, None, True, NO_CLASS),
+    ],
+)
+def test_a_model_that_is_not_the_manifests_and_a_mask_of_no_class_are_errors(browser, site, folder, photos, change, size, secure, message):
+    broken = folder / "small" / "broken"
+    shutil.copytree(folder / "small" / web.BUNDLE, broken, dirs_exist_ok=True)
+    manifest = Bundle.load(broken).manifest
+    few = dataclasses.replace(manifest, classes=("a",), palette=manifest.palette[:1], size_bytes=size or manifest.size_bytes)
+    write_manifest(broken, few)
+    content = (broken / MODEL).read_bytes()
+    (broken / MODEL).write_bytes(change(content))
+    browser.get(f"{site}/small/")
+    rest(browser)
+    script = """
+        const [secure, done] = arguments;
+        if (!secure) Object.defineProperty(crypto, "subtle", { value: undefined });
+        import("./mess.js").then(async ({ Runner }) => {
+            const runner = await Runner.load("broken/", "litertjs/core/wasm/");
+            const pixels = new Uint8ClampedArray(60 * 90 * 4).map((_, place) => (place * 37) % 256);
+            done((await runner.run(new ImageData(pixels, 90, 60), { thresholds: [0, null] })).exit);
+        }).catch((error) => done(error.message));"""
+    assert re.search(message, browser.execute_async_script(script, secure))
 
 
 def test_cells_are_shown_in_the_colour_of_their_exit(browser, site, regions, photos, tmp_path):

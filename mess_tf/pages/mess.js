@@ -158,9 +158,13 @@ export class Runner {
   static async load(bundle, wasm, accelerator = "wasm") {
     const at = (name) => new URL(name, new URL(bundle, document.baseURI));
     const manifest = await (await fetched(at("manifest.json"))).json();
-    const [content] = await Promise.all([fetched(at("model.tflite")).then((response) => response.arrayBuffer()), start(wasm)]);
+    const file = at("model.tflite");
+    const [content] = await Promise.all([fetched(file).then((response) => response.arrayBuffer()), start(wasm)]);
+    await checkContent(file, content, manifest);
     const gpuOptions = { precision: "fp32" }; // in half precision single pixels get another class than on the processor
-    const model = await loadAndCompile(new Uint8Array(content), { accelerator, gpuOptions });
+    const model = await loadAndCompile(new Uint8Array(content), { accelerator, gpuOptions }).catch((error) => {
+      throw new Error(`${file}: LiteRT.js cannot load it: ${error.message ?? error}`, { cause: error });
+    });
     const runner = new Runner(manifest, model);
     for (let run = 0; run < WARMUP_RUNS; run++) await runner.#warmUp();
     return runner;
@@ -246,6 +250,10 @@ export class Runner {
     } finally {
       for (const tensor of Object.values(tensors)) tensor.delete();
     }
+    // Of values that are not finite there may be no class.
+    const { length } = this.manifest.classes;
+    const top = stands.mask.reduce((most, value) => Math.max(most, value), 0);
+    if (top >= length) throw new Error(`mask of ${stands.exit}: must be of classes 0 to ${length - 1}, got ${top}`);
     return { mask: maskAt(stands.mask, input, image), exit: stands.exit, trace, latencyMs: spent, fitMs, cells };
   }
 
@@ -282,6 +290,15 @@ export class Runner {
     form.fastestMs = Math.min(form.fastestMs, made.latencyMs);
     return made;
   }
+}
+
+/** Throws unless a file is the one that the manifest describes; its hash is only known to pages from a secure context. */
+async function checkContent(file, content, { size_bytes: size, sha256 }) {
+  if (content.byteLength !== size) throw new Error(`${file}: must have ${size} bytes, got ${content.byteLength}`);
+  if (!crypto.subtle) return;
+  const bytes = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
+  const received = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  if (received !== sha256) throw new Error(`${file}: must have the SHA-256 ${sha256}, got ${received}`);
 }
 
 async function fetched(url) {

@@ -10,6 +10,7 @@ import numpy as np
 from mess_runtime import bundle as bundles
 from mess_runtime.engines import CPU
 from mess_runtime.runner import Runner
+from mess_runtime.verify import check_finite
 from mess_tf.graph import flatbuffer
 
 
@@ -18,6 +19,17 @@ def check_output(output: Path, mark: str) -> None:
     bundles.check_writable("--output", output, folder=True)
     ours = not output.exists() or not any(output.iterdir()) or (output / mark).exists()
     bundles.check(ours, "--output", f"a folder that is new, empty or of an earlier export, with {mark} in it", str(output))
+
+
+def opened(bundle: bundles.Bundle) -> Runner:
+    """Returns what runs a bundle on the CPU.
+
+    Raises:
+      ValueError: its file is not what the manifest describes, or a value inside is not finite.
+    """
+    runner = Runner(bundle, backend=CPU)
+    check_finite(bundle)
+    return runner
 
 
 def write_segments(
@@ -34,8 +46,9 @@ def write_segments(
       The graphs by signature.
 
     Raises:
-      ValueError: a mask or a confidence is another one.
+      ValueError: a mask or a confidence is another one, or see `opened`.
     """
+    before = opened(bundle)
     graphs = flatbuffer.read_signatures(bundle.path.read_bytes())
     segments = {name: change(graph) for name, graph in graphs.items() if name.startswith(bundles.segment_signature(""))}
     content = flatbuffer.write(segments, bundle.manifest.precision != "fp32")
@@ -44,8 +57,8 @@ def write_segments(
     bundles.write_manifest(folder, manifest)
     size = bundle.manifest.input
     noise = np.random.default_rng(0).integers(0, 256, (size.height, size.width, 3), np.uint8)
-    both = (Runner(each, backend=CPU).refine(noise) for each in (bundle, bundles.Bundle.load(folder)))
-    for before, after in itertools.zip_longest(*both):
-        same = np.array_equal(before.mask, after.mask) and before.trace[-1].confidence == after.trace[-1].confidence
-        bundles.check(same, f"{bundle.path}: {before.exit}", "the same on its own", "another mask or confidence")
+    after = Runner(bundles.Bundle.load(folder), backend=CPU)
+    for first, second in itertools.zip_longest(before.refine(noise), after.refine(noise)):
+        same = np.array_equal(first.mask, second.mask) and first.trace[-1].confidence == second.trace[-1].confidence
+        bundles.check(same, f"{bundle.path}: {first.exit}", "the same on its own", "another mask or confidence")
     return segments

@@ -21,7 +21,7 @@ def write(bundle: bundles.Bundle, output: Path) -> None:
         `signatures.json`: by signature the names of inputs and outputs.
 
     Raises:
-      ValueError: the output is something else, or the file does not do what it did.
+      ValueError: the output is something else, or see `write_segments`.
     """
     check(output)
 

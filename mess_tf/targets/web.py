@@ -43,15 +43,15 @@ def write(bundle: bundles.Bundle, output: Path, litertjs: Path | None = None) ->
       litertjs: folder with the packages of LiteRT.js as `npm pack` writes them; by default npm fetches them.
 
     Raises:
-      ValueError: the output is something else, a package is missing or another one, or the file does not do what it did.
+      ValueError: the output is something else, a package is missing or another one, or see `write_segments`.
       OSError: npm is needed and not there, or cannot fetch the packages.
     """
     check(output, litertjs)
 
     def fill(folder: Path) -> None:
+        write_bundle(bundle, folder / BUNDLE)
         with tempfile.TemporaryDirectory() as temporary:
             unpack(litertjs or fetch(Path(temporary)), folder / LITERTJS)
-        write_bundle(bundle, folder / BUNDLE)
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
         )

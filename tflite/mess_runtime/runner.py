@@ -222,7 +222,7 @@ class Runner:
           The mask, with what was run for it.
 
         Raises:
-          ValueError: the image has another type or shape, or the options do not go together.
+          ValueError: the image has another type or shape, or the options do not go together, or the mask has a value that is no class.
         """
         setting, exit = self.plan(setting, exit, latency_budget_ms, deadline_ms)
         with self._lock:
@@ -429,6 +429,8 @@ class Runner:
 
     def _result(self, signature: str, trace: list[StepTrace], image: np.ndarray) -> Result:
         mask = self._get(signature, MASK)[0]
+        classes, top = len(self.manifest.classes), int(mask.max())  # of values that are not finite there may be no class
+        check(top < classes, f"{self._path}: {signature}: mask", f"of classes 0 to {classes - 1}", top)
         mask = mask_at(mask, image.shape[:2], self._input.resize)
         exit = _exit_of(signature)
         cells = self._cells(exit, trace) if self._regions else None

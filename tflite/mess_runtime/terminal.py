@@ -155,11 +155,12 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(name: str, command: Callable[[], int | None]) -> int:
+def run(name: str, command: Callable[[], int | None], failed: int = 1) -> int:
     """Runs a command, which returns its exit code or None for 0.
 
     An error that answers the user is one line on stderr, `NAME: ARGUMENT: must be REQUIRED, got RECEIVED`. A fault of this program is its
-    traceback, after what other libraries wrote, and a line that says so. Both end with 1, an interruption with 130, by SIGTERM with 143.
+    traceback, after what other libraries wrote, and a line that says so. Both end with `failed`, an interruption with 130, by SIGTERM with
+    143.
     """
     global _verbose
     _verbose = False
@@ -176,9 +177,9 @@ def run(name: str, command: Callable[[], int | None]) -> int:
         code, lines = 128 + number, [f"{name}: stopped"]
     except BrokenPipeError:  # the reader of stdout, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = failed
     except Exception as failure:
-        code, error = 1, failure
+        code, error = failed, failure
         answers = is_answer(error)
         show = not (answers and isinstance(error, (OSError, *ANSWERS)))  # what our RuntimeErrors are of, libraries may explain
         if _verbose or not answers:

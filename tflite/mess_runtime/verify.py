@@ -38,7 +38,7 @@ from mess_runtime.bundle import (
     write_manifest,
 )
 from mess_runtime.images import fit, mask_at
-from mess_runtime.runner import SURE_ROUNDING, needed_pixels
+from mess_runtime.runner import SURE_ROUNDING, Runner, needed_pixels
 
 # By the file's precision: root mean square error of a tensor over that of its values, share of the pixels of a mask. GPUs compute in half
 # precision if the file leaves it to them, and int8 by other roundings than XNNPACK.
@@ -154,9 +154,10 @@ class Report:
             numbers = [f"{value:.3g}" for value in (each.first, each.last, each.worst, each.largest, each.limit)]
             rows.append((each.signature, each.output, *numbers, "" if each.ok else "DIFFERS"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        unknown = self.accelerated is None or self.backend == engines.CPU
         lines = [
             f"{self.path}: {self.backend} ({self.device}), {self.runtime}, {self.precision}, {self.images} images,"
-            + ("" if self.accelerated is None else f" {100 * self.accelerated:.0f} % of the operations accelerated")
+            + ("" if unknown else f" {100 * self.accelerated:.0f} % of the operations accelerated")
         ]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.decisions is not None:
@@ -185,7 +186,8 @@ def verify(
 
     Raises:
       engines.AbsentError: the backend is not there, so nothing can be said of the file.
-      ValueError: the file cannot be loaded on the CPU.
+      FileNotFoundError: there is no such bundle.
+      ValueError: the file cannot be loaded on the CPU, or its manifest describes another one, or knows the precision.
     """
     check(backend in engines.BACKENDS, "backend", f"one of {', '.join(engines.BACKENDS)}", backend)
     check(runs >= 1, "runs", "at least 1", runs)
@@ -212,8 +214,12 @@ def compare(
     precision: str | None = None,
 ) -> Report:
     """Compares what `run` makes of a file's .tflite and its inputs with what the CPU does; see `verify`."""
-    bundle = Bundle.load(path) if Path(path).is_dir() else None
-    file = bundle.path if bundle else Path(path)
+    path = Path(path)
+    bundle = Bundle.load(path) if path.is_dir() or not (path.exists() or path.suffix == ".tflite") else None
+    if bundle:
+        check(precision is None, "precision", "left out for a bundle, which knows it", precision)
+        Runner(bundle, engine=engines.INTERPRETER, backend=engines.CPU)  # says where the file is not what the manifest describes
+    file = bundle.path if bundle else path
     precision = bundle.manifest.precision if bundle else precision or "fp32"
     reference = engines.InterpreterEngine(file, os.cpu_count() or 1)
     for signature in reference.inputs:
@@ -249,6 +255,14 @@ def record(folder: str | os.PathLike, report: Report) -> None:
         each for each in manifest.verified if (each.backend, each.runtime, each.device) != (fresh.backend, fresh.runtime, fresh.device)
     ]
     write_manifest(folder, dataclasses.replace(manifest, verified=(*others, fresh)))
+
+
+def check_finite(bundle: Bundle) -> None:
+    """Raises ValueError where a tensor of a bundle's file is not finite on the CPU, weights included."""
+    spec = bundle.manifest.input
+    image = fit(_noise(spec, 0), (spec.height, spec.width), spec.resize)[None].astype(spec.dtype)
+    found = _not_finite_inside(bundle.path, image)
+    check(not found, os.fspath(bundle.path), "a model whose values are finite", "; ".join(found))
 
 
 def _not_finite_inside(file: Path, image: np.ndarray) -> list[str]:
@@ -438,19 +452,20 @@ def _mious(
     classes, signatures, result = len(bundle.manifest.classes), _whole(bundle.manifest), {}
     left = [_exits(bundle, outputs) for outputs in (expected, got)]
     for name in (*bundle.manifest.exits, *([POLICY] if left[0] else [])):
-        counts = np.zeros((2, classes, classes), np.int64)
+        counts = np.zeros((2, classes, classes + 1), np.int64)  # the last for what is no class
         for side, outputs in enumerate((expected, got)):
             exits = left[side] if name == POLICY else [name] * len(outputs)
             for label, exit, each in zip(labels, exits, outputs, strict=True):
                 if label is not None:
                     mask = mask_at(each[signatures[exit]][MASK][0], label.shape, bundle.manifest.input.resize)
                     known = label < classes
-                    pairs = label[known].astype(np.int64) * classes + mask[known]
-                    counts[side] += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+                    pairs = label[known].astype(np.int64) * (classes + 1) + np.minimum(mask[known], classes)
+                    counts[side] += np.bincount(pairs, minlength=counts[side].size).reshape(counts[side].shape)
         result[name] = tuple(_miou(matrix) for matrix in counts)
     return result
 
 
 def _miou(confusion: np.ndarray) -> float:
-    both, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    both = np.diag(confusion)
+    union = confusion.sum(0)[:-1] + confusion.sum(1) - both
     return float((both[union > 0] / union[union > 0]).mean())

@@ -38,9 +38,14 @@ mess::Image ReadPpm(const char* path) {
 
 int main(int argc, char** argv) {
   if (argc != 7) Fail("usage: mess_fit photo.ppm HEIGHT WIDTH stretch|letterbox uint8|float32 image.rgb");
-  const int height = std::atoi(argv[2]), width = std::atoi(argv[3]);
+  const auto side = [](const char* text) {
+    char* end;
+    const long value = std::strtol(text, &end, 10);
+    return *end == 0 && value <= 1 << 15 ? static_cast<int>(value) : 0;
+  };
+  const int height = side(argv[2]), width = side(argv[3]);
   const std::string resize = argv[4], type = argv[5];
-  if (height < 1 || width < 1) Fail("HEIGHT and WIDTH must be positive");
+  if (height < 1 || width < 1) Fail(std::string("HEIGHT and WIDTH must be 1 to 32768, got ") + argv[2] + " and " + argv[3]);
   if (resize != "stretch" && resize != "letterbox") Fail("the fit must be stretch or letterbox, got " + resize);
   if (type != "uint8" && type != "float32") Fail("the type must be uint8 or float32, got " + type);
   const mess::Image fitted = mess::Fit(ReadPpm(argv[1]), height, width, resize == "letterbox");

@@ -4,7 +4,8 @@
 //
 // The exits in the order of manifest.json, each but the last with the confident pixels from which an image leaves there,
 // ceil(theta_img * height * width). image.rgb: the image at the network's size, RGB in 0..255 of the type that the bundle takes, as mess_fit
-// makes it; mask.raw: one byte per pixel. Prints one line per segment, with the time to its decision, and to the mask if the image leaves there.
+// makes it; mask.raw: one byte per pixel. manifest.json lies beside model.tflite, which must have the size that it says, as LiteRT crashes at a
+// file that ends too early. Prints one line per segment, with the time to its decision, and to the mask if the image leaves there.
 //
 // A bundle with regions, whose cells leave each for itself, takes theta_img instead, and the budgets: exit1=0.9,exit2=0.9,final@32,64,128,256.
 // The next segment works on the smallest budget that holds the cells that are not sure; the image leaves when there are none.
@@ -19,6 +20,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -53,6 +55,47 @@ void Write(LiteRtTensorBuffer buffer, const std::vector<char>& bytes) {
   Check(LiteRtUnlockTensorBuffer(buffer), "unlock");
 }
 
+// What is needed of the manifest beside a model: the model's size, and how many classes there are, of which each has a colour.
+struct Manifest {
+  size_t size_bytes = 0, classes = 0;
+};
+
+Manifest ReadManifest(const std::string& model) {
+  const std::string path = model.substr(0, model.find_last_of('/') + 1) + "manifest.json";
+  std::ifstream file(path, std::ios::binary);
+  if (!file) Fail(path + " must lie beside the model");
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  const auto behind = [&](const std::string& key) {
+    const size_t at = text.find("\"" + key + "\":");
+    if (at == std::string::npos) Fail(path + " must hold " + key);
+    return at + key.size() + 3;
+  };
+  Manifest manifest;
+  manifest.size_bytes = std::strtoull(text.c_str() + behind("size_bytes"), nullptr, 10);
+  int depth = 0;  // of lists: the palette's is 1, a colour's 2
+  for (size_t at = text.find('[', behind("palette")); at < text.size(); ++at) {
+    if (text[at] == '[' && ++depth == 2) ++manifest.classes;
+    if (text[at] == ']' && --depth == 0) break;
+  }
+  return manifest;
+}
+
+void CheckSize(const std::string& model, const Manifest& manifest) {
+  std::ifstream file(model, std::ios::binary | std::ios::ate);
+  const size_t size = static_cast<size_t>(file.tellg());
+  if (size != manifest.size_bytes) {
+    Fail(model + " must have " + std::to_string(manifest.size_bytes) + " bytes, as manifest.json says, got " + std::to_string(size));
+  }
+}
+
+void CheckMask(const std::vector<char>& mask, const std::string& exit, const Manifest& manifest) {
+  size_t top = 0;
+  for (const char value : mask) top = std::max<size_t>(top, static_cast<unsigned char>(value));
+  if (top >= manifest.classes) {  // of values that are not finite there may be no class
+    Fail("the mask of " + exit + " must be of classes 0 to " + std::to_string(manifest.classes - 1) + ", got " + std::to_string(top));
+  }
+}
+
 std::vector<char> Read(LiteRtTensorBuffer buffer) {
   size_t size;
   void* memory;
@@ -72,6 +115,16 @@ struct Exit {
   double needed;
 };
 
+// A number from 0 on that is all of a text, or -1.
+double Number(const std::string& text) {
+  char* end;
+  const double value = std::strtod(text.c_str(), &end);
+  const bool digits = !text.empty() && text.find_first_not_of("0123456789.e-") == std::string::npos;
+  return digits && *end == 0 && value >= 0 ? value : -1;
+}
+
+bool Whole(double number) { return number >= 0 && number <= 1e9 && number == std::floor(number); }
+
 // What stands behind the exits: numbers of cells, rising; none if images leave as a whole.
 std::vector<size_t> ParseBudgets(const std::string& argument) {
   std::vector<size_t> budgets;
@@ -79,7 +132,9 @@ std::vector<size_t> ParseBudgets(const std::string& argument) {
   if (at == std::string::npos) return budgets;
   std::istringstream words(argument.substr(at + 1));
   for (std::string word; std::getline(words, word, ',');) {
-    budgets.push_back(static_cast<size_t>(std::atol(word.c_str())));
+    const double budget = Number(word);
+    if (!Whole(budget)) Fail("budgets must be whole numbers of cells, got " + word + " in " + argument);
+    budgets.push_back(static_cast<size_t>(budget));
     if (budgets.back() <= (budgets.size() > 1 ? budgets[budgets.size() - 2] : 0)) Fail("budgets must rise from above 0, got " + argument);
   }
   if (budgets.empty()) Fail("budgets must be given behind @, got " + argument);
@@ -88,12 +143,17 @@ std::vector<size_t> ParseBudgets(const std::string& argument) {
 
 std::vector<Exit> ParseExits(const std::string& argument) {
   std::vector<Exit> exits;
+  const bool cells = argument.find('@') != std::string::npos;
   std::istringstream words(argument.substr(0, argument.find('@')));
   for (std::string word; std::getline(words, word, ',');) {
     if (!exits.empty() && exits.back().last) Fail("only the last exit has no number of pixels, got " + argument);
     const size_t equals = word.find('=');
     const bool last = equals == std::string::npos;
-    exits.push_back({word.substr(0, equals), last, last ? 0 : std::atof(word.c_str() + equals + 1)});
+    const double needed = last ? 0 : Number(word.substr(equals + 1));
+    if (cells ? needed < 0 : !Whole(needed)) {
+      Fail(word.substr(0, equals) + " must be given " + (cells ? "a share of pixels" : "a whole number of pixels") + ", got " + word);
+    }
+    exits.push_back({word.substr(0, equals), last, needed});
   }
   if (exits.empty() || !exits.back().last) Fail("the last exit must be given without a number of pixels");
   return exits;
@@ -253,14 +313,19 @@ int main(int argc, char** argv) {
   }
   const std::vector<Exit> exits = ParseExits(argv[3]);
   const std::vector<size_t> budgets = ParseBudgets(argv[3]);
+  if (!std::ifstream(argv[2])) Fail(std::string("loading ") + argv[2] + " failed: it cannot be read");
+  const Manifest manifest = ReadManifest(argv[2]);
+  CheckSize(argv[2], manifest);
   Bundle bundle(argv[2], backend == "gpu", exits, budgets);
   for (int i = 4; i < argc; i += 2) {
     std::ifstream file(argv[i], std::ios::binary);
     bundle.Take(std::vector<char>(std::istreambuf_iterator<char>(file), {}));
     std::vector<char> mask;
+    std::string left;
     size_t unsure = 0;  // cells
     for (size_t index = 0; mask.empty(); ++index) {
       const Exit& exit = exits[index];
+      left = exit.name;
       const auto start = std::chrono::steady_clock::now();
       const size_t budget = bundle.Run(index, unsure);
       int32_t confident = 0;
@@ -274,6 +339,7 @@ int main(int argc, char** argv) {
       if (!exit.last && !budgets.empty()) std::cout << " unsure " << unsure;
       std::cout << (mask.empty() ? "" : " leaves") << std::endl;
     }
+    CheckMask(mask, left, manifest);
     if (!std::ofstream(argv[i + 1], std::ios::binary).write(mask.data(), static_cast<std::streamsize>(mask.size())).flush()) {
       Fail(std::string(argv[i + 1]) + " cannot be written");
     }
