@@ -683,7 +683,7 @@ def test_a_trained_network_at_another_input_size(tmp_path):
     config = train.resolve_config(str(old), "camvid_lite0", "", "", ["data.input_size=[64,64]"])
     old.mkdir()
     (old / "config.json").write_text(configs.to_json(config))
-    with pytest.raises(FileNotFoundError, match=r"workdir: must hold checkpoints, which .* makes, got '.*old'"):
+    with pytest.raises(FileNotFoundError, match=r"workdir: must hold trained weights, which .* makes, got '.*old'"):
         rescale(old, 0.5, new)
     run_stage(old, network, epochs=1)
     with pytest.raises(ValueError, match=r"^input_scale: must be in \(0, 4\], got 5\.0"):
