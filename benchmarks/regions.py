@@ -273,9 +273,9 @@ def active(trained: Trained, costs: Costs, k: int, side: int, neighbours: str, t
         return outputs, tf.argmax(probabilities, -1), tf.reduce_max(probabilities, -1)
 
     @tf.function(autograph=False)
-    def late(tensors, classes, confidence, least):
+    def late(tensors, answer, classes, confidence, least):
         cells = segment.sure(confidence >= least) < SURE_SHARE
-        logits = segment.masked(tensors, cells)["logits"]
+        logits = segment.answer(answer, segment.masked(tensors, cells)["logits"], cells)
         merged = segment.merged(classes, tf.argmax(full(logits), -1), cells)
         return tf.cast(merged, tf.uint8), tf.reduce_mean(tf.cast(cells, tf.float32))
 
@@ -285,7 +285,7 @@ def active(trained: Trained, costs: Costs, k: int, side: int, neighbours: str, t
         outputs, classes, confidence = early(network_input(image.numpy(), trained.size, "stretch"))
         tensors = {name: outputs[name] for name in segment.inputs}
         for t, least in enumerate(theta):
-            mask, share = late(tensors, classes, confidence, tf.constant(least))
+            mask, share = late(tensors, outputs["logits"], classes, confidence, tf.constant(least))
             matrices[t] += metrics.confusion_matrix(label.numpy(), mask_at(mask.numpy(), label.shape[1:], "stretch"), num_classes)
             on[t] += float(share) / len(trained.examples)
     dense, skipped = (value * (costs.reach[-1] + costs.head[-1] - costs.reach[k]) for value in segment.shares_of_macs())

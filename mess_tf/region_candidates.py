@@ -7,6 +7,7 @@ The masked segments of `mess_tf.network.regions` run, in float32; what decides i
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -226,11 +227,11 @@ class Outcomes:
             if (known := self._outcomes.get((chain, theta_pix, *taken))) is not None and index + 1 == len(chain):
                 return known
             cells = np.sort(np.argsort(sure, kind="stable")[:budget])
-            path = self._ran(chain, index, path, cells)
-            made = self._decide(candidate, path, theta_pix if index + 1 < len(chain) else None)
             active = np.zeros(regions.cells, bool)
             active[cells] = True
             active &= sure < GONE
+            path = self._ran(chain, index, path, cells, active)
+            made = self._decide(candidate, path, theta_pix if index + 1 < len(chain) else None)
             at[active] = index
             mask = np.where(active.reshape(regions.grid)[rows][:, columns], made[MASK][0], mask)
             if SURE in made:
@@ -241,21 +242,25 @@ class Outcomes:
             self._outcomes[key] = Outcome(mask, at.reshape(regions.grid), (*taken, *unused))
         return self._outcomes[key]
 
-    def _ran(self, chain: tuple[str, ...], index: int, path: tuple, cells: np.ndarray) -> tuple:
-        """Runs a segment of a chain at some cells, behind what ran at a path, and returns its own path."""
+    def _ran(self, chain: tuple[str, ...], index: int, path: tuple, cells: np.ndarray, active: np.ndarray) -> tuple:
+        """Runs a segment of a chain at some cells, behind what ran at a path, and returns its own path; `active`: bool, those of them
+        that have no answer yet.
+        """
         if cells.size == self._plan.regions.cells:  # all cells are left, so those before were all computed too
             return ()
         segment = self._plan.segments[chain][index - 1]
-        of_segment = (chain[index], tuple(segment.inputs), segment.outputs)
+        of_segment = (chain[index - 1], chain[index], tuple(segment.inputs), segment.outputs)
         longer = (*path, (*of_segment, cells.tobytes()))
         if longer not in self._tensors:
             if of_segment not in self._late:
-                self._late[of_segment] = tf.function(segment.masked, autograph=False)
-            active = np.zeros((1, self._plan.regions.cells), bool)
-            active[0, cells] = True
+                self._late[of_segment] = tf.function(functools.partial(_late, segment), autograph=False)
+            computed = np.zeros(self._plan.regions.cells, bool)
+            computed[cells] = True
             before = self._tensors[path]
             inputs = {name: before[name] for name in segment.inputs}
-            made = self._late[of_segment](inputs, tf.constant(active.reshape(1, *self._plan.regions.grid)))
+            grid = (1, *self._plan.regions.grid)
+            early = self._logits[chain[index - 1], path]
+            made = self._late[of_segment](inputs, early, tf.constant(computed.reshape(grid)), tf.constant(active.reshape(grid)))
             self._logits[chain[index], longer] = made.pop("logits").numpy()
             self._tensors[longer] = before | made
         return longer
@@ -283,6 +288,14 @@ class Outcomes:
             interpreter = Interpreter(model_content=content, num_threads=os.cpu_count())
             self._deciders[shape, theta_pix] = interpreter.get_signature_runner(SIGNATURE)
         return self._deciders[shape, theta_pix]
+
+
+def _late(
+    segment: ActiveSegment, tensors: Mapping[str, tf.Tensor], early: tf.Tensor, computed: tf.Tensor, active: tf.Tensor
+) -> dict[str, tf.Tensor]:
+    """A segment at the cells that are computed, with the logits of an earlier exit where no cell is active."""
+    made = segment.masked(tensors, computed)
+    return made | {"logits": segment.answer(early, made["logits"], active)}
 
 
 def configurations(plan: Plan, theta_pix: Sequence[float], theta_img: Sequence[float]) -> list[tuple[tuple[str, ...], float, float]]:

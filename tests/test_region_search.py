@@ -94,9 +94,10 @@ def by_hand(network: MultiExitNetwork, stats: RegionStats, number: int, image: n
     cells = [segments[0].cells_of(side, axis) for axis, side in enumerate(SIZE)]
     tensors = dict(first({"image": image}, training=False))
     alive, answer, taken = np.ones((1, *stats.regions.grid), bool), np.zeros((1, *stats.regions.grid), int), []
-    mask = None
+    mask, before, budget = None, None, stats.regions.cells
     for index, choice in enumerate(exits):
         logits = tensors.pop("logits")
+        before = logits = logits if budget == stats.regions.cells else segments[index - 1].answer(before, logits, alive)
         made = decide(logits, SIZE, ())["mask"]
         mask = made if mask is None else segments[0].merged(mask, made, alive)
         answer[alive] = index

@@ -220,6 +220,22 @@ def test_what_cannot_be_done_is_named():
         segment_of(network, 1, STALE)
 
 
+def test_answer_is_of_this_exit_where_it_worked(networks):
+    """Maps of other sizes are averaged or enlarged; the border between cells lies between positions."""
+    segment = segment_of(networks("deeplab"), 1, NEAREST)
+    active = np.zeros((1, 5, 7), bool)
+    active[0, 2, 3] = True
+    late = tf.fill((1, 5, 7, 1), 100.0)
+    early = np.arange(10 * 14, dtype=np.float32).reshape(1, 10, 14, 1)
+    expected = early[0, ..., 0].reshape(5, 2, 7, 2).mean((1, 3))
+    expected[2, 3] = 100
+    np.testing.assert_array_equal(segment.answer(early, late, active)[0, ..., 0], expected)
+    same_size = segment.answer(late, 2 * late, active)[0, ..., 0].numpy()
+    assert same_size[2, 3] == 200 and same_size.sum() == 200 + 34 * 100
+    larger = segment.answer(late, tf.zeros((1, 10, 14, 1)), active)[0, ..., 0].numpy()
+    assert (larger[4:6, 6:8] == 0).all() and larger.sum() == (140 - 4) * 100
+
+
 @pytest.mark.parametrize("neighbours", NEIGHBOURS)
 def test_a_head_without_blocks_loses_nothing_at_active_cells(networks, neighbours):
     network = networks("deeplab")
@@ -340,9 +356,12 @@ def test_a_file_whose_cells_leave(three_exits, monkeypatch):
         active = segment.active(cells)
         expected = segment.masked({tensor: before[tensor] for tensor in segment.inputs}, active)
         made = run(f"segment.{name}.3", before)
-        same(made["mask"], segment.merged(before["mask"], decide(expected["logits"], SIZE, ())["mask"], active))
+        answer = segment.answer(before["answer"], expected["logits"], active)
+        same(made["mask"], segment.merged(before["mask"], decide(answer, SIZE, ())["mask"], active))
         assert (made["mask"] != before["mask"]).any()
+        assert ("answer" in made) == ("sure" in made)
         if "sure" in made:
+            close(made["answer"], answer)
             close(made["block_4_add"], expected["block_4_add"])
             assert (made["sure"] == 2).tolist() == (~active.numpy()).tolist()
     dense = chain.segments[1].dense({name: before[name] for name in chain.segments[1].inputs})["logits"]
@@ -454,8 +473,10 @@ def keras_run(network: MultiExitNetwork, bundle: Bundle, image: np.ndarray) -> t
     segments = segments_on_grid(network, CANDIDATES, SIZE, CELLS)
     tensors = dict(network.segments(CANDIDATES)[0]({"image": image[None].astype(np.float32)}, training=False))
     alive, mask, steps, cells = tf.ones((1, *CELLS.grid), tf.bool), None, [(12, 12)], np.zeros((1, *CELLS.grid), int)
+    answer, budget = None, 12
     for index, choice in enumerate(bundle.manifest.segments):
         logits = tensors.pop("logits")
+        answer = logits = logits if budget == 12 else segments[index - 1].answer(answer, logits, alive)
         made = decide(logits, SIZE, ())["mask"]
         mask = made if mask is None else segments[0].merged(mask, made, alive)
         cells = np.where(alive, index, cells)

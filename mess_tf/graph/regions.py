@@ -13,12 +13,12 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 from mess_runtime import bundle as bundles
-from mess_runtime.bundle import GONE, SURE
+from mess_runtime.bundle import ANSWER, GONE, SURE
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import FP32, TOLERANCE, ExportError, Tensors, check_outputs, convert, pixels, run_signature
 from mess_tf.graph.policy import decide, decide_by_cell
 from mess_tf.network.model import MultiExitNetwork
-from mess_tf.network.regions import ActiveSegment, segments_on_grid
+from mess_tf.network.regions import ActiveSegment, resized, segments_on_grid
 
 CELLS = "cells"
 LOGITS = "logits"
@@ -77,11 +77,12 @@ class RegionChain:
     """A network in which every cell leaves at the first exit that is sure of it, as graphs.
 
     The first exit takes `image` [1, H, W, 3], each later one at a budget of cells what earlier ones hand on. All make `mask` uint8
-    [1, H, W]; all but the last `sure` float32 [1, rows, columns], the share of confident pixels, GONE where a cell has left before. A
-    later one reads both from the one before. It works on the cells that are least sure, as many as its budget, and changes the mask there,
-    but for those that have left. A cell leaves an exit when its share reaches a threshold that whoever runs the file compares it with: it
-    takes the least budget that holds the others, the largest where none does, and stops if there are no others. More cells than others are
-    no loss: they are the next least sure.
+    [1, H, W]; all but the last `sure` float32 [1, rows, columns], the share of confident pixels, GONE where a cell has left before, and
+    `answer` float32 [1, h, w, C], logits. A later one reads the three from the one before. It works on the cells that are least sure, as
+    many as its budget, and changes the mask there, but for those that have left. Logits of cells that it does not work on, which count
+    where a pixel lies between two positions, are those of the answer, see `ActiveSegment.answer`. A cell leaves an exit when its share
+    reaches a threshold that whoever runs the file compares it with: it takes the least budget that holds the others, the largest where
+    none does, and stops if there are no others. More cells than others are no loss: they are the next least sure.
 
     Attributes:
       segments: those after the first; None for one that can only be dense, whose only budget is all cells.
@@ -121,13 +122,13 @@ class RegionChain:
 
     @functools.cached_property
     def samples(self) -> list[dict[str, np.ndarray]]:
-        """Each image, and all features that are handed on."""
+        """Each image, all features that are handed on, and the logits of all exits but the last under their names."""
         found = []
         for image in self._images:
             sample = {bundles.IMAGE: image}
-            for model in self._models[:-1]:
+            for exit_name, model in zip(self._exits, self._models[:-1], strict=False):
                 made = model({name: sample[name] for name in model.input}, training=False)
-                sample |= {name: value.numpy() for name, value in made.items() if name != LOGITS}
+                sample |= {exit_name if name == LOGITS else name: value.numpy() for name, value in made.items()}
             found.append(sample)
         return found
 
@@ -208,6 +209,8 @@ class RegionChain:
                 else:
                     chosen = segment.active(segment.most_unsure(before[SURE], here))
                     made = segment.masked(features, chosen)
+                    if here < self._regions.cells:
+                        made[LOGITS] = segment.answer(before[ANSWER], made[LOGITS], chosen & (before[SURE] < GONE))
                 try:
                     made = {name: value.numpy() for name, value in made.items()}
                     self._check(got, index, made, chosen & (before[SURE] < GONE), before[bundles.MASK])
@@ -232,6 +235,8 @@ class RegionChain:
             return
         tolerance = TOLERANCE[self._precision]
         expected = {name: value for name, value in made.items() if name in got} | {bundles.MASK: mask}
+        if threshold:
+            expected[ANSWER] = made[LOGITS]
         check_outputs(got, expected, {bundles.MASK: made[LOGITS]}, tolerance)
         if threshold:
             error = np.abs(got[SURE] - np.where(active, decided[SURE], GONE)).mean()
@@ -246,11 +251,12 @@ class RegionChain:
         handed = [name for name in self._models[index].output if name != LOGITS]
         decision = self._decision(graph.outputs[LOGITS].shape, index, budget)
         given = {name: tensor for name, tensor in decision.inputs.items() if name not in (LOGITS, CELLS)}
+        answers = self._thresholds[index] and ANSWER not in decision.outputs
         given = {name: graph.inputs.get(name, tensor) for name, tensor in given.items()}
         graph = flatbuffer.Graph(graph.inputs | given, graph.outputs | given, graph.operations)
         joined = flatbuffer.join(graph, decision, {name: name for name in decision.inputs}, "made.")
         outputs = {made: joined.outputs[f"made.{made}"] for made in decision.outputs}
-        outputs |= {name: joined.outputs[name] for name in handed}
+        outputs |= {name: joined.outputs[name] for name in handed} | ({ANSWER: joined.outputs[LOGITS]} if answers else {})
         return flatbuffer.cut(joined, joined.inputs, outputs)
 
     def _decision(self, logits: tuple[int, ...], index: int, budget: int | None) -> flatbuffer.Graph:
@@ -259,14 +265,21 @@ class RegionChain:
         selects = budget is not None and budget < self._regions.cells
 
         def function(logits: tf.Tensor, **before: tf.Tensor) -> dict[str, tf.Tensor]:
+            if budget is not None:
+                active = before[SURE] < GONE
+            if selects:
+                segment = self.segments[index - 1]
+                active &= segment.active(before[CELLS][None])
+                size = logits.shape[1:3]
+                there = _of_pixels(active, tuple(segment.cells_of(side, axis) for axis, side in enumerate(size)))[..., None]
+                logits = tf.where(there, logits, resized(before[ANSWER], size))
             made = decide_by_cell(logits, self._size, threshold, self._by_pixel) if threshold else decide(logits, self._size, ())
             if budget is None:
                 return made
-            active = before[SURE] < GONE
-            if selects:
-                active &= self.segments[index - 1].active(before[CELLS][None])
             if threshold:
                 made[SURE] = tf.where(active, made[SURE], GONE)
+                if selects:
+                    made[ANSWER] = logits
             changed = _of_pixels(active, self._by_pixel)
             new, old = (tf.cast(masks[bundles.MASK], tf.int32) for masks in (made, before))  # no runtime compares or selects uint8
             return made | {bundles.MASK: tf.cast(tf.where(changed, new, old), tf.uint8)}
@@ -275,7 +288,7 @@ class RegionChain:
         if budget is not None:
             inputs |= {SURE: (1, *self._regions.grid), bundles.MASK: tf.TensorSpec((1, *self._size), tf.uint8)}
         if selects:
-            inputs[CELLS] = tf.TensorSpec((budget,), tf.int32)
+            inputs |= {CELLS: tf.TensorSpec((budget,), tf.int32), ANSWER: self.samples[0][self._exits[index - 1]].shape}
         return convert(function, inputs)
 
 

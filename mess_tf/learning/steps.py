@@ -211,11 +211,13 @@ def network_step(
             teacher = losses.upsample_at(soft[0], size, rows, columns) if soft else final
             values = {}
             for name in candidates:
-                logits = losses.upsample_at(network.head_logits(name, features, training=not regions), size, rows, columns)
+                answer = network.head_logits(name, features, training=not regions)
+                logits = losses.upsample_at(answer, size, rows, columns)
                 values[name] = exit_loss(stage, logits, teacher, target, weights)
                 if name in behind:
                     cells = drawn_cells(behind[name], tf.stop_gradient(logits), dice)
-                    late = losses.upsample_at(behind[name].masked(features, cells)["logits"], size, rows, columns)
+                    late = behind[name].answer(tf.stop_gradient(answer), behind[name].masked(features, cells)["logits"], cells)
+                    late = losses.upsample_at(late, size, rows, columns)
                     there = behind[name].merged(tf.fill(tf.shape(target), IGNORE), tf.cast(target, tf.int32), cells)
                     values[f"{FINAL} behind {name}"] = losses.cross_entropy(late, there, weights, stage.label_smoothing)
             if soft:

@@ -14,7 +14,7 @@ from mess_tf.network.costs import Node, graph_nodes
 from mess_tf.network.layers import LogProbability, TwoClasses
 
 # What inputs and outputs are called beside the names of layers, in segments, heads and files.
-_RESERVED = re.compile(r"image|pixels|logits|mask|confident_pixels|sure|cells|tap\..*|(exit\d+|final)\..*|.*:.*")
+_RESERVED = re.compile(r"image|pixels|logits|mask|confident_pixels|sure|answer|cells|tap\..*|(exit\d+|final)\..*|.*:.*")
 HALF = ("float16", "bfloat16")
 
 

@@ -234,9 +234,18 @@ class ActiveSegment:
         return tf.math.top_k(-tf.reshape(sure, (-1, math.prod(self.grid))), count).indices
 
     def merged(self, early: tf.Tensor, late: tf.Tensor, active: tf.Tensor) -> tf.Tensor:
-        """The mask of this segment's exit at active cells, that of an earlier one elsewhere: [B, H, W]; `active` as in `masked`."""
+        """What this segment's exit makes at active cells, what an earlier one made elsewhere: [B, H, W, ...]; `active` as in `masked`."""
         rows, columns = (self.cells_of(length, axis) for axis, length in enumerate(early.shape[1:3]))
-        return tf.where(tf.gather(tf.gather(tf.cast(active, tf.bool), rows, axis=1), columns, axis=2), late, early)
+        where = tf.gather(tf.gather(tf.cast(active, tf.bool), rows, axis=1), columns, axis=2)
+        return tf.where(tf.reshape(where, (*where.shape, *[1] * (len(early.shape) - 3))), late, early)
+
+    def answer(self, early: tf.Tensor, late: tf.Tensor, active: tf.Tensor) -> tf.Tensor:
+        """This segment's logits at active cells, those of an earlier exit, brought to the same size, elsewhere: float32 [B, h, w, C].
+
+        A pixel near the border of a cell is a mixture of the logits on both sides. Of a cell that has left the earlier exit knows them
+        better than whatever fills this segment's features there.
+        """
+        return self.merged(resized(early, late.shape[1:3]), late, active)
 
     def cells_of(self, length: int, axis: int) -> np.ndarray:
         """Row or column of the cell that each row or column of an image lies in: that of the nearest position."""
@@ -339,6 +348,17 @@ def _kind(node: Node, shapes: Mapping[str, tuple[int, int]]) -> Callable | None:
         return _convolution if operation.groups == 1 else None
     by_channel = getattr(operation, "axis", -1) in (-1, 3)
     return _positionwise if isinstance(operation, POSITIONWISE) and by_channel else None
+
+
+def resized(logits: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+    """Logits [B, h, w, C] as a map of another size: means where it is a whole number of times smaller, else bilinear."""
+    height, width = logits.shape[1:3]
+    if (height, width) == tuple(size):
+        return logits
+    if height % size[0] == width % size[1] == 0:
+        factors = (height // size[0], width // size[1])
+        return tf.nn.avg_pool2d(logits, factors, factors, "VALID")
+    return tf.image.resize(logits, size)
 
 
 def _one_hot(numbers: np.ndarray) -> np.ndarray:

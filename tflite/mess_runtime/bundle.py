@@ -8,7 +8,8 @@ The .tflite has these signatures, which share their weights, the last two only w
 * `full`: image to EXIT.mask (and EXIT.confident_pixels) of every exit, at a stretch
 
 Where every part of the image leaves for itself (see `Regions`), `segment.EXIT` of the first exit makes `sure` in the place of
-`confident_pixels`, and there is a `segment.EXIT.BUDGET` of every later exit and budget, which reads `sure` and `mask` of the exit before.
+`confident_pixels`, and `answer`, and there is a `segment.EXIT.BUDGET` of every later exit and budget, which reads these and `mask` of the
+exit before.
 
 The strict JSON reading and atomic writing here also serve latency.json. This module needs no interpreter.
 """
@@ -41,6 +42,7 @@ IMAGE = "image"
 MASK = "mask"
 CONFIDENT_PIXELS = "confident_pixels"
 SURE = "sure"
+ANSWER = "answer"  # logits of the deepest exit that has worked at a position
 GONE = 2.0  # how sure a cell is that has left before
 
 INPUT_DEPENDENT = "input-dependent"
