@@ -61,14 +61,16 @@ def prepare(precision: str, scale: float) -> Path:
     folder = Path(FLAGS.workdir) / f"{precision}-scale{scale:g}"
     if not folder.exists():
         rescale(Path(FLAGS.workdir), scale, folder)
-    common = (f"--workdir={folder}", f"--data_dir={FLAGS.data_dir}", f"--regions={NONE}")
+    common = (f"--workdir={folder}", f"--data_dir={FLAGS.data_dir}")
+    regions, chains = (f"--regions={NONE}",), ()
     if FLAGS.regions != NONE and precision != INT8 and scale == float(FLAGS.scales[0]):
         heads = ",".join(FLAGS.region_heads)
-        common = (*common[:2], f"--regions={FLAGS.regions}", f"--region_cell={FLAGS.region_cell}", f"--region_heads={heads}")
+        regions = (f"--regions={FLAGS.regions}", f"--region_cell={FLAGS.region_cell}", f"--region_heads={heads}")
+        chains = (f"--max_early={FLAGS.max_early}",)
     if not (folder / CANDIDATES).exists():
-        command("mess_tf.export_tflite", *common, "--candidates", f"--precision={precision}")
+        command("mess_tf.export_tflite", *common, *regions, "--candidates", f"--precision={precision}")
     if not (folder / "stats.npz").exists():
-        command("mess_tf.calibrate", *common, *([f"--max_early={FLAGS.max_early}"] if len(common) > 3 else []))
+        command("mess_tf.calibrate", *common, *regions, *chains)
     return folder
 
 
