@@ -19,7 +19,7 @@ demo-commands:
 	@echo "masks: runs/demo/masks, report: runs/demo/report/index.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(FULL)
+	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(FULL)
 
 notebooks: $(READY)
 	$(BIN)/python -m pytest -q -m notebook

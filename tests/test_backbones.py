@@ -170,7 +170,7 @@ OTHERS = {  # the last layer of the trunk, where it is not the network's, and wh
 }
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", pytest.param("efficientnet_v2_b0", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", *(pytest.param(name, marks=pytest.mark.full) for name in ("convnext_tiny", "efficientnet_v2_b0"))])
 def test_other_networks_have_the_features_of_keras_applications_and_any_output_stride(name, tmp_path):
     class_name, last, channels = OTHERS[name]
     base = getattr(keras.applications, class_name)(input_shape=(*SIZE, 3), include_top=False, weights=None)

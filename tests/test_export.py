@@ -252,6 +252,7 @@ def test_int8_candidates_hand_int8_on(made, tmp_path):
         interpreter.invoke()
 
 
+@pytest.mark.full
 def test_int8_statistics_are_nearer_to_the_int8_bundle_than_those_of_float32(made, tmp_path):
     network, examples, _, stats = made
     asked = {f"exit1.{HEADS[0]}", f"exit2.{HEADS[1]}"}

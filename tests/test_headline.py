@@ -196,6 +196,7 @@ def test_smaller_networks_start_with_the_weights_of_the_original(trained, monkey
             np.testing.assert_array_equal(network.get_layer(layer).kernel, original.get_layer(layer).kernel)
 
 
+@pytest.mark.full
 def test_training_of_an_alternative_to_an_original_with_a_scaled_input(trained, tmp_path, monkeypatch):
     scaled = dataclasses.replace(CONFIG, backbone=dataclasses.replace(CONFIG.backbone, input_scale=0.5))
     monkeypatch.setattr(statics, "FLAGS", SimpleNamespace(workdir=trained[0], epochs=1, eval_epochs=1, learning_rate=0.01), raising=False)

@@ -78,7 +78,8 @@ def test_a_recipe_gets_ready_to_train_on_its_data(name, small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["voc_mobilenet_v2", *(pytest.param(name, marks=pytest.mark.full) for name in [*DATA][1:])])
+@pytest.mark.full
+@pytest.mark.parametrize("name", DATA)
 def test_a_recipe_runs_from_its_data_to_a_deployment(name, small, tmp_path):
     workdir, config = tmp_path / "work", small(name)
     train.run(workdir, config)

@@ -87,6 +87,7 @@ def test_a_file_is_refused_for_other_images_or_classes(tmp_path):
         SoftTargets.load(path, examples)
 
 
+@pytest.mark.full
 def test_a_training_learns_from_the_file(tmp_path, small):
     examples = open_split(small.data, "train")
     untrained = build_network(small, examples.info.num_classes).original

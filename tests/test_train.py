@@ -352,6 +352,7 @@ def test_mixed_precision_learns(kind):
         assert values[0][name].dtype == tf.float32 and float(values[-1][name]) < float(values[0][name]) - 0.05
 
 
+@pytest.mark.full
 def test_compiled_steps_do_the_same():
     networks = [make_network() for _ in range(2)]
     for network, jit_compile in zip(networks, (False, True), strict=True):
@@ -414,6 +415,7 @@ def test_the_best_evaluation_is_kept(tmp_path, monkeypatch):
     assert same(weights_of(network.original), seen[1])
 
 
+@pytest.mark.full
 def test_class_weights_are_taken_back_as_far_as_validation_wants(tmp_path):
     network, path = make_network(), str(tmp_path / "given.npz")
     run_stage(tmp_path / "plain", network, images=32, exits="all", epochs=12, eval_epochs=12, class_weights="none")
@@ -555,6 +557,7 @@ def in_one_piece(tmp_path_factory) -> tuple[Config, tuple[dict[str, bytes], str]
     return config, results(folder / "whole")
 
 
+@pytest.mark.full
 def test_heads_in_parts_become_those_in_one_piece(in_one_piece, tmp_path, monkeypatch):
     """One as in another process, the other one stopped on the way and gone on with here; what is finished is not done again."""
     config, expected = in_one_piece
