@@ -164,6 +164,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("scales", ["1", "0.75"], "of the input inside the network")
     flags.DEFINE_list("rows", ["no_loss", "minus_1pp", "equal_latency", "share_0.3", "share_0.45", "share_0.6", "share_0.8"], "see above")
     flags.DEFINE_list("settings", list(SETTINGS), "of the rows")
+    flags.register_validator("settings", lambda given: {*given} <= {*SETTINGS}, f"must be of {', '.join(SETTINGS)}")
     flags.DEFINE_enum("regions", NONE, [NONE, *NEIGHBOURS], "what regions see of those that left; none: no regions")
     flags.DEFINE_integer("region_cell", 32, "side of a region in pixels", lower_bound=1)
     flags.DEFINE_list("region_heads", [], "EXIT.HEAD of one per exit; default: every exit with the plain head")
