@@ -391,6 +391,7 @@ def test_the_runner_on_a_jvm_decides_like_the_python_runner(classes, folder, pho
     remote.end()
 
 
+@pytest.mark.full
 def test_on_a_jvm_cells_leave_as_in_python(classes, network, photos, tmp_path, under_one_clock):
     """Budgets, active cells, masks and times; every second time under a deadline, which takes a smaller budget where there is one."""
     choices = [ExitChoice(name, HEAD, 0.34, theta) for name, theta in (("exit1", 0.3), ("exit2", 0.2))]

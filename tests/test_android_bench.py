@@ -577,6 +577,7 @@ def two_exits(trained, tmp_path_factory):
 QUICK = ("--runs=1", "--min_seconds=0", "--repetitions=1", "--warmup_runs=1")
 
 
+@pytest.mark.full
 def test_what_a_phone_makes_of_images(bench, plug_in, two_exits, tool):
     """Backend by backend against the CPU here and the labels; one that is wrong from the fourth inference on is found."""
     phone = plug_in("Pixel 8")

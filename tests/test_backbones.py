@@ -15,6 +15,7 @@ from mess_tf.network.backbones import _APPLICATIONS, build_backbone
 
 CHANNELS = {"mobilenet_v2": 160, "efficientnet_lite0": 320, "resnet50": 2048}
 SIZE = (64, 96)
+FULL = pytest.mark.full
 BGR_MEANS = np.float32([103.939, 116.779, 123.68])
 MILITARY_UNIFORM = 652  # as the weights count the classes of ImageNet
 
@@ -75,7 +76,7 @@ def applications(tmp_path_factory):
 # === Structure ===
 
 
-@pytest.mark.parametrize("output_stride", [8, pytest.param(16, marks=pytest.mark.full), 32])
+@pytest.mark.parametrize("output_stride", [8, pytest.param(16, marks=FULL), 32])
 @pytest.mark.parametrize("name", CHANNELS)
 def test_output_shape_is_as_declared_and_every_variable_gets_a_gradient(backbones, name, output_stride):
     model = backbones(name, output_stride)
@@ -170,7 +171,9 @@ OTHERS = {  # the last layer of the trunk, where it is not the network's, and wh
 }
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", *(pytest.param(name, marks=pytest.mark.full) for name in ("convnext_tiny", "efficientnet_v2_b0"))])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v3_small", *(pytest.param(name, marks=FULL) for name in ("convnext_tiny", "efficientnet_v2_b0"))]
+)
 def test_other_networks_have_the_features_of_keras_applications_and_any_output_stride(name, tmp_path):
     class_name, last, channels = OTHERS[name]
     base = getattr(keras.applications, class_name)(input_shape=(*SIZE, 3), include_top=False, weights=None)
@@ -195,7 +198,7 @@ def test_every_name_is_one_of_keras_applications():
 # === Weights of EfficientNet-Lite ===
 
 
-@pytest.mark.parametrize(("number", "parameters"), [(1, 3_774_624), pytest.param(2, 4_413_488, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("number", "parameters"), [(1, 3_774_624), pytest.param(2, 4_413_488, marks=FULL)])
 def test_larger_lites_are_those_of_the_packages(number, parameters):
     """Counted with the packages' weights in them, of which none was left over; the first and the last stage have one block in all."""
     model = build_backbone(config(f"efficientnet_lite{number}"))

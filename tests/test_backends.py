@@ -22,7 +22,7 @@ from small_network import small_network
 
 from mess_runtime import engines, verify
 from mess_runtime.__main__ import main
-from mess_runtime.bundle import FP16, FULL, MANIFEST, MODEL, SIGNATURE, Bundle, InputSpec, Verification, sha256, write_manifest
+from mess_runtime.bundle import FULL, INT8, MANIFEST, MODEL, SIGNATURE, Bundle, InputSpec, Verification, sha256, write_manifest
 from mess_runtime.runner import Runner
 from mess_tf.configs import HeadSpec
 from mess_tf.files import Configuration, ExitChoice
@@ -397,7 +397,7 @@ def verified(python: Path, environment, *arguments) -> tuple[int, dict]:
 @pytest.mark.parametrize(
     ("version", "precision"),
     [
-        pytest.param(version, precision, marks=() if version == INSTALLED and precision != FP16 else pytest.mark.full)
+        pytest.param(version, precision, marks=() if version == INSTALLED and precision == INT8 else pytest.mark.full)
         for version in VERSIONS
         for precision in PRECISIONS
     ],

@@ -185,6 +185,7 @@ def test_smaller_input_is_the_original_on_a_resized_image(trained, tmp_path):
     np.testing.assert_allclose(again.original(image, training=False), made, rtol=0, atol=tolerance)
 
 
+@pytest.mark.full
 def test_smaller_networks_start_with_the_weights_of_the_original(trained, monkeypatch):
     folder, original = trained[0], trained[1].original
     monkeypatch.setattr(statics, "load_network", lambda *_: trained[1])  # the test above reads it from its file

@@ -466,7 +466,7 @@ def test_stopped_in_each_step_it_ends_with_the_same_files(made, model, full, tmp
     assert_same(workdir, made)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_it_ends_with_the_same_files(made, model, tmp_path, capsys):
     """A process of its own, killed while it exports the candidates; what it leaves half-written is cleared."""
     workdir = tmp_path / "work"

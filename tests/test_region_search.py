@@ -412,6 +412,7 @@ def test_pipeline_knows_what_regions_need(made, tmp_path):
     Pipeline(tmp_path / "work", plain, "", Asked(min_miou=0.0, decide="best"), latency).check()
 
 
+@pytest.mark.full
 def test_prediction_is_what_the_bundle_does_and_the_report_says(made, stats, tmp_path, monkeypatch):
     """The mask of a bundle's runs, budgets and cells, counted over the split that the search has seen."""
     folder, _, val = made

@@ -180,17 +180,17 @@ def assert_same(workdir: Path, other: Path, *stages: str) -> None:
             assert step == other_step and losses == pytest.approx(other_losses, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_replicas_train_as_one_does(folder):
     assert_same(folder / "mirrored", folder / "none", "stage1", "stage2")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_killed_on_two_replicas_ends_on_one_as_an_unbroken_one(folder):
     assert_same(folder / "killed", folder / "none", "stage1")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_replicas_find_what_one_does_in_images(folder):
     one, two = (dict(np.load(folder / f"of_{count}.npz")) for count in ("one", "two"))
     assert one.keys() == two.keys() and len(one) == 2
@@ -198,7 +198,7 @@ def test_two_replicas_find_what_one_does_in_images(folder):
         np.testing.assert_array_equal(two[name], matrix, name)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_train_as_one_does(folder):
     """Each reads its own half of every batch, and the first one alone writes the work folder."""
     with socket.socket() as one, socket.socket() as two:

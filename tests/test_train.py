@@ -584,6 +584,7 @@ def test_heads_in_parts_become_those_in_one_piece(in_one_piece, tmp_path, monkey
     assert started == ["stage2/0-1"] and results(tmp_path) == expected
 
 
+@pytest.mark.full
 def test_what_was_begun_in_one_piece_stays_so(in_one_piece, tmp_path):
     config, _ = in_one_piece
     heads = ["exit1.decoder-r4-b0", "exit2.decoder-r4-b0"]
