@@ -30,6 +30,7 @@ WHEELS = {
 }
 
 PHOTOS = 256
+DEAD = 1e-4  # length of a filter that gives nothing, in that of the median one
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "The file to write: .npz, of mobilenet_v2 .weights.h5.", required=True)
@@ -183,7 +184,9 @@ def unfold(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> An
     """MobileNetV2 with batch normalisation from one whose normalisation was folded into its convolutions, as quantised files have it.
 
     What a convolution gives on the photos becomes the moving statistics, and scale and offset undo them: the network computes what the
-    folded one does, in inference, and about that in training, where it can be trained on.
+    folded one does, in inference, and about that in training, where it can be trained on. Filters get length 1, and the scale their own:
+    behind a normalisation a step turns a filter by the learning rate over its length squared, and folded ones are 0.02 to 140 long. A
+    filter of zeros becomes a random one with scale 0.
 
     Args:
       folded: for each of the 52 convolutions, in order, `NN.conv.kernel` [h, w, in, out] or `NN.depthwise.kernel` [h, w, channels, 1], and
@@ -215,9 +218,17 @@ def unfold(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> An
     measured = keras.Model(model.input, moments)
     of_photos = [[np.asarray(moment, np.float64)[0] for moment in measured(np.float32(photo)[None] / 127.5 - 1)] for photo in photos]
     sums = [np.mean(values, axis=0) for values in zip(*of_photos, strict=True)]
-    for norm, mean, square in zip(norms, sums[::2], sums[1::2], strict=True):
-        variance = np.maximum(square - mean**2, 0)
-        norm.set_weights([np.sqrt(variance + norm.epsilon), mean + norm.beta.numpy(), mean, variance])
+    generator = np.random.default_rng(0)
+    for convolution, norm, mean, square in zip(convolutions, norms, sums[::2], sums[1::2], strict=True):
+        shape, bias, variance = convolution.kernel.shape, norm.beta.numpy(), np.maximum(square - mean**2, 0)
+        filters = convolution.kernel.numpy().reshape(-1, bias.size)  # the last axis of a depthwise kernel has length 1
+        length = np.linalg.norm(filters, axis=0)
+        dead = length < DEAD * np.median(length)
+        filters[:, dead] = generator.normal(size=(len(filters), dead.sum()))
+        convolution.set_weights([(filters / np.linalg.norm(filters, axis=0)).reshape(shape)])
+        length[dead], mean[dead], variance[dead] = 1, 0, 1
+        scale = np.where(dead, 0, length * np.sqrt(variance / length**2 + norm.epsilon))
+        norm.set_weights([scale, mean + bias, mean / length, variance / length**2])
     return model
 
 

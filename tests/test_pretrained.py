@@ -194,10 +194,15 @@ def test_a_folded_mobilenet_gets_its_batch_normalisation_back():
     generator = np.random.default_rng(0)
     base = keras.applications.MobileNetV2((None, None, 3), include_top=False, weights=None)
     folded = {}
-    kernels = [layer.get_weights()[0] for layer in base.layers if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D)]
+    convolutions = [layer for layer in base.layers if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D)]
     norms = [layer for layer in base.layers if isinstance(layer, keras.layers.BatchNormalization)]
-    for index, (kernel, norm) in enumerate(zip(kernels, norms, strict=True)):
+    for index, (layer, norm) in enumerate(zip(convolutions, norms, strict=True)):
+        kernel = layer.kernel.numpy()
         kind, bias = "depthwise" if kernel.shape[-1] == 1 else "conv", generator.normal(0, 0.1, norm.beta.shape).astype(np.float32)
+        kernel.reshape(-1, bias.size)[:, 0] *= 30  # folded filters are of any length
+        if index == 0:
+            kernel[..., 1] = 0
+        layer.set_weights([kernel])
         folded |= {f"{index:02d}.{kind}.kernel": kernel, f"{index:02d}.{kind}.bias": bias}
         norm.set_weights([np.ones_like(bias), bias, np.zeros_like(bias), np.full_like(bias, 1 - norm.epsilon)])
     photos = [generator.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(3)]
@@ -206,6 +211,12 @@ def test_a_folded_mobilenet_gets_its_batch_normalisation_back():
     expected = base(batch, training=False).numpy()
     np.testing.assert_allclose(model(batch, training=False), expected, atol=1e-3 * np.abs(expected).max())
     np.testing.assert_allclose(model(batch, training=True), expected, atol=0.02 * np.abs(expected).max())
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D):
+            filters = layer.kernel.numpy().reshape(-1, layer.kernel.shape[-2 if layer.kernel.shape[-1] == 1 else -1])
+            np.testing.assert_allclose(np.linalg.norm(filters, axis=0), 1, atol=1e-5)
+    first = next(layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization))
+    assert first.gamma[1] == 0 and np.all(np.delete(first.gamma, 1) > 0)
     with pytest.raises(ValueError, match=r"folded: must be the arrays \['00\.conv\.bias', .*, got \['bias'\]"):
         pretrained.unfold({"bias": np.zeros(3)}, photos)
     with pytest.raises(ValueError, match=r"folded: 51\.conv: must be of shapes .*, got \(\(1, 1, 320, 1280\), \(3,\)\)"):
