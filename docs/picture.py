@@ -1,4 +1,4 @@
-"""The picture of the README: `make demo`, then `python docs/picture.py`.
+"""The picture of one decision per image: `make demo`, then `python docs/picture.py`.
 
 One row per image: the image, the mask of the first exit, where it is sure, the mask of the last exit, and where the bundle of WORKDIR
 let the image leave, after how long (the median of `REPETITIONS` runs, one thread). Which pixels are sure is computed from the logits of
