@@ -6,16 +6,17 @@ WORKDIR/submodels, edge handling left aside.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, Bundle, check
+from mess_runtime.bundle import BUDGETED, INPUT_DEPENDENT, Bundle, Manifest, check
 from mess_runtime.engines import open_interpreter
 from mess_runtime.files import write_atomically
 from mess_runtime.runner import Runner
@@ -46,6 +47,29 @@ def one_of_each(runner: Runner, folder: Path) -> list[Path]:
     return [by_exit[name] for name in exits]
 
 
+def show(row: Sequence[Axes], images: Sequence[np.ndarray]) -> None:
+    """Draws a row of images without axes."""
+    for panel, shown in zip(row, images, strict=True):
+        panel.imshow(shown)
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+
+
+def add_legend(figure: Figure, manifest: Manifest, seen: Collection[int], unsure: str) -> None:
+    """Says which colours are which classes, and what the shade of unsure parts is called."""
+    patches = [Patch(color=np.array(manifest.palette[index]) / 255, label=manifest.classes[index]) for index in sorted(seen)]
+    patches.append(Patch(color=np.array(UNSURE) / 255, label=unsure))
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=11)
+
+
+def save(figure: Figure, output: str) -> None:
+    """Writes a small PNG and prints its path."""
+    figure.savefig(buffer := io.BytesIO(), dpi=100, facecolor="white")
+    small = Image.open(buffer).convert("RGB").quantize(256)  # a third of the bytes
+    write_atomically(output, lambda temporary: small.save(temporary, "PNG", optimize=True))
+    print(output)
+
+
 def picture(workdir: Path, images: Sequence[Path]) -> Figure:
     """Draws the rows; without images, one image that leaves at the first exit and one that leaves at the last."""
     manifest = (bundle := Bundle.load(workdir / "bundle")).manifest
@@ -71,29 +95,20 @@ def picture(workdir: Path, images: Sequence[Path]) -> Figure:
         sure = sure_pixels(workdir / "submodels" / f"logits.{first.exit}.tflite", fitted, first.theta_pix)
         shade = np.repeat(np.asarray(Image.fromarray(fitted).convert("L"))[..., None], 3, -1)
         shade = np.where(sure[..., None], shade, (0.4 * shade + 0.6 * np.array(UNSURE)).astype(np.uint8))
-        for panel, shown in zip(row, (image, palette[masks[0]], shade, palette[masks[1]]), strict=True):
-            panel.imshow(shown)
-            panel.set(xticks=[], yticks=[])
-            panel.spines[:].set_visible(False)
+        show(row, (image, palette[masks[0]], shade, palette[masks[1]]))
         row[2].set_xlabel(f"{results[0].trace[0].confidence:.0%} of the pixels, {first.theta_img:.0%} needed", fontsize=11)
         left_early = results[0].exit == first.exit
         row[1].set_xlabel(f"left at {first.exit} after {latency}" if left_early else "not sure enough: goes on", fontsize=11)
         row[3].set_xlabel("not run" if left_early else f"left at {results[0].exit} after {latency}", fontsize=11)
         row[1 if left_early else 3].xaxis.label.set_weight("bold")
         seen |= set(np.unique(masks))
-    patches = [Patch(color=palette[index] / 255, label=manifest.classes[index]) for index in sorted(seen)]
-    patches.append(Patch(color=np.array(UNSURE) / 255, label="not sure"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=11)
+    add_legend(figure, manifest, seen, "not sure")
     return figure
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    figure = picture(Path(FLAGS.workdir), [Path(path) for path in FLAGS.images])
-    figure.savefig(buffer := io.BytesIO(), dpi=100, facecolor="white")
-    small = Image.open(buffer).convert("RGB").quantize(256)  # a third of the bytes
-    write_atomically(FLAGS.output, lambda temporary: small.save(temporary, "PNG", optimize=True))
-    print(FLAGS.output)
+    save(picture(Path(FLAGS.workdir), [Path(path) for path in FLAGS.images]), FLAGS.output)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,21 @@
 """The picture of the README: `python docs/picture_regions.py --bundle=B --images=PHOTO,...`, B a bundle whose cells leave, of two exits.
 
-One row per photo: the photo, the mask of the first exit, which cells go on, and the mask that comes out, with the milliseconds of both
-parts (the median of `REPETITIONS` runs, one thread) and what the last exit takes for the whole image. docs/regions.png is of the bundle
+One row per photo: the photo, the mask of the first exit, which cells go on, and the mask that comes out, with the milliseconds to each
+mask (the median of `REPETITIONS` runs, one thread) and what the last exit takes for the whole image. docs/regions.png is of the bundle
 of "Under a DeepLabV3 head" in benchmarks/README.md that loses nothing, and of two photos that come with scikit-image: chelsea.png (Stefan
 van der Walt, CC0) and astronaut.png (NASA, public domain).
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from picture import REPETITIONS, UNSURE
+from picture import REPETITIONS, UNSURE, add_legend, save, show
 from PIL import Image
 
 from mess_runtime.bundle import BUDGETED, Bundle, check
-from mess_runtime.files import write_atomically
 from mess_runtime.runner import Runner
 
 
@@ -38,34 +35,24 @@ def picture(bundle: Bundle, images: Sequence[Path]) -> Figure:
         results = [runner.run(image) for _ in range(REPETITIONS)]
         whole = [runner.run(image, setting=BUDGETED, exit=last) for _ in range(REPETITIONS)]
         early = runner.run(image, setting=BUDGETED, exit=first).mask
-        result, steps = results[0], len(results[0].trace)
-        parts = [np.median([each.trace[step].latency_ms for each in results]) for step in range(steps)]
+        result, first_ms = results[0], np.median([each.trace[0].latency_ms for each in results])
         goes_on = np.asarray(Image.fromarray((result.cells > 0).astype(np.uint8)).resize(photo.size, Image.Resampling.NEAREST), bool)
         shade = np.repeat(np.asarray(photo.convert("L"))[..., None], 3, -1)
         shade = np.where(goes_on[..., None], (0.4 * shade + 0.6 * np.array(UNSURE)).astype(np.uint8), shade)
-        for panel, shown in zip(row, (image, palette[early], shade, palette[result.mask]), strict=True):
-            panel.imshow(shown)
-            panel.set(xticks=[], yticks=[])
-            panel.spines[:].set_visible(False)
-        row[1].set_xlabel(f"after {parts[0]:.3g} ms", fontsize=11)
+        show(row, (image, palette[early], shade, palette[result.mask]))
+        row[1].set_xlabel(f"after {first_ms:.3g} ms", fontsize=11)
         row[2].set_xlabel(f"{(result.cells > 0).mean():.0%} of the image", fontsize=11)
         total = np.median([each.latency_ms for each in results])
         alone = np.median([each.latency_ms for each in whole])
         row[3].set_xlabel(f"after {total:.3g} ms; all cells: {alone:.3g} ms", fontsize=11, weight="bold")
         seen |= {*np.unique(early), *np.unique(result.mask)}
-    patches = [Patch(color=palette[index] / 255, label=manifest.classes[index]) for index in sorted(seen)]
-    patches.append(Patch(color=np.array(UNSURE) / 255, label="goes on"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=11)
+    add_legend(figure, manifest, seen, "goes on")
     return figure
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    figure = picture(Bundle.load(FLAGS.bundle), [Path(path) for path in FLAGS.images])
-    figure.savefig(buffer := io.BytesIO(), dpi=100, facecolor="white")
-    small = Image.open(buffer).convert("RGB").quantize(256)
-    write_atomically(FLAGS.output, lambda temporary: small.save(temporary, "PNG", optimize=True))
-    print(FLAGS.output)
+    save(picture(Bundle.load(FLAGS.bundle), [Path(path) for path in FLAGS.images]), FLAGS.output)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,6 @@ def test_a_recipe_gets_ready_to_train_on_its_data(name, small, tmp_path):
     assert network.candidates == [*exits, "final.original"]
 
 
-@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("name", DATA)
 def test_a_recipe_runs_from_its_data_to_a_deployment(name, small, tmp_path):
