@@ -145,14 +145,14 @@ def miou(label: np.ndarray, tp: np.ndarray, predicted: np.ndarray) -> np.ndarray
 
 
 class Costs:
-    """Ideal MACs relative to the final exit alone: `reach[k]` of the layers up to exit k, `head[k]` of its head."""
+    """Ideal MACs relative to the final exit alone, `whole`: `reach[k]` of the layers up to exit k, `head[k]` of its head."""
 
     def __init__(self, trained: Trained):
         shapes = tensor_shapes(trained.network, trained.size)
         reach = np.array([model_cost(trained.network.features([name]), trained.size).macs for name in trained.candidates], float)
         head = np.array([head_cost(trained.network, name, shapes).macs for name in trained.candidates], float)
-        whole = reach[-1] + head[-1]
-        self.reach, self.head = reach / whole, head / whole
+        self.whole = reach[-1] + head[-1]
+        self.reach, self.head = reach / self.whole, head / self.whole
 
     def of(self, exits: Sequence[int], shares: Sequence[float]) -> float:
         """Cost of a chain whose exits are reached by these shares of the cells, the first by all."""

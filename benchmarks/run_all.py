@@ -56,6 +56,7 @@ def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list
         "regions": [workdir, "--cells=16", "--exits=2", "--resamples=100"],
         "regions_blocks": ["--networks=mobilenet_v2", "--precisions=fp32", "--blocks=1", "--rounds=3"],
         "gain_policy": [workdir, "--blocks=4"],
+        "scales": [workdir, "--scales=0.5,1", "--resamples=100"],
         "cell_policy": [workdir, "--cell=32", "--folds=2", "--epochs=1"],
         "precision": [workdir, "--rounds=3"],
         "mixed_precision": [workdir, "--rounds=3"],

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 # Before anything imports TensorFlow. Its threads would only wait for those of the other test worker.
 SINGLE_THREAD = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as `mess_tf` does, which tests may import later
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(dict.fromkeys(SINGLE_THREAD, "1"))
 # The files that take longest, in the order in which the workers begin them: none is left with one of these alone at the end.
