@@ -175,7 +175,7 @@ class Runner:
                     self._prepare(signature, needed is not None, made)
                 made |= {name: tensor for name, tensor in self._engine.outputs[signature].items() if name not in own}
             self._image = np.zeros(self._shape, self._input.dtype)  # not before the file has agreed to its size
-            self._warm_up([signature for forms in self._forms for signature in forms.values()])
+            self._warm_up([[*forms.values()] for forms in self._forms])
 
     def _forms_of(self, index: int) -> dict[int, str]:
         """The signatures of a segment by number of cells, rising; one that can only be dense has no other budgets in the file."""
@@ -357,7 +357,7 @@ class Runner:
         if signature not in self._fastest_ms:
             with self._loading():
                 self._prepare(signature, False, {IMAGE: Tensor(self._input.dtype, self._shape)})
-                self._warm_up([signature])
+                self._warm_up([[signature]])
         self._take(image)
         return self._result(signature, [self._step(signature)], image)
 
@@ -378,11 +378,15 @@ class Runner:
             received = engine.outputs[signature].get(name)
             check(received == tensor, f"{where}: output {name!r}", str(tensor), received)
 
-    def _warm_up(self, signatures: Sequence[str]) -> None:
+    def _warm_up(self, segments: Sequence[Sequence[str]]) -> None:
+        """Runs every form of each segment on what the segment before made: its own answer may have another size."""
         for _ in range(WARMUP_RUNS):
             self._tensors = {IMAGE: self._engine.put(self._signatures[0], IMAGE, self._image)}
-            for signature in signatures:
-                self._step(signature)
+            for forms in segments:
+                before = self._tensors
+                for signature in forms:
+                    self._tensors = dict(before)
+                    self._step(signature)
 
     def _take(self, image: np.ndarray) -> None:
         """Makes the image, fitted to the network's input, the one that the next steps work on."""
