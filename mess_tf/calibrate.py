@@ -8,7 +8,8 @@ are those of their precision and name the files whose latencies belong to them. 
 so a threshold means the same there. With --precisions, as given to `export_tflite`, stats.fp16.npz and so on, one for each.
 
 With --regions, or a training whose stage1.regions is another than none, it also writes WORKDIR/regions.npz: the whole outcome of chains of
-exits whose cells leave each for itself, for every theta_pix and --theta_img, in shards likewise; see `mess_tf.region_candidates`.
+exits whose cells leave each for itself, for every theta_pix and --theta_img at each of them, in shards likewise; see
+`mess_tf.region_candidates`.
 """
 
 from absl import flags
@@ -272,7 +273,7 @@ class Calibration:
 
 
 class RegionCalibration:
-    """What counts the regions of the images of a split, see `Calibration`: every chain, with each pair of thresholds."""
+    """What counts the regions of the images of a split, see `Calibration`: every chain, with each pair of thresholds at each early exit."""
 
     def __init__(self, calibration: Calibration, chains: Plan, theta_img: Sequence[float] = THETA_IMG):
         """Looks at what will be run.

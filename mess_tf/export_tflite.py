@@ -4,7 +4,7 @@
 its heads read), per candidate `head.EXIT.HEAD` (those tensors to the mask and its logits), and per size of logits the exit policy alone.
 Their latencies add up to those of any deployment. Beside them, `weights.sha256` says of which weights they are and how exported, once all
 are there. With --regions, or a training whose stage1.regions is another than none, also `region.EXIT.HEAD`, a first exit whose cells leave
-each for itself, and for every pair of exits and budget of cells `region.EXIT.HEAD.EXIT.HEAD.BUDGET`.
+each for itself, and for every pair of exits in a chain, and budget of cells, `region.EXIT.HEAD.EXIT.HEAD.BUDGET`.
 
 `python -m mess_tf.export_tflite --workdir=W --deployment=deployment.json` writes
 
@@ -164,10 +164,10 @@ def export_candidates(exporter: Exporter, folder: Path, chains: Plan | None = No
         if deeper:
             print(f"{exit_name}.{head}: costs no less than at {deeper[0]}: too heavy a head for its place")
     if chains:
-        for candidate in progress(sorted({first for first, _ in chains.pairs}), "export", "first exit"):
+        for candidate in progress(sorted({chain[0] for chain in chains.chains}), "export", "first exit"):
             exporter.region_first(folder, candidate, chains.regions)
-        for first, second in progress(chains.pairs, "export", "pair"):
-            exporter.region_pair(folder, first, second, chains.regions)
+        for pair, segment in progress([*chains.pairs.items()], "export", "pair"):
+            exporter.region_pair(folder, *pair, chains.regions, None if segment else chains.cells)
         bundles.write_json(folder / REGIONS_OF_FILES, dataclasses.asdict(chains.regions))
     text = _made_from(network.weights_sha256(), exporter.precision, exporter.float_operations)
     write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_text(text))

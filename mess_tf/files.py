@@ -443,10 +443,11 @@ class RegionStats(_Arrays):
       cells: int32 [K, I, M + 1], cells whose answer is that of each exit.
       first_macs, first_parameters: int64 [A], from the image to a candidate, as the first of a chain.
       pairs: int64 [J, 2], positions in `candidates` of neighbours in a chain.
-      pair_macs: int64 [J, B], from the first of a pair to the second at a budget.
+      pair_macs: int64 [J, B], from the first of a pair to the second at a budget; 0 at those that a pair does not have: all but the last,
+        where it can only run densely.
       pair_parameters: int64 [J], likewise.
       first_sha256: A hashes of the submodels, empty before the export, and where a candidate begins no chain.
-      pair_sha256: J * B hashes, likewise, budget by budget.
+      pair_sha256: J * B hashes, likewise, budget by budget; empty at those that a pair does not have.
 
     Raises:
       ValueError: naming the key that does not fit.
@@ -514,8 +515,12 @@ class RegionStats(_Arrays):
         check(bool(ok.all()), "pairs", "distinct, all neighbours in a chain among them", np.argwhere(~ok)[:1].tolist())
         check((self.tp <= self.labelled).all(), "tp", "at most the labelled pixels", "more")
         check(self.labelled.sum() > 0, "labelled", "above 0 in at least one image", 0)
+        check((self.pair_macs[:, -1] > 0).all(), "pair_macs", "above 0 at the last budget", int(self.pair_macs[:, -1].min()))
         known = np.isin(self.taken, (0, *self.budgets.tolist()))
-        check(bool(known.all()), "taken", f"0 or of the budgets {self.budgets.tolist()}", self.taken[~known][:1].tolist())
+        place = np.minimum(np.searchsorted(self.budgets, self.taken), b - 1)
+        known &= (self.taken == 0) | (self.pair_macs[of_pair[:, None], place] > 0)
+        required = f"0 or of the budgets {self.budgets.tolist()} that the pair has"
+        check(bool(known.all()), "taken", required, self.taken[~known][:1].tolist())
         whole = (self.cells.sum(2) == self.budgets[-1]).all()
         check(bool(whole), "cells", f"{self.budgets[-1]} in each image", "others")
         check(len(self.first_sha256) == a, "first_sha256", f"{a} strings", len(self.first_sha256))

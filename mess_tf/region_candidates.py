@@ -1,15 +1,16 @@
 """Chains of exits whose cells leave each for itself: which there are, what they cost, and what each comes to on every image.
 
-A configuration is a chain of candidates, shallow to deep, with theta_pix and theta_img, the same ones at all of its early exits. What it
-does to an image depends on theta_img only through the budgets that are taken. So the network runs once for an image; then each segment
-runs once for every pair of exits, theta_pix and budget that occurs, on the cells that are least sure: all of them are the network itself.
-The masked segments of `mess_tf.network.regions` run, in float32; what decides is the .tflite that devices run.
+A configuration is a chain of candidates, shallow to deep, with theta_pix and theta_img of each early exit. What it does to an image depends
+on theta_img only through the budgets that are taken. So the network runs once for an image; then each segment of a chain runs once for
+every theta_pix and budget that occur before it, on the cells that are least sure: all of them are the network itself. The masked segments
+of `mess_tf.network.regions` run, in float32; what decides is the .tflite that devices run.
 """
 
 import dataclasses
 import functools
 import itertools
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,10 +33,13 @@ from mess_tf.graph.policy import decide, decide_by_cell
 from mess_tf.graph.regions import budgets
 from mess_tf.network.costs import model_cost
 from mess_tf.network.model import MultiExitNetwork
-from mess_tf.network.regions import ActiveSegment, segment_with_cells, segments_on_grid
+from mess_tf.network.regions import ActiveSegment, DenseSegmentError, segment_with_cells, segments_on_grid
 
 NONE = "none"
+# On an image each may run a segment of its own, and each keeps counts of every image and class.
 MOST_CONFIGURATIONS = 5000
+
+Thetas = tuple[tuple[float, float], ...]  # theta_pix and theta_img of each early exit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +87,16 @@ class Plan:
     Attributes:
       regions: cells and budgets.
       candidates: those of any chain, shallow to deep.
-      segments: the segments after the first of each chain.
+      segments: the segments after the first of each chain, one at least that can leave cells out; None for those that can only run densely.
+      pairs: the segment between neighbours in a chain of up to two early exits, likewise.
       left_out: chains that cannot be, with the reason.
       cells: rows and columns of cells that the rows and the columns of the image lie in.
     """
 
     regions: Regions
     candidates: tuple[str, ...]
-    segments: Mapping[tuple[str, ...], Sequence[ActiveSegment]]
+    segments: Mapping[tuple[str, ...], Sequence[ActiveSegment | None]]
+    pairs: Mapping[tuple[str, str], ActiveSegment | None]
     left_out: Mapping[tuple[str, ...], str]
     cells: tuple[np.ndarray, np.ndarray]
 
@@ -99,14 +105,9 @@ class Plan:
         """The candidates of each, shallow to deep."""
         return [*self.segments]
 
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Neighbours in a chain, each of which is a chain too."""
-        return [chain for chain in self.segments if len(chain) == 2]
-
 
 def plan(network: MultiExitNetwork, config: Config, options: RegionOptions) -> Plan | None:
-    """Finds the chains whose every segment can leave cells out.
+    """Finds the chains one of whose segments can leave cells out.
 
     Args:
       network: with all heads.
@@ -139,22 +140,40 @@ def plan(network: MultiExitNetwork, config: Config, options: RegionOptions) -> P
             left_out[pair] = str(error)
     check(regions is not None, "regions", f"{NONE} with this network", "; ".join(dict.fromkeys(left_out.values())))
     cells = tuple(segment.cells_of(side, axis) for axis, side in enumerate(size))
-    segments: dict[tuple[str, ...], list[ActiveSegment]] = {}
-    for length in range(2, options.max_early + 2):
-        for chain in itertools.combinations(candidates, length):
-            if chain in left_out or any(pair not in segments for pair in itertools.pairwise(chain) if length > 2):
-                continue
+    segments: dict[tuple[str, ...], Sequence[ActiveSegment | None]] = {}
+    found: dict[tuple[str, str], ActiveSegment | None] = {}
+    for pair in pairs:
+        try:
+            [found[pair]] = segments[pair] = _segments(network, pair, size, regions, cells)
+        except DenseSegmentError as error:
+            found[pair], left_out[pair] = None, str(error)
+        except ValueError as error:
+            left_out[pair] = str(error)
+    begins, used = {first for first, _ in segments}, {*segments}
+    for chain in itertools.combinations(candidates, 3):
+        between = [*itertools.pairwise(chain)]
+        if chain[0] not in begins or not {*between} <= {*found} or not any(found[pair] for pair in between):
+            continue
+        used |= {*between}  # with one early exit too: the files that are measured serve both
+        if options.max_early > 1:
             try:
-                found = segments_on_grid(network, chain, size, regions)
-                whole = [name for name, each in zip(chain[1:], found, strict=True) if each is None]
-                check(not whole, "regions", "such that every segment leaves out work", ", ".join(whole))
-                same = all(np.array_equal(found[0].cells_of(side, axis), cells[axis]) for axis, side in enumerate(size))
-                check(same, "regions", "of the same pixels in all chains", chain)
-                segments[chain] = found
+                segments[chain] = _segments(network, chain, size, regions, cells)
             except ValueError as error:
                 left_out[chain] = str(error)
-    used = {name for chain in segments for name in chain}
-    return Plan(regions, tuple(name for name in candidates if name in used), segments, left_out, cells)
+    of_pairs = {pair: segment for pair, segment in found.items() if pair in used}
+    names = {name for pair in used for name in pair}
+    return Plan(regions, tuple(name for name in candidates if name in names), segments, of_pairs, left_out, cells)
+
+
+def _segments(
+    network: MultiExitNetwork, chain: Sequence[str], size: tuple[int, int], regions: Regions, cells: Sequence[np.ndarray]
+) -> list[ActiveSegment | None]:
+    """See `segments_on_grid`, which raises the errors; `cells` as of `Plan`."""
+    found = segments_on_grid(network, chain, size, regions)
+    some = next(filter(None, found))
+    same = all(np.array_equal(some.cells_of(side, axis), cells[axis]) for axis, side in enumerate(size))
+    check(same, "regions", "of the same pixels in all chains", chain)
+    return found
 
 
 def plan_of(network: MultiExitNetwork, chain: Sequence[str], regions: Regions, size: tuple[int, int]) -> Plan:
@@ -162,32 +181,54 @@ def plan_of(network: MultiExitNetwork, chain: Sequence[str], regions: Regions, s
     segments = segments_on_grid(network, chain, size, regions)
     some = next(filter(None, segments))
     cells = tuple(some.cells_of(side, axis) for axis, side in enumerate(size))
-    return Plan(regions, tuple(chain), {tuple(chain): segments}, {}, cells)
+    pairs = dict(zip(itertools.pairwise(chain), segments, strict=True))
+    return Plan(regions, tuple(chain), {tuple(chain): segments}, pairs, {}, cells)
 
 
 def submodels(plan: Plan) -> tuple[list[str], list[str]]:
-    """Names of the files that are measured: of each candidate as the first, and of each pair and budget, budget by budget."""
+    """Names of the files that are measured: of each candidate as the first, and of each pair and budget, budget by budget.
+
+    Of a pair that can only run densely there is the file of the last budget only.
+    """
     pairs = [f"region.{first}.{second}.{budget}" for first, second in plan.pairs for budget in plan.regions.budgets]
     return [f"region.{candidate}" for candidate in plan.candidates], pairs
 
 
-@dataclasses.dataclass(frozen=True)
+class _Computed:
+    """What was computed of an image: the network itself, or where segments have worked at some cells only.
+
+    Attributes:
+      tensors: features by name.
+      logits: by candidate.
+      decided: mask, and with a threshold how sure each cell is, by candidate and theta_pix.
+      later: what a segment of the chain made of it, by candidate and cells.
+    """
+
+    def __init__(self, tensors: Mapping[str, tf.Tensor], logits: Mapping[str, np.ndarray]):
+        self.tensors, self.logits = tensors, dict(logits)
+        self.decided: dict[tuple[str, float | None], dict[str, np.ndarray]] = {}
+        self.later: dict[tuple[str, bytes], _Computed] = {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
     """What a configuration does to an image.
 
     Attributes:
       mask: uint8 [H, W] at the network's size.
       exits: int [rows, columns], the position in the chain of the exit that each cell has its answer from.
-      taken: the budget that each exit after the first took, 0 for those that no cell came to.
+      taken: the budget that each exit after the first took, of those that cells came to.
+      computed: what the last of these exits hands on.
     """
 
     mask: np.ndarray
     exits: np.ndarray
     taken: tuple[int, ...]
+    computed: _Computed
 
 
 class Outcomes:
-    """Runs chains over one image after another; of an image, nothing is computed twice."""
+    """Runs chains over one image after another; of an image and a chain, nothing is computed twice."""
 
     def __init__(self, network: MultiExitNetwork, plan: Plan, size: tuple[int, int]):
         """Plans only.
@@ -198,7 +239,11 @@ class Outcomes:
           size: (H, W) of its input.
         """
         self._network, self._plan, self.size = network, plan, size
-        read = {name for segments in plan.segments.values() for segment in segments for name in segment.inputs}
+        self._dense = {chain: network.segments(chain) for chain, segments in plan.segments.items() if None in segments}
+        read = set()
+        for chain, segments in plan.segments.items():
+            for index, segment in enumerate(segments, 1):
+                read.update(segment.inputs if segment else self._dense[chain][index].input)
         self._features_of = tf.function(network.features(plan.candidates, sorted(read)), autograph=False)
         self._head_of = tf.function(network.head_logits, autograph=False)
         self._late: dict[tuple, tf.types.experimental.PolymorphicFunction] = {}
@@ -206,75 +251,87 @@ class Outcomes:
 
     def take(self, image: np.ndarray) -> None:
         """The next image, float32 [1, H, W, 3]."""
-        # By path, the segments that were computed at some cells only: () is the network itself.
-        self._tensors = {(): dict(self._features_of(image, training=False))}
-        self._logits: dict[tuple, np.ndarray] = {}
-        self._decided: dict[tuple, dict[str, np.ndarray]] = {}
-        self._outcomes: dict[tuple, Outcome] = {}
+        self._whole = _Computed(dict(self._features_of(image, training=False)), {})
+        self._chain: tuple[str, ...] = ()
 
-    def outcome(self, chain: tuple[str, ...], theta_pix: float, theta_img: float) -> Outcome:
-        """Runs a chain as `mess_runtime.runner.Runner` does. Two configurations with one outcome share the object."""
-        regions, (rows, columns) = self._plan.regions, self._plan.cells
-        made = self._decide(chain[0], (), theta_pix)
-        mask, sure = made[MASK][0], made[SURE].ravel()
-        at, path, taken = np.zeros(regions.cells, int), (), []
-        for index, candidate in enumerate(chain[1:], 1):
+    def outcome(self, chain: tuple[str, ...], thetas: Thetas) -> Outcome:
+        """Runs a chain as `mess_runtime.runner.Runner` does. Configurations of a chain with one outcome share the object.
+
+        What is known of a chain is forgotten with the next, so it is best to ask for all of a chain in a row.
+        """
+        if chain != self._chain:
+            self._whole.later.clear()
+            made = self._decide(self._whole, chain[0], thetas[0][0])
+            nothing = Outcome(made[MASK][0], np.zeros(self._plan.regions.grid, int), (), self._whole)
+            self._chain, self._outcomes = chain, {(): nothing}
+        ran, outcome = (), self._outcomes[()]
+        for index, (theta_pix, theta_img) in enumerate(thetas, 1):
+            sure = self._decide(outcome.computed, chain[index - 1], theta_pix)[SURE][0]
+            sure = np.where(outcome.exits == index - 1, sure, GONE)
             unsure = int((sure < theta_img - SURE_ROUNDING).sum())
             if not unsure:
                 break
-            budget = next(each for each in regions.budgets if each >= unsure)
-            taken.append(budget)
-            if (known := self._outcomes.get((chain, theta_pix, *taken))) is not None and index + 1 == len(chain):
-                return known
-            cells = np.sort(np.argsort(sure, kind="stable")[:budget])
-            active = np.zeros(regions.cells, bool)
-            active[cells] = True
-            active &= sure < GONE
-            path = self._ran(chain, index, path, cells, active)
-            made = self._decide(candidate, path, theta_pix if index + 1 < len(chain) else None)
-            at[active] = index
-            mask = np.where(active.reshape(regions.grid)[rows][:, columns], made[MASK][0], mask)
-            if SURE in made:
-                sure = np.where(active, made[SURE].ravel(), GONE)
-        key = (chain, theta_pix, *taken)
-        if key not in self._outcomes:
-            unused = (0,) * (len(chain) - 1 - len(taken))
-            self._outcomes[key] = Outcome(mask, at.reshape(regions.grid), (*taken, *unused))
-        return self._outcomes[key]
+            able = self._plan.regions.budgets[0 if self._plan.segments[chain][index - 1] else -1 :]
+            budget = next(each for each in able if each >= unsure)
+            ran = (*ran, theta_pix, budget)
+            if ran not in self._outcomes:
+                following = thetas[index][0] if index < len(thetas) else None
+                self._outcomes[ran] = self._later(outcome, chain, sure, budget, following)
+            outcome = self._outcomes[ran]
+        return outcome
 
-    def _ran(self, chain: tuple[str, ...], index: int, path: tuple, cells: np.ndarray, active: np.ndarray) -> tuple:
-        """Runs a segment of a chain at some cells, behind what ran at a path, and returns its own path; `active`: bool, those of them
-        that have no answer yet.
-        """
-        if cells.size == self._plan.regions.cells:  # all cells are left, so those before were all computed too
-            return ()
+    def _later(self, before: Outcome, chain: tuple[str, ...], sure: np.ndarray, budget: int, theta_pix: float | None) -> Outcome:
+        """What the next exit, whose theta_pix this is, makes of an outcome at the cells that are least sure: `sure` [rows, columns]."""
+        index, (rows, columns) = len(before.taken) + 1, self._plan.cells
+        chosen = np.zeros(sure.size, bool)
+        chosen[np.argsort(sure, axis=None, kind="stable")[:budget]] = True
+        chosen = chosen.reshape(sure.shape)
+        active = chosen & (sure < GONE)
+        computed = self._ran(before.computed, chain, index, chosen, active)
+        mask = np.where(active[rows][:, columns], self._decide(computed, chain[index], theta_pix)[MASK][0], before.mask)
+        return Outcome(mask, np.where(active, index, before.exits), (*before.taken, budget), computed)
+
+    def _ran(self, before: _Computed, chain: tuple[str, ...], index: int, chosen: np.ndarray, active: np.ndarray) -> _Computed:
+        """Runs a segment of a chain at some cells; `active` are those of them that have no answer yet, both bool [rows, columns]."""
+        if before is self._whole and chosen.all():
+            return before
+        key = (chain[index], chosen.tobytes())
+        if key not in before.later:
+            segment = self._plan.segments[chain][index - 1]
+            reads = segment.inputs if segment else self._dense[chain][index].input
+            inputs = {name: before.tensors[name] for name in reads}
+            if segment:
+                early = before.logits[chain[index - 1]]
+                made = self._function(chain, index)(inputs, early, tf.constant(chosen[None]), tf.constant(active[None]))
+            else:
+                made = self._function(chain, index)(inputs)
+            logits = {chain[index]: made.pop("logits").numpy()}
+            before.later[key] = _Computed(before.tensors | made, logits)
+        return before.later[key]
+
+    def _function(self, chain: tuple[str, ...], index: int):
+        """What runs a segment; of chains that share one, it is traced once."""
         segment = self._plan.segments[chain][index - 1]
-        of_segment = (chain[index - 1], chain[index], tuple(segment.inputs), segment.outputs)
-        longer = (*path, (*of_segment, cells.tobytes()))
-        if longer not in self._tensors:
-            if of_segment not in self._late:
-                self._late[of_segment] = tf.function(functools.partial(_late, segment), autograph=False)
-            computed = np.zeros(self._plan.regions.cells, bool)
-            computed[cells] = True
-            before = self._tensors[path]
-            inputs = {name: before[name] for name in segment.inputs}
-            grid = (1, *self._plan.regions.grid)
-            early = self._logits[chain[index - 1], path]
-            made = self._late[of_segment](inputs, early, tf.constant(computed.reshape(grid)), tf.constant(active.reshape(grid)))
-            self._logits[chain[index], longer] = made.pop("logits").numpy()
-            self._tensors[longer] = before | made
-        return longer
+        if segment:
+            key, function = (segment.inputs, segment.outputs), functools.partial(_late, segment)
+        else:
+            model = self._dense[chain][index]
+            key, function = (model.input, model.output), functools.partial(model, training=False)
+        key = (*chain[index - 1 : index + 1], *map(tuple, key))
+        if key not in self._late:
+            self._late[key] = tf.function(function, autograph=False)
+        return self._late[key]
 
-    def _decide(self, candidate: str, path: tuple, theta_pix: float | None) -> dict[str, np.ndarray]:
+    def _decide(self, computed: _Computed, candidate: str, theta_pix: float | None) -> dict[str, np.ndarray]:
         """Mask and, with a threshold, how sure each cell is."""
-        key = (candidate, path, theta_pix)
-        if key not in self._decided:
-            if (candidate, path) not in self._logits:
-                features = {name: self._tensors[()][name] for name in self._network.taps(candidate)}
-                self._logits[candidate, path] = self._head_of(candidate, features).numpy()
-            logits = self._logits[candidate, path]
-            self._decided[key] = self._decider(logits.shape, theta_pix)(logits=logits)
-        return self._decided[key]
+        key = (candidate, theta_pix)
+        if key not in computed.decided:
+            if candidate not in computed.logits:
+                features = {name: computed.tensors[name] for name in self._network.taps(candidate)}
+                computed.logits[candidate] = self._head_of(candidate, features).numpy()
+            logits = computed.logits[candidate]
+            computed.decided[key] = self._decider(logits.shape, theta_pix)(logits=logits)
+        return computed.decided[key]
 
     def _decider(self, shape: tuple[int, ...], theta_pix: float | None):
         if (shape, theta_pix) not in self._deciders:
@@ -298,20 +355,28 @@ def _late(
     return made | {"logits": segment.answer(early, made["logits"], active)}
 
 
-def configurations(plan: Plan, theta_pix: Sequence[float], theta_img: Sequence[float]) -> list[tuple[tuple[str, ...], float, float]]:
-    """Chain, theta_pix and theta_img of each; those of a chain's early exits are the same.
+def configurations(plan: Plan, theta_pix: Sequence[float], theta_img: Sequence[float]) -> list[tuple[tuple[str, ...], Thetas]]:
+    """Chain and thresholds of each, chain by chain: of every early exit every pair of theta_pix and theta_img.
 
     Raises:
       ValueError: there are more than MOST_CONFIGURATIONS.
     """
-    found = [*itertools.product(plan.chains, theta_pix, theta_img)]
-    required = f"so many that there are at most {MOST_CONFIGURATIONS} configurations of regions"
-    check(len(found) <= MOST_CONFIGURATIONS, "region_heads, max_early, theta_pix and theta_img", required, len(found))
-    return found
+    pairs = [*itertools.product(theta_pix, theta_img)]
+    early = Counter(len(chain) - 1 for chain in plan.chains)
+
+    def total(count: int) -> int:
+        return sum(chains * count**exits for exits, chains in early.items())
+
+    if total(len(pairs)) > MOST_CONFIGURATIONS:
+        most = next(count for count in range(len(pairs), -1, -1) if total(count) <= MOST_CONFIGURATIONS)
+        chains = ", ".join(f"{number} with {exits} early" for exits, number in sorted(early.items()))
+        required = f"at most {most} pairs (chains: {chains}), {MOST_CONFIGURATIONS} configurations, or fewer exits by region_heads"
+        raise ValueError(f"theta_pix, theta_img: must be {required}, got {len(pairs)} pairs, {total(len(pairs))} configurations")
+    return [(chain, thetas) for chain in plan.chains for thetas in itertools.product(pairs, repeat=len(chain) - 1)]
 
 
 def count(
-    outcomes: Outcomes, every: Sequence[tuple[tuple[str, ...], float, float]], examples: Examples, images: range, resize: str
+    outcomes: Outcomes, every: Sequence[tuple[tuple[str, ...], Thetas]], examples: Examples, images: range, resize: str
 ) -> dict[str, np.ndarray]:
     """Runs configurations over some images.
 
@@ -333,14 +398,15 @@ def count(
         for i, (image, label) in enumerate(evaluation_batches(examples, images).as_numpy_iterator()):
             outcomes.take(network_input(image, outcomes.size, resize))
             count_mask = _counter(label[0], outcomes.size, resize, classes)
-            labelled[i], counted = count_mask(None), {}
-            for k, configuration in enumerate(every):
-                outcome = outcomes.outcome(*configuration)
-                if id(outcome) not in counted:
-                    counted[id(outcome)] = count_mask(outcome.mask)
-                tp[k, i], fp[k, i] = counted[id(outcome)]
-                taken[k, i, : len(outcome.taken)] = outcome.taken
-                cells[k, i] = np.bincount(outcome.exits.ravel(), minlength=most)
+            labelled[i] = count_mask(None)
+            for _, of_chain in itertools.groupby(enumerate(every), lambda each: each[1][0]):
+                counted = {}
+                for k, configuration in of_chain:
+                    outcome = outcomes.outcome(*configuration)
+                    if outcome not in counted:
+                        counted[outcome] = (*count_mask(outcome.mask), np.bincount(outcome.exits.ravel(), minlength=most))
+                    tp[k, i], fp[k, i], cells[k, i] = counted[outcome]
+                    taken[k, i, : len(outcome.taken)] = outcome.taken
             bar.advance(examples.names[images[i]])
     return {"tp": tp, "fp": fp, "labelled": labelled, "taken": taken, "cells": cells}
 
@@ -352,7 +418,7 @@ def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def described(
-    network: MultiExitNetwork, plan: Plan, size: tuple[int, int], every: Sequence[tuple[tuple[str, ...], float, float]]
+    network: MultiExitNetwork, plan: Plan, size: tuple[int, int], every: Sequence[tuple[tuple[str, ...], Thetas]]
 ) -> dict[str, np.ndarray]:
     """What configurations are and cost, whatever the images: arrays of `RegionStats` by name.
 
@@ -365,14 +431,23 @@ def described(
     most = max(map(len, plan.chains))
     chains = np.full((len(every), most), -1)
     theta = np.full((2, len(every), most - 1), np.nan)
-    for k, (chain, pix, img) in enumerate(every):
+    for k, (chain, thetas) in enumerate(every):
         chains[k, : len(chain)] = [plan.candidates.index(name) for name in chain]
-        theta[:, k, : len(chain) - 1] = np.array([[pix], [img]])
-    pairs = {pair: plan.segments[pair][0] for pair in plan.pairs}
-    begins, shapes = {first for first, _ in pairs}, tensor_shapes(network, size)
-    first = [
-        (model_cost(network.features([name]), size), head_cost(network, name, shapes)) if name in begins else () for name in plan.candidates
-    ]
+        theta[:, k, : len(thetas)] = np.transpose(thetas)
+    shapes, begins = tensor_shapes(network, size), {chain[0] for chain in plan.chains}
+    reached = {name: model_cost(network.features([name]), size) for name in plan.candidates}
+    heads = {name: head_cost(network, name, shapes) for name in plan.candidates}
+    first = [(reached[name], heads[name]) if name in begins else () for name in plan.candidates]
+
+    def costs(pair: tuple[str, str], segment: ActiveSegment | None) -> tuple[list[int], int]:
+        """MACs at each budget, 0 at those that a dense segment does not have, and parameters."""
+        if segment:
+            return [segment.macs(budget) for budget in plan.regions.budgets], segment.parameters
+        whole, before, head = model_cost(network.features(pair), size), reached[pair[0]], heads[pair[1]]
+        macs = whole.macs - before.macs + head.macs
+        return [0] * (len(plan.regions.budgets) - 1) + [macs], whole.parameters - before.parameters + head.parameters
+
+    pair_macs, pair_parameters = zip(*itertools.starmap(costs, plan.pairs.items()), strict=True)
     return {
         "grid": np.array(plan.regions.grid),
         "budgets": np.array(plan.regions.budgets),
@@ -381,9 +456,9 @@ def described(
         "theta_img": theta[1],
         "first_macs": np.array([sum(cost.macs for cost in costs) for costs in first]),
         "first_parameters": np.array([sum(cost.parameters for cost in costs) for costs in first]),
-        "pairs": np.array([[plan.candidates.index(name) for name in pair] for pair in pairs]),
-        "pair_macs": np.array([[segment.macs(budget) for budget in plan.regions.budgets] for segment in pairs.values()]),
-        "pair_parameters": np.array([segment.parameters for segment in pairs.values()]),
+        "pairs": np.array([[plan.candidates.index(name) for name in pair] for pair in plan.pairs]),
+        "pair_macs": np.array(pair_macs),
+        "pair_parameters": np.array(pair_parameters),
     }
 
 

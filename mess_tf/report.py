@@ -372,7 +372,7 @@ def gallery(
     shown = list(dict.fromkeys([*chosen, FINAL]))
     miou = np.array([100 * metrics.miou(*stats.counts(stats.candidates.index(name))) for name in shown])  # [exits, I]
     leaves_at, here = outcome.reached, 100 * metrics.miou(*outcome.counts)
-    first, decides = deployment.exits[0], not deployment.regions
+    thetas, decides = tuple((each.theta_pix, each.theta_img) for each in deployment.exits[:-1]), not deployment.regions
     sure = [image_confidence(stats, deployment, k) for k, each in enumerate(deployment.exits) if decides and each.theta_pix is not None]
     surest = sure[0] if sure else here
     if deployment.regions:
@@ -407,7 +407,7 @@ def gallery(
         of_cells = None
         if deployment.regions:
             outcomes.take(network_input(image, size, resize))
-            ran = outcomes.outcome(tuple(chosen), first.theta_pix, first.theta_img)
+            ran = outcomes.outcome(tuple(chosen), thetas)
             mask = ran.mask[inside]
             of_cells = {
                 "exits": ran.exits.tolist(),

@@ -19,10 +19,10 @@ import tensorflow as tf
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from small_network import small_network
+from small_network import FEW_BLOCKS, small_network
 
 from mess_runtime.benchmark import LatencyRow, LatencyTable
-from mess_runtime.bundle import Bundle, Regions, file_sha256, write_json
+from mess_runtime.bundle import Bundle, Cost, Predicted, Regions, file_sha256, write_json
 from mess_runtime.images import mask_at
 from mess_runtime.runner import Runner
 from mess_tf import calibrate, configs, metrics, report, search, tasks
@@ -31,46 +31,58 @@ from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
 from mess_tf.export_tflite import run_candidates, run_deployment
-from mess_tf.files import Asked, Deployment, Objective, Original, RegionStats, Stats, best_weights, map_arrays
+from mess_tf.files import Asked, Configuration, Deployment, ExitChoice, Objective, Original, RegionStats, Stats, best_weights, map_arrays
+from mess_tf.graph.exporter import Exporter
 from mess_tf.graph.policy import decide, decide_by_cell
-from mess_tf.network.model import FINAL, MultiExitNetwork, build_network
+from mess_tf.network.model import FINAL, MultiExitNetwork, build_network, convert
 from mess_tf.network.regions import segments_on_grid
 from mess_tf.optimise.regions import configuration_of, predict_regions, region_macs, search_regions, select, taken_shares
 from mess_tf.optimise.search import InfeasibleError
 from mess_tf.pipeline import Pipeline
-from mess_tf.region_candidates import RegionOptions, configurations, plan
+from mess_tf.region_candidates import Outcomes, RegionOptions, configurations, count, described, plan
 
+LAYERS = keras.layers
 SIZE = (64, 96)
 HEAD = "fcn-r8-b0"
 THETA_IMG = (0.3, 0.7)
 
 
 def confidences(network: MultiExitNetwork, val: Examples) -> list[float]:
-    """The middle confidence of each early exit, rising."""
+    """The middle confidence of the first two exits, rising."""
     images = np.concatenate([network_input(val.load(i)[0], SIZE, "stretch") for i in range(len(val))])
     logits = network.submodel(network.candidates[:2])(images, training=False).values()
     return sorted(round(float(np.median(tf.reduce_max(tf.nn.softmax(each), -1))), 3) for each in logits)
 
 
+def sharpen(network: MultiExitNetwork) -> None:
+    """Makes an untrained network sure of something, which differs from cell to cell."""
+    for part in (network.original, *network.heads.values()):
+        for kernel in (each for each in part.trainable_variables if each.ndim == 4):
+            kernel.assign(3 * kernel)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, MultiExitNetwork, Examples]:
-    """A work folder with candidates and statistics of an untrained network whose stage 1 was to have regions; network and images."""
+    """A work folder with candidates and statistics of an untrained network whose stage 1 was to have regions; network and images.
+
+    Behind the second exit it can only run densely.
+    """
     keras.utils.set_random_seed(0)
     folder = tmp_path_factory.mktemp("work")
     config = Config(
         data=DataConfig(input_size=SIZE, synthetic_val=5),
         backbone=BackboneConfig("keras_file", weights=str(folder / "small.keras")),
-        exits=ExitsConfig(count=3, layers=("block_3_add", "block_4_add"), plain_head=HEAD),
+        exits=ExitsConfig(count=3, layers=("block_3_add", "block_5_add"), plain_head=HEAD),
         stage1=StageConfig(regions="nearest", region_cell=48),
     )
     (folder / "config.json").write_text(configs.to_json(config))
     val = open_split(config.data, "val")
-    small_network(val.info.num_classes).save(config.backbone.weights)
+    small = small_network(val.info.num_classes)
+    enlarged = LAYERS.Conv2DTranspose(val.info.num_classes, 2, 2, name="up")(small.get_layer("block_5_add").output)
+    keras.Model(small.input, enlarged).save(config.backbone.weights)
     network = build_network(config, val.info.num_classes)
     network.add_heads([HeadSpec.parse(HEAD)], 0.9)
-    for part in (network.original, *network.heads.values()):
-        for kernel in (each for each in part.trainable_variables if each.ndim == 4):
-            kernel.assign(3 * kernel)  # sure of something, which differs from cell to cell
+    sharpen(network)
     Path(best_weights(folder, "stage1")).parent.mkdir(parents=True)
     network.save_weights(best_weights(folder, "stage1"))
     run_candidates(folder)
@@ -86,20 +98,21 @@ def stats(made) -> RegionStats:
 
 
 def by_hand(network: MultiExitNetwork, stats: RegionStats, number: int, image: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
-    """Mask, budgets and cells by exit of a configuration: the masked segments of Keras, one after another."""
+    """Mask, budgets and cells by exit of a configuration: the masked or dense segments of Keras, one after another."""
     exits = stats.exits(number)
     chain = [f"{choice.exit}.{choice.head}" for choice in exits]
-    first, *_ = network.segments(chain)
+    models = network.segments(chain)
     segments = segments_on_grid(network, chain, SIZE, stats.regions)
-    cells = [segments[0].cells_of(side, axis) for axis, side in enumerate(SIZE)]
-    tensors = dict(first({"image": image}, training=False))
+    some = next(filter(None, segments))
+    cells = [some.cells_of(side, axis) for axis, side in enumerate(SIZE)]
+    tensors = dict(models[0]({"image": image}, training=False))
     alive, answer, taken = np.ones((1, *stats.regions.grid), bool), np.zeros((1, *stats.regions.grid), int), []
     mask, before, budget = None, None, stats.regions.cells
     for index, choice in enumerate(exits):
         logits = tensors.pop("logits")
         before = logits = logits if budget == stats.regions.cells else segments[index - 1].answer(before, logits, alive)
         made = decide(logits, SIZE, ())["mask"]
-        mask = made if mask is None else segments[0].merged(mask, made, alive)
+        mask = made if mask is None else some.merged(mask, made, alive)
         answer[alive] = index
         if choice.theta_pix is None:
             break
@@ -107,10 +120,15 @@ def by_hand(network: MultiExitNetwork, stats: RegionStats, number: int, image: n
         unsure = int((sure < choice.theta_img - 1e-5).sum())
         if not unsure:
             break
-        budget = min(each for each in stats.regions.budgets if each >= unsure)
+        segment, model = segments[index], models[index + 1]
+        budget = min(each for each in stats.regions.budgets if each >= unsure and (segment or each == stats.regions.cells))
         taken.append(budget)
-        chosen = segments[index].active(segments[index].most_unsure(tf.constant(sure, tf.float32), budget))
-        tensors |= segments[index].masked({name: tensors[name] for name in segments[index].inputs}, chosen)
+        inputs = {name: tensors[name] for name in model.input}
+        if segment is None:
+            tensors |= model(inputs, training=False)
+            continue
+        chosen = segment.active(segment.most_unsure(tf.constant(sure, tf.float32), budget))
+        tensors |= segment.masked(inputs, chosen)
         alive = alive & chosen.numpy()
     counts = np.bincount(answer.ravel(), minlength=stats.cells.shape[2]).tolist()
     return np.asarray(mask), taken + [0] * (stats.taken.shape[2] - len(taken)), counts
@@ -120,30 +138,115 @@ def test_statistics_are_what_keras_does_image_by_image(made, stats):
     _, network, val = made
     assert stats.regions == Regions("nearest", (2, 2), (1, 2, 4))  # three of the cells, 3x3 of 4x6 positions, are more work than all
     assert stats.candidates == (f"exit1.{HEAD}", f"exit2.{HEAD}", FINAL)
-    assert len(stats.chains) == 4 * 2 * len(THETA_IMG)
+    pairs = 2 * len(THETA_IMG)
+    assert len(stats.chains) == 2 * pairs + pairs**2  # behind exit 2, which only runs densely, no cell leaves for itself
+    dense = stats.pairs.tolist().index([1, 2])
     budgets = set()
     for i, k in itertools.product(range(len(val)), range(len(stats.chains))):
+        if (i + k) % 2:  # half of them are enough
+            continue
         image, label = val.load(i)
         mask, taken, cells = by_hand(network, stats, k, network_input(image, SIZE, "stretch"))
         assert (stats.taken[k, i].tolist(), stats.cells[k, i].tolist()) == (taken, cells)
         budgets.add(tuple(taken))
-        matrix = metrics.confusion_matrix(label[None], mask_at(mask, label.shape, "stretch"), val.info.num_classes)
-        tp, fp, fn = metrics.class_counts(matrix)
-        ties = label.size * 1e-3
-        assert np.abs(stats.tp[k, i] - tp).sum() + np.abs(stats.fp[k, i] - fp).sum() <= ties
-        np.testing.assert_array_equal(stats.labelled[i], tp + fn)
-    assert len(budgets) > 5 and {len(stats.exits(k)) for k in range(len(stats.chains))} == {2, 3}
+        check_counts(stats.tp[k, i], stats.fp[k, i], mask_at(mask, label.shape, "stretch"), label)
+        np.testing.assert_array_equal(stats.labelled[i], np.bincount(label[label < 255], minlength=val.info.num_classes))
+    assert len(budgets) > 4 and {len(stats.exits(k)) for k in range(len(stats.chains))} == {2, 3}
+    assert any(0 < first < 4 and second == 4 for first, second in budgets)  # some cells have left, the others are computed densely
     everything = [k for k in range(len(stats.chains)) if (stats.taken[k, :, 0] == 4).all()]
     whole = Stats.load(made[0] / "stats.npz")
     for k in everything:
         chain = stats.chains[k]
         if (chain >= 0).sum() == 2:  # all cells went on: the later exit itself
             assert np.abs(stats.tp[k] - whole.counts(whole.candidates.index(stats.candidates[chain[1]]))[0]).sum() < 20
-    assert stats.first_macs.tolist()[-1] == 0 and (np.diff(stats.pair_macs, axis=1) > 0).all()
+    assert stats.first_macs.tolist()[1:] == [0, 0]  # they begin no chain
+    assert (np.diff(stats.pair_macs[:dense], axis=1) > 0).all() and stats.pair_macs[dense, :-1].tolist() == [0, 0]
     position = whole.candidates.index(stats.candidates[0])
     assert stats.first_macs[0] == whole.prefix_macs[0] + whole.head_macs[position]
-    total = whole.prefix_macs[-1] - whole.prefix_macs[0]
-    assert stats.pair_macs[stats.pair_of_hop[stats.chains[:, 1] == 2][0, 0], -1] == total
+    for (first, second), macs in zip(stats.pairs.tolist(), stats.pair_macs, strict=True):
+        head = whole.head_macs[whole.candidates.index(stats.candidates[second])]
+        assert macs[-1] == whole.prefix_macs[second] - whole.prefix_macs[first] + head
+
+
+def check_counts(tp: np.ndarray, fp: np.ndarray, mask: np.ndarray, label: np.ndarray) -> None:
+    """Asserts that these are the counts of a mask [h, w], but for pixels where two classes tie."""
+    matrix = metrics.confusion_matrix(label.reshape(1, *label.shape), mask.reshape(1, *label.shape), tp.size)
+    right, wrong, _ = metrics.class_counts(matrix)
+    assert np.abs(tp - right).sum() + np.abs(fp - wrong).sum() <= label.size * 1e-3
+
+
+@pytest.fixture(scope="module")
+def dense_start() -> tuple[MultiExitNetwork, Config, Examples]:
+    """An untrained network between whose first exits there is a pooling alone; the second has a head without convolutions of stride 1."""
+    keras.utils.set_random_seed(1)
+    config = Config(
+        data=DataConfig(input_size=SIZE, synthetic_val=4),
+        exits=ExitsConfig(plain_head=HEAD),
+        stage1=StageConfig(regions="nearest", region_cell=32),
+    )
+    val = open_split(config.data, "val")
+    trunk = small_network(val.info.num_classes, FEW_BLOCKS[:2])
+    x = LAYERS.AveragePooling2D(2, name="pool")(trunk.get_layer("block_1_project_bn").output)
+    for number in range(2):
+        y = LAYERS.Conv2D(32, 3, padding="same", activation="relu", name=f"late_{number}")(x)
+        x = LAYERS.Add(name=f"late_{number}_add")([x, y])
+    logits = LAYERS.Conv2D(val.info.num_classes, 1, dtype="float32", name="logits")(x)
+    network = convert(keras.Model(trunk.input, logits), ["block_1_project_bn", "pool", "late_0_add"], SIZE)
+    network.add_heads([HeadSpec.parse(HEAD)], 0.9)
+    name, read = f"exit2.{HEAD}", network.heads[f"exit2.{HEAD}"].inputs
+    network.heads[name] = keras.Model(read, LAYERS.Conv2DTranspose(val.info.num_classes, 2, 2, name="up")(read[0]), name=name)
+    sharpen(network)
+    return network, config, val
+
+
+@pytest.mark.parametrize("exits", [("exit1", "exit2", "final"), pytest.param(("exit2", "exit3", "final"), marks=pytest.mark.full)])
+def test_statistics_are_what_a_bundle_does(dense_start, tmp_path, exits):
+    """Of a chain that begins with a dense segment, and of one without; the first exit is looser or stricter than the second."""
+    network, config, val = dense_start
+    chains = plan(network, config, RegionOptions(max_early=2))
+    chain = tuple(name for name in chains.candidates if name.partition(".")[0] in exits)
+    assert [each is None for each in chains.segments[chain]] == [exits[0] == "exit1", False]
+    pix = confidences(network, val)[:: 1 if exits[0] == "exit1" else -1]
+    every = [(chain, tuple(zip(pix, img, strict=True))) for img in ((0.2, 0.5), (0.5, 0.2), (0.5, 0.9), (0.9, 0.5))]
+    counts = count(Outcomes(network, chains, SIZE), every, val, range(len(val)), "stretch")
+
+    choices = [ExitChoice(*name.split(".", 1), *theta) for name, theta in zip(chain, [*every[0][1], ()], strict=True)]
+    configuration = Configuration("input-dependent", False, tuple(choices), None, regions=chains.regions)
+    exporter = Exporter(network, SIZE)
+    exporter.bundle(tmp_path / "bundle", configuration, Predicted(0.5, Cost("macs", 1.0), (0.5, 0.25, 0.25)), val.info.classes)
+    bundle, seen = Bundle.load(tmp_path / "bundle"), set()
+    for k, (_, thetas) in enumerate(every):
+        *early, last = bundle.manifest.segments
+        early = [dataclasses.replace(each, theta_img=img) for each, (_, img) in zip(early, thetas, strict=True)]
+        manifest = dataclasses.replace(bundle.manifest, segments=(*early, last))
+        runner = Runner(dataclasses.replace(bundle, manifest=manifest), engine="interpreter")
+        for i in range(len(val)):
+            image, label = val.load(i)
+            result = runner.run(image)
+            budgets = [step.budget for step in result.trace[1:]]
+            assert counts["taken"][k, i].tolist() == budgets + [0] * (2 - len(budgets))
+            assert counts["cells"][k, i].tolist() == np.bincount(result.cells.ravel(), minlength=3).tolist()
+            check_counts(counts["tp"][k, i], counts["fp"][k, i], result.mask, label)
+            seen.add(tuple(budgets))
+    everything = chains.regions.cells
+    assert any(budgets[-1] < everything for budgets in seen if len(budgets) == 2)
+    assert exits[0] == "exit2" or (() in seen and {budgets[0] for budgets in seen if budgets} == {everything})
+
+
+def test_costs_of_a_dense_pair_have_one_budget(dense_start):
+    network, config, _ = dense_start
+    chains = plan(network, config, RegionOptions(max_early=2))
+    of = described(network, chains, SIZE, configurations(chains, [0.5], [0.5, 0.9]))
+    dense = [name.partition(".")[0] for name in next(pair for pair, segment in chains.pairs.items() if segment is None)]
+    assert dense == ["exit1", "exit2"] and (f"exit1.{HEAD}", f"exit2.{HEAD}") in chains.left_out
+    macs = dict(zip(map(tuple, of["pairs"].tolist()), of["pair_macs"].tolist(), strict=True))
+    parameters = dict(zip(map(tuple, of["pairs"].tolist()), of["pair_parameters"].tolist(), strict=True))
+    classes = network.num_classes
+    up = 4 * 6 * 32 * classes * 4  # what each of the 4x6 positions of exit 2 adds to 2x2 of its logits
+    assert (macs[0, 1], parameters[0, 1]) == ([0] * (len(chains.regions.budgets) - 1) + [up], 4 * 32 * classes + classes)
+    assert macs[0, 3][-1] == macs[1, 3][-1] and parameters[0, 3] == parameters[1, 3]  # the pooling is free
+    assert of["chains"][-4:].tolist() == [[1, 2, 3]] * 4
+    assert of["theta_img"][-4:].tolist() == [[0.5, 0.5], [0.5, 0.9], [0.9, 0.5], [0.9, 0.9]]
 
 
 def test_shards_of_regions_counted_apart_make_the_same_statistics(made, tmp_path):
@@ -168,15 +271,15 @@ def test_shards_of_regions_counted_apart_make_the_same_statistics(made, tmp_path
 
 
 def random_stats(seed: int, images: int = 5, classes: int = 3) -> RegionStats:
-    """Small numbers, so that ties abound; chains of two and three."""
+    """Small numbers, so that ties abound; chains of two and three, in which the last exit runs densely behind the second."""
     rng = np.random.default_rng(seed)
-    chains = np.array([[0, 1, -1], [0, 2, -1], [1, 2, -1], [0, 1, 2]]).repeat(3, 0)
+    chains = np.array([[0, 1, -1], [0, 2, -1], [0, 1, 2], [0, 1, 2]]).repeat(3, 0)
     k, used = len(chains), chains >= 0
-    theta = np.where(used[:, 1:], np.arange(k)[:, None] / k, np.nan)
+    theta_pix, theta_img = np.where(used[:, 1:], rng.random((2, k, 2)), np.nan)
     labelled = rng.integers(0, 5, (images, classes)) + 1
     taken = np.where(used[:, 1:], rng.choice([0, 1, 4], (k, 2)), 0)[:, None].repeat(images, 1).astype(np.int32)
     taken = np.where(rng.random(taken.shape) < 0.3, 0, taken).astype(np.int32)
-    taken[..., 1] = np.where(taken[..., 0] > 0, taken[..., 1], 0)
+    taken[..., 1] = np.where((taken[..., 0] > 0) & (taken[..., 1] > 0), 4, 0)
     cells = np.zeros((k, images, 3), np.int32)
     cells[..., 1:] = np.where(used[:, None, 1:], rng.integers(0, 3, (k, images, 2)), 0)
     cells[..., 0] = 4 - cells.sum(2)
@@ -191,20 +294,20 @@ def random_stats(seed: int, images: int = 5, classes: int = 3) -> RegionStats:
         budgets=np.array([1, 4]),
         candidates=names,
         chains=chains,
-        theta_pix=theta,
-        theta_img=theta,
+        theta_pix=theta_pix,
+        theta_img=theta_img,
         tp=rng.integers(0, labelled + 1, (k, images, classes)).astype(np.int32),
         fp=rng.integers(0, 4, (k, images, classes)).astype(np.int32),
         labelled=labelled,
         taken=taken,
         cells=cells,
-        first_macs=np.array([2, 5, 0]),
-        first_parameters=np.array([10, 20, 0]),
+        first_macs=np.array([2, 0, 0]),
+        first_parameters=np.array([10, 0, 0]),
         pairs=np.array([[0, 1], [0, 2], [1, 2]]),
-        pair_macs=rng.integers(1, 9, (3, 2)),
+        pair_macs=rng.integers(1, 9, (3, 2)) * [[1, 1], [1, 1], [0, 1]],
         pair_parameters=np.array([4, 9, 6]),
-        first_sha256=("1", "2", ""),
-        pair_sha256=tuple("abcdef"),
+        first_sha256=("1", "", ""),
+        pair_sha256=("a", "b", "c", "d", "", "f"),
         made_by="{}",
         precision="fp32",
     )
@@ -292,6 +395,7 @@ def test_file_is_strict(tmp_path):
     cells = stats.cells.copy()
     cells[0, 0, 0] += 1
     same = {name: np.minimum(getattr(stats, name), 0) for name in ("theta_pix", "theta_img")}
+    dense = np.where(stats.taken == 4, 1, stats.taken).astype(np.int32)
     for changed, message in (
         ({"budgets": np.array([1, 3])}, "budgets: must be such that the last is all 4 cells"),
         (same, "chains: must be with other thresholds where they are the same"),
@@ -302,6 +406,8 @@ def test_file_is_strict(tmp_path):
         ({"tp": stats.tp + 9}, "tp: must be at most the labelled pixels"),
         ({"tp": stats.tp.astype(np.int64)}, "tp: must be int32, got 'int64'"),
         ({"taken": stats.taken + 1}, "taken: must be 0 or of the budgets .1, 4."),
+        ({"taken": dense}, r"taken: must be 0 or of the budgets .1, 4. that the pair has, got \[1\]"),
+        ({"pair_macs": 0 * stats.pair_macs}, "pair_macs: must be above 0 at the last budget, got 0"),
         ({"cells": cells}, "cells: must be 4 in each image"),
         ({"pair_sha256": ()}, "pair_sha256: must be 6 strings"),
         ({"first_macs": -stats.first_macs}, "first_macs: must be without negative values"),
@@ -317,16 +423,20 @@ def test_what_cannot_be_planned(made):
     config = configs.load_config(folder)
     none = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, regions="none"))
     assert plan(network, none, RegionOptions()) is None
-    chains = plan(network, none, RegionOptions("stale", 16, (FINAL, f"exit2.{HEAD}")))
-    assert chains.chains == [(f"exit2.{HEAD}", FINAL)] and chains.regions == Regions("stale", (4, 6), (3, 6, 9, 12, 18, 24))
+    chains = plan(network, none, RegionOptions("stale", 16, (f"exit2.{HEAD}", f"exit1.{HEAD}")))
+    assert chains.chains == [(f"exit1.{HEAD}", f"exit2.{HEAD}")] and chains.regions == Regions("stale", (4, 6), (3, 6, 9, 12, 18, 24))
+    with pytest.raises(ValueError, match=r"regions: must be none with this network, got .final\.original: must have a convolution"):
+        plan(network, config, RegionOptions(candidates=(f"exit2.{HEAD}", FINAL)))
     with pytest.raises(ValueError, match=r"region_heads: must be of the candidates exit1.fcn-r8-b0, .* got 'exit1.other'"):
         plan(network, config, RegionOptions(candidates=("exit1.other", FINAL)))
     with pytest.raises(ValueError, match="region_heads: must be of two exits or more, one each"):
         plan(network, config, RegionOptions(candidates=(FINAL,)))
     with pytest.raises(ValueError, match="theta_img: must be increasing shares"):
         RegionOptions(theta_img=(0.0, 0.5))
-    with pytest.raises(ValueError, match="at most 5000 configurations of regions, got 6000"):
-        configurations(chains, np.linspace(0.1, 0.9, 1000), [*range(6)])
+    chains = plan(network, config, RegionOptions(max_early=2))
+    message = r"theta_pix, theta_img: must be at most 69 pairs \(chains: 2 with 1 early, 1 with 2 early\), 5000 configurations, or .*"
+    with pytest.raises(ValueError, match=f"{message} got 70 pairs, 5040 configurations"):
+        configurations(chains, [*range(7)], [*range(10)])
 
 
 def latency_file(folder: Path) -> Path:
@@ -353,8 +463,8 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
     folder, *_ = made
     names = {path.stem for path in (folder / "candidates").glob("region.*.tflite")}
     first, second = f"exit1.{HEAD}", f"exit2.{HEAD}"
-    pairs = {f"region.{a}.{b}.{n}" for a, b in ((first, second), (first, FINAL), (second, FINAL)) for n in (1, 2, 4)}
-    assert names == {f"region.{first}", f"region.{second}"} | pairs
+    pairs = {f"region.{first}.{later}.{n}" for later in (second, FINAL) for n in (1, 2, 4)}
+    assert names == {f"region.{first}", f"region.{second}.{FINAL}.4"} | pairs
     assert calibrate.is_calibrated(folder, "val") and calibrate.is_calibrated_with_regions(folder, configs.load_config(folder))
     output, latency = tmp_path / "deployment.json", latency_file(folder)
     for file in (None, latency):
@@ -381,7 +491,7 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
     checked = search.run(folder, Asked(min_miou=0.0, decide="regions", check_share=0.4), None, output)
     assert checked.predicted.images == 2
 
-    rows = [row for row in json.loads(latency.read_text())["rows"] if not row["submodel"].endswith(f"{FINAL}.2")]
+    rows = [row for row in json.loads(latency.read_text())["rows"] if not re.search(r"region\..*\.2$", row["submodel"])]
     write_json(tmp_path / "latency.json", {**json.loads(latency.read_text()), "rows": rows})
     with pytest.raises(ValueError, match=r"decide: must be image, since latency.json: must have a row .* missing are region.exit1.*\.2"):
         search.run(folder, Asked(min_miou=0.0, decide="regions"), tmp_path / "latency.json", output)

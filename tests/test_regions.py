@@ -447,6 +447,23 @@ def test_submodels_to_measure(three_exits, tmp_path):
     assert [*run[names[2]]("serve", first)] == ["mask"]
 
 
+def test_a_dense_pair_is_measured_at_all_cells(dense_end, tmp_path):
+    exporter, pair = Exporter(dense_end, SIZE), ("exit3.fcn-r2-b0", FINAL)
+    with pytest.raises(ValueError, match="regions: must leave out work in one segment at least"):
+        exporter.region_pair(tmp_path, *pair, CELLS)
+    exporter.region_pair(tmp_path, *pair, CELLS, tuple(np.arange(side) // 32 for side in SIZE))
+    [path] = tmp_path.iterdir()
+    assert path.stem == f"region.{pair[0]}.{pair[1]}.12"
+    first, second = dense_end.segments(pair)
+    tensors = first({"image": noise(1)[None].astype(np.float32)}, training=False)
+    tensors = {name: value.numpy() for name, value in tensors.items() if name != "logits"}
+    expected = decide(second(tensors, training=False)["logits"], SIZE, ())["mask"].numpy()
+    expected[:, :32, 32:64] = 3  # of a cell that has left before
+    before = {"sure": np.zeros((1, 3, 4), np.float32), "mask": np.full((1, *SIZE), 3, np.uint8)}
+    before["sure"][0, 0, 1] = 2
+    same(run_of(path.read_bytes())("serve", tensors | before)["mask"], expected)
+
+
 # === A bundle, run ===
 
 

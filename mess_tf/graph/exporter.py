@@ -181,20 +181,26 @@ class Exporter:
                     content = self.save(folder / f"{name}.tflite", self.policy(*size, thresholds))
                     self._check(content, {"logits": example}, {bundles.MASK: (tf.constant(example), thresholds)}, {})
 
-    def region_chain(self, candidates: Sequence[str], regions: bundles.Regions, thresholds: Sequence[tuple[float, bool]]) -> RegionChain:
+    def region_chain(
+        self,
+        candidates: Sequence[str],
+        regions: bundles.Regions,
+        thresholds: Sequence[tuple[float, bool]],
+        cells: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> RegionChain:
         """Candidates of which every cell leaves for itself.
 
         Args:
           candidates: one per exit, shallow to deep.
           regions: cells and budgets.
-          thresholds: of all but the last, see `RegionChain`.
+          thresholds, cells: see `RegionChain`.
 
         Raises:
           ValueError: the policy is not exact, operations are to stay in float32, or a segment cannot be computed at some cells only.
         """
         bundles.check(self.fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", self.fidelity)
         bundles.check(not self.float_operations, "float_operations", "left out with regions", self.float_operations)
-        return RegionChain(self.network, candidates, regions, self.size, thresholds, self.precision, self.images)
+        return RegionChain(self.network, candidates, regions, self.size, thresholds, self.precision, self.images, cells)
 
     def region_first(self, folder: Path, candidate: str, regions: bundles.Regions) -> flatbuffer.Graph:
         """`region.CANDIDATE`: image, uint8, to the mask of a first exit, how sure its cells are, and what the final exit needs.
@@ -206,16 +212,19 @@ class Exporter:
             self.save(folder / f"region.{candidate}.tflite", graph)
         return graph
 
-    def region_pair(self, folder: Path, first: str, second: str, regions: bundles.Regions) -> dict[int, flatbuffer.Graph]:
+    def region_pair(
+        self, folder: Path, first: str, second: str, regions: bundles.Regions, cells: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> dict[int, flatbuffer.Graph]:
         """`region.FIRST.SECOND.BUDGET`, a file for every budget: what the first exit hands on to the mask of the second, the last one.
 
-        In the middle of a longer chain it also says how sure its cells are, and copies features that are handed on.
+        In the middle of a longer chain it also says how sure its cells are, and copies features that are handed on. With `cells`, see
+        `RegionChain`, there is one file, of the dense segment.
 
         Raises:
-          ValueError: all between the two can only be computed as a whole, or not at all.
+          ValueError: all between the two can only be computed as a whole, without `cells`, or not at all.
         """
         with _named(f"region.{first}.{second}"):
-            graphs = self.region_chain([first, second], regions, [REGION_THRESHOLD]).later(1)
+            graphs = self.region_chain([first, second], regions, [REGION_THRESHOLD], cells).later(1)
         for budget, graph in graphs.items():
             self.save(folder / f"region.{first}.{second}.{budget}.tflite", graph)
         return graphs

@@ -97,6 +97,7 @@ class RegionChain:
         thresholds: Sequence[tuple[float, bool]],
         precision: str = FP32,
         images: Sequence[np.ndarray] = (),
+        cells: tuple[np.ndarray, np.ndarray] | None = None,
     ):
         """Plans the segments.
 
@@ -108,17 +109,18 @@ class RegionChain:
           thresholds: of all exits but the last: confidence that makes a pixel count, and whether edges are handled, see `policy.decide`.
           precision: see `convert`; what decides stays in floating point.
           images: float32 [1, H, W, 3], at least one: int8 takes its ranges from them, and the first is what is checked on.
+          cells: for a part of a longer chain, with dense segments only: rows and columns of cells that those of the image lie in.
 
         Raises:
           ValueError: see `segments_on_grid`.
         """
-        self.segments = segments_on_grid(network, candidates, input_size, regions)
+        self.segments = [None] * (len(candidates) - 1) if cells else segments_on_grid(network, candidates, input_size, regions)
         self._exits = [candidate.partition(".")[0] for candidate in candidates]
         self._models = network.segments(candidates)
         self._regions, self._size, self._thresholds = regions, input_size, [*thresholds, None]
         self._precision, self._images = precision, images
-        some = next(filter(None, self.segments))
-        self._by_pixel = tuple(some.cells_of(side, axis) for axis, side in enumerate(input_size))
+        some = next(filter(None, self.segments), None)
+        self._by_pixel = cells or tuple(some.cells_of(side, axis) for axis, side in enumerate(input_size))
 
     @functools.cached_property
     def samples(self) -> list[dict[str, np.ndarray]]:

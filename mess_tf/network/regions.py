@@ -90,7 +90,7 @@ def residual_blocks(nodes: Sequence[Node]) -> list[ResidualBlock]:
 
 
 class DenseSegmentError(ValueError):
-    """A segment none of whose layers can be computed at some positions only."""
+    """No layer of a segment, or of all segments of a chain, can be computed at some positions only."""
 
 
 class ActiveSegment:
@@ -428,7 +428,8 @@ def segments_on_grid(
     """The segments after the first, with the cells of a deployment; None for those that are always dense.
 
     Raises:
-      ValueError: a segment cannot be computed at some positions only, all can only be dense, or the cells do not fit.
+      DenseSegmentError: all can only be dense.
+      ValueError: a segment cannot be computed at some positions only, or the cells do not fit.
     """
     found: list[ActiveSegment | None] = []
     for index in range(1, len(candidates)):
@@ -436,7 +437,8 @@ def segments_on_grid(
             segment = ActiveSegment(network, candidates, index, input_size, neighbours=regions.neighbours)
         except DenseSegmentError as error:
             if index + 1 == len(candidates) and not any(found):
-                raise ValueError(f"regions: must leave out work in one segment at least, got only dense ones; {error}") from error
+                reason = "regions: must leave out work in one segment at least, got only dense ones"
+                raise DenseSegmentError(f"{reason}; {error}") from error
             found.append(None)
             continue
         fitting = [each for each in map(segment.with_cell, range(1, max(segment.size) + 1)) if each.grid == regions.grid]

@@ -28,7 +28,7 @@ class RegionCost:
     Attributes:
       mean, p90: names.
       first: float64 [A], from the image to a candidate.
-      pair: float64 [J, B], from one to the next at a budget.
+      pair: float64 [J, B], from one to the next at a budget; 0 at those that a pair does not have.
       decision: float64 [A], what a candidate in the middle of a chain costs more than as its last: how sure it is of each cell.
     """
 
@@ -112,15 +112,18 @@ def region_latencies(
     rows = matching(rows, device=device, threads=threads, backend_requested=backend)
     begins = sorted({*stats.chains[:, 0].tolist()})
     wanted = {f"region.{stats.candidates[k]}": stats.first_sha256[k] for k in begins}
-    for (first, second), hashes in zip(stats.pairs, np.reshape(stats.pair_sha256, (-1, stats.budgets.size)), strict=True):
-        for budget, digest in zip(stats.budgets, hashes.tolist(), strict=True):
-            wanted[f"region.{stats.candidates[first]}.{stats.candidates[second]}.{budget}"] = digest
+    there = stats.pair_macs > 0
+    hashes = np.reshape(stats.pair_sha256, there.shape)
+    for j, b in np.argwhere(there).tolist():
+        first, second = (stats.candidates[k] for k in stats.pairs[j])
+        wanted[f"region.{first}.{second}.{stats.budgets[b]}"] = str(hashes[j, b])
     by_sha256 = measured(rows, wanted, "regions.npz")
     values = [by_sha256[digest]["p50_ms"] for digest in wanted.values()]
     first = np.zeros(len(stats.candidates))
     first[begins] = values[: len(begins)]
     decision = np.array([costs.decision[images.candidates.index(name), 0] for name in stats.candidates])
-    pair = np.reshape(values[len(begins) :], (-1, stats.budgets.size))
+    pair = np.zeros(there.shape)
+    pair[there] = values[len(begins) :]
     return RegionCosts((RegionCost("latency_ms", "latency_p90_ms", first, pair, decision), _macs(stats)))
 
 
