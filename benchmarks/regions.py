@@ -9,6 +9,8 @@ Printed for every early exit and cell, at every theta: speed-up, difference in m
 `--drops`, the fastest choice of thresholds (and of exits) per way to decide:
   image     one decision per image, both thresholds free, up to --exits early exits
   cell N    cells of N pixels, chains of up to --exits early exits: a cell leaves at the first that is sure of it
+  image, then cell N
+            one decision per image at an early exit; of the images that go on, cells leave at a later one
   random    any cells, in expectation, one early exit
   oracle N  those cells that gain least by going on, by the tangent of the mIoU, one early exit
 Thresholds are chosen and judged on the same images. 95 % intervals are of --resamples resamples of the images, the choice held.
@@ -19,6 +21,7 @@ mIoU it has, against all layers everywhere and masks merged afterwards. The last
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -194,6 +197,32 @@ def chains(cells: Cells, costs: Costs, most: int) -> list[Choice]:
     return result
 
 
+def image_then_cells(images: Cells, cells: Cells, costs: Costs) -> list[Choice]:
+    """Every early exit with one decision per image in front of every later one with one per cell, with every option at both."""
+    final, label = len(cells.tp) - 1, cells.label.sum(0)
+    classes, of_image = label.size, np.concatenate([images.tp, images.predicted], -1)
+    result = []
+    for k in range(1, final):
+        counts, on = _last_exits(cells, k, range(len(cells.options)))  # [T, I, 2C], [T, I]
+        for first in range(k):
+            going = 1.0 - images.leaves[first]  # [S, I]
+            total = (1 - going) @ of_image[first] + np.einsum("si,tic->tsc", going, counts)  # [T, S, 2C]
+            accuracy = miou(label, total[..., :classes], total[..., classes:])
+            reached, went = going.mean(1), going @ on.T / len(images.image)  # [S], [S, T]
+            for option, then in np.ndindex(went.shape):
+                cost = costs.of([first, k, final], [1, reached[option], went[option, then]])
+                result.append(Choice(((first, option), (k, then)), cost, float(accuracy[then, option])))
+    return result
+
+
+def _last_exits(cells: Cells, k: int, options: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of exit k and the final one, by option and image: right and predicted pixels [T, I, 2C], and the share of the cells that go on."""
+    values = np.concatenate([cells.tp, cells.predicted], -1)
+    leaves, images = cells.leaves[k][list(options)], cells.image[-1] + 1
+    counts = [np.where(leave[:, None], values[k], values[-1]).reshape(images, -1, values.shape[-1]).sum(1) for leave in leaves]
+    return np.array(counts), 1 - leaves.reshape(len(leaves), images, -1).mean(-1)
+
+
 def fastest(choices: Sequence[Choice], least: float) -> Choice:
     """The cheapest of those that reach an mIoU; the final exit alone always does where `least` is its own."""
     return min((choice for choice in choices if choice.miou >= least), key=lambda choice: choice.cost)
@@ -230,30 +259,39 @@ def oracle(cells: Cells, costs: Costs) -> list[Choice]:
     return result
 
 
-def intervals(cells: Cells, costs: Costs, choice: Choice, resamples: int) -> dict[str, list[float]]:
-    """95 % of resamples of the images: speed-up and difference in pp of a chain against the final exit."""
-    final, images = len(cells.tp) - 1, int(cells.image.max()) + 1
-    going, reached, per_image = np.ones(len(cells.image), bool), [], np.zeros((2, images, cells.tp.shape[-1]))
-    exits = [k for k, _ in choice.stages] + [final]
-
-    def sums(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-        total = np.zeros((images, values.shape[-1]))
-        np.add.at(total, cells.image[where], values[where])
-        return total
-
-    for k, option in [*choice.stages, (final, None)]:
-        reached.append(np.bincount(cells.image, going) / np.bincount(cells.image))
+def of_images(cells: Cells, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+    """What a chain does to each image: right and predicted pixels [I, 2C], and the shares of its cells that reach each exit [M + 1, I]."""
+    values, size = np.concatenate([cells.tp, cells.predicted], -1), np.bincount(cells.image)
+    going, reached, counts = np.ones(len(cells.image), bool), [], np.zeros((size.size, values.shape[-1]))
+    for k, option in [*choice.stages, (len(cells.tp) - 1, None)]:
+        reached.append(np.bincount(cells.image, going) / size)
         leaving = going if option is None else going & cells.leaves[k, option]
-        per_image += [sums(cells.tp[k], leaving), sums(cells.predicted[k], leaving)]
+        np.add.at(counts, cells.image[leaving], values[k][leaving])
         going = going & ~leaving
-    whole = np.ones(len(cells.image), bool)
-    label, alone = sums(cells.label, whole), np.array([sums(cells.tp[final], whole), sums(cells.predicted[final], whole)])
+    return counts, np.array(reached)
+
+
+def of_images_then_cells(images: Cells, cells: Cells, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+    """As `of_images`, where the image decides at the first exit."""
+    (first, option), (k, then) = choice.stages
+    going = ~images.leaves[first, option]
+    [counts], [on] = _last_exits(cells, k, [then])
+    early = np.concatenate([images.tp[first], images.predicted[first]], -1)
+    return np.where(going[:, None], counts, early), np.array([np.ones(going.size), going, going * on])
+
+
+def intervals(
+    images: Cells, costs: Costs, choice: Choice, counts: np.ndarray, reached: np.ndarray, resamples: int
+) -> dict[str, list[float]]:
+    """95 % of resamples of the images: speed-up and difference in pp of a chain against the final exit; see `of_images`."""
+    final, label = len(images.tp) - 1, images.label
+    exits, alone = [k for k, _ in choice.stages] + [final], np.concatenate([images.tp[final], images.predicted[final]], -1)
     generator, speed, difference = np.random.default_rng(0), [], []
     for _ in range(resamples):
-        draw = generator.integers(images, size=images)
-        truth = label[draw].sum(0)
-        speed.append(1 / costs.of(exits, [each[draw].mean() for each in reached]))
-        difference.append(100 * float(miou(truth, *per_image[:, draw].sum(1)) - miou(truth, *alone[:, draw].sum(1))))
+        draw = generator.integers(len(label), size=len(label))
+        here, there = (float(miou(label[draw].sum(0), *np.split(each[draw].sum(0), 2))) for each in (counts, alone))
+        speed.append(1 / costs.of(exits, reached[:, draw].mean(1)))
+        difference.append(100 * (here - there))
     return {"speedup_95": np.quantile(speed, [0.025, 0.975]).tolist(), "difference_pp_95": np.quantile(difference, [0.025, 0.975]).tolist()}
 
 
@@ -324,25 +362,31 @@ def main(argv) -> None:
                 figures["rows"].append(row | {"difference_pp": 100 * (choice.miou - best), "goes_on": on})
                 parts.append(f"{theta:g}: {1 / choice.cost:.2f}x {100 * (choice.miou - best):+.2f} {on:.0%}")
             print(f"cell {side:<3} {name:<22} " + "  ".join(parts))
-    ways = {"image": (collected[0], chains(collected[0], costs, min(2, FLAGS.exits)))}
+    images = collected[0]
+    # What each way may choose from, the options of its stages, and what a choice does to each image.
+    ways = {"image": (chains(images, costs, min(2, FLAGS.exits)), [images.options] * 2, functools.partial(of_images, images))}
     for side in sides[1:]:
-        every = chains(collected[side], costs, FLAGS.exits)
+        cells, every = collected[side], chains(collected[side], costs, FLAGS.exits)
         for most in range(1, FLAGS.exits + 1):
-            ways[f"cell {side}, {most} early"] = (collected[side], [choice for choice in every if len(choice.stages) <= most])
-        ways[f"oracle {side}"] = (None, oracle(collected[side], costs))
-    ways["random"] = (None, random_cells(collected[0], costs))
-    ways["oracle image"] = (None, oracle(collected[0], costs))
+            some = [choice for choice in every if len(choice.stages) <= most]
+            ways[f"cell {side}, {most} early"] = (some, [cells.options] * most, functools.partial(of_images, cells))
+        then = functools.partial(of_images_then_cells, images, cells)
+        ways[f"image, then cell {side}"] = (image_then_cells(images, cells, costs), [images.options, cells.options], then)
+        ways[f"oracle {side}"] = (oracle(cells, costs), [], None)
+    ways["random"] = (random_cells(images, costs), [], None)
+    ways["oracle image"] = (oracle(images, costs), [], None)
     for drop in map(float, FLAGS.drops):
-        for way, (cells, choices) in ways.items():
+        for way, (choices, options, of_choice) in ways.items():
             choice = fastest([*choices, Choice((), 1.0, best)], best - drop / 100)
             row = {"drop_pp": drop, "way": way, "speedup": 1 / choice.cost, "difference_pp": 100 * (choice.miou - best)}
-            if cells is not None and choice.stages:
-                row["stages"] = [f"{trained.candidates[k]} at {cells.options[option]}" for k, option in choice.stages]
-                row |= intervals(cells, costs, choice, FLAGS.resamples)
+            if of_choice and choice.stages:
+                named = zip(choice.stages, options, strict=False)
+                row["stages"] = [f"{trained.candidates[k]} at {words[option]}" for (k, option), words in named]
+                row |= intervals(images, costs, choice, *of_choice(choice), FLAGS.resamples)
             figures["best"].append(row)
             low_high = "({:.2f} to {:.2f})".format(*row["speedup_95"]) if "speedup_95" in row else ""
             where = ", ".join(row.get("stages", []))
-            print(f"-{drop:g} pp  {way:<18} {row['speedup']:.2f}x {low_high} {row['difference_pp']:+.2f} pp  {where}")
+            print(f"-{drop:g} pp  {way:<20} {row['speedup']:.2f}x {low_high} {row['difference_pp']:+.2f} pp  {where}")
     for k, side, neighbours in itertools.product(range(final), sides[1:], FLAGS.neighbours):
         if trained.candidates[k].split(".")[0] not in FLAGS.active:
             continue
