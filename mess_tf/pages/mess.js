@@ -147,6 +147,14 @@ function start(wasm) {
   return started;
 }
 
+// Puts what a segment made in place of what the ones before made under the same names.
+function replace(tensors, outputs) {
+  for (const [name, tensor] of Object.entries(outputs)) {
+    tensors[name]?.delete();
+    tensors[name] = tensor;
+  }
+}
+
 export class Runner {
   /**
    * Fetches and compiles a bundle, and runs it twice.
@@ -267,7 +275,15 @@ export class Runner {
     const { height, width } = this.manifest.input;
     const tensors = { image: this.#tensor(new Uint8Array(height * width * 3)) };
     try {
-      for (const form of this.forms.flat()) await this.#step(form, tensors);
+      for (const forms of this.forms) {
+        let outputs = {};
+        for (const form of forms) {
+          // Each on what the segment before made: the answer of its own may have another size.
+          Object.values(outputs).forEach((tensor) => tensor.delete());
+          ({ outputs } = await this.#run(form, tensors));
+        }
+        replace(tensors, outputs);
+      }
     } finally {
       for (const tensor of Object.values(tensors)) tensor.delete();
     }
@@ -275,20 +291,21 @@ export class Runner {
 
   /** Runs one signature and puts what it makes to the tensors, for those that come later. */
   async #step(form, tensors) {
+    const { outputs, made } = await this.#run(form, tensors);
+    replace(tensors, outputs);
+    return made;
+  }
+  async #run(form, tensors) {
     const signature = this.model.signatures[form.name];
     const inputs = Object.fromEntries(signature.getInputDetails().map((each) => [each.name, tensors[each.name]]));
     const began = performance.now();
     const { confident_pixels: count, ...outputs } = await signature.run(inputs);
-    for (const [name, tensor] of Object.entries(outputs)) {
-      tensors[name]?.delete();
-      tensors[name] = tensor;
-    }
     const made = { mask: await outputs.mask.data(), confident: count ? (await count.data())[0] : null };
     made.sure = outputs.sure ? Array.from(await outputs.sure.data()) : null;
     made.latencyMs = performance.now() - began;
     count?.delete();
     form.fastestMs = Math.min(form.fastestMs, made.latencyMs);
-    return made;
+    return { outputs, made };
   }
 }
 
