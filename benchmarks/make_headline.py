@@ -66,6 +66,7 @@ def prepare(precision: str, scale: float) -> Path:
     if FLAGS.regions != NONE and precision != INT8 and scale == float(FLAGS.scales[0]):
         heads = ",".join(FLAGS.region_heads)
         regions = (f"--regions={FLAGS.regions}", f"--region_cell={FLAGS.region_cell}", f"--region_heads={heads}")
+        regions += (f"--region_dense={','.join(FLAGS.region_dense)}",)
         chains = (f"--max_early={FLAGS.max_early}",)
     if not (folder / CANDIDATES).exists():
         command("mess_tf.export_tflite", *common, *regions, "--candidates", f"--precision={precision}")
@@ -168,6 +169,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("regions", NONE, [NONE, *NEIGHBOURS], "what regions see of those that left; none: no regions")
     flags.DEFINE_integer("region_cell", 32, "side of a region in pixels", lower_bound=1)
     flags.DEFINE_list("region_heads", [], "EXIT.HEAD of one per exit; default: every exit with the plain head")
+    flags.DEFINE_list("region_dense", [], "exits that the whole image goes on to")
     flags.DEFINE_integer("max_early", 1, "largest number of early exits with regions", lower_bound=1, upper_bound=2)
     flags.DEFINE_bool("anytime", True, "write anytime/")
     flags.DEFINE_bool("exits", True, "write exits/")

@@ -87,6 +87,7 @@ def define_region_flags() -> None:
     )
     flags.DEFINE_integer("region_cell", None, "side of a region in pixels; default: stage1.region_cell of the training", lower_bound=1)
     flags.DEFINE_list("region_heads", [], "EXIT.HEAD of one per exit; default: every exit with the plain head")
+    flags.DEFINE_list("region_dense", [], "exits that the whole image goes on to: the layers before them were not trained for regions")
 
 
 # === Search ===

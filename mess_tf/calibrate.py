@@ -325,6 +325,7 @@ class RegionCalibration:
             images=calibration.examples.names,
             classes=calibration.examples.info.classes,
             neighbours=self.chains.regions.neighbours,
+            dense=self.chains.regions.dense,
             candidates=self.chains.candidates,
             first_sha256=self.first_sha256,
             pair_sha256=self.pair_sha256,

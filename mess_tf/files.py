@@ -60,6 +60,7 @@ IMAGE_DECIDES, REGIONS_DECIDE, BEST_DECIDES = DECIDES = ("image", "regions", "be
 # What deployments that devices share make least, of their mean latencies: the total, or the largest.
 SUM, WORST = FLEETS = ("sum", "worst")
 THETA_IMG = (0.5, 0.7, 0.8, 0.9, 0.95)  # shares of a cell's pixels
+THETA_IMG_WHOLE = (0.7, 0.8, 0.9, 0.95, 0.98)  # shares of an image's, where it decides in front of a segment that runs densely
 
 
 def unit(cost: str) -> tuple[str, float]:
@@ -254,7 +255,9 @@ class _Arrays:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file."""
-        write_arrays(path, format=np.int64(STATS_FORMAT), **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        texts = {name: np.array(value, str) for name, value in values.items() if isinstance(value, tuple)}  # none of them is text, too
+        write_arrays(path, format=np.int64(STATS_FORMAT), **values | texts)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
@@ -434,6 +437,7 @@ class RegionStats(_Arrays):
       neighbours: see `bundle.Regions`.
       grid: int64 [2], rows and columns of cells.
       budgets: int64 [B], rising; the last one is all cells.
+      dense: names of exits, see there; those may be none.
       candidates: A names, shallow to deep.
       chains: int64 [K, M + 1], positions in `candidates`.
       theta_pix, theta_img: float64 [K, M], of each early exit.
@@ -460,6 +464,7 @@ class RegionStats(_Arrays):
     neighbours: str
     grid: np.ndarray
     budgets: np.ndarray
+    dense: tuple[str, ...]
     candidates: tuple[str, ...]
     chains: np.ndarray
     theta_pix: np.ndarray
@@ -530,7 +535,7 @@ class RegionStats(_Arrays):
     @functools.cached_property
     def regions(self) -> bundle.Regions:
         """How a deployment runs them."""
-        return bundle.Regions(self.neighbours, tuple(self.grid.tolist()), tuple(self.budgets.tolist()))
+        return bundle.Regions(self.neighbours, tuple(self.grid.tolist()), tuple(self.budgets.tolist()), self.dense)
 
     @functools.cached_property
     def pair_of_hop(self) -> np.ndarray:

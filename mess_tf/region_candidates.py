@@ -25,7 +25,7 @@ from mess_runtime.terminal import Bar
 from mess_tf.configs import IGNORE, Config
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import evaluation_batches, network_input
-from mess_tf.files import THETA_IMG
+from mess_tf.files import THETA_IMG, THETA_IMG_WHOLE
 from mess_tf.graph import flatbuffer
 from mess_tf.graph.conversion import convert
 from mess_tf.graph.exporter import head_cost, tensor_shapes
@@ -50,6 +50,7 @@ class RegionOptions:
       neighbours: one of `NEIGHBOURS`, or `none` for no regions; empty for what stage 1 trained for.
       cell: side of a cell in pixels; 0 for what stage 1 trained for.
       candidates: EXIT.HEAD of one per exit; empty for every exit with the plain head.
+      dense: exits, see `bundle.Regions`.
       max_early: largest number of early exits of a chain, 1 or 2.
       theta_img: shares of a cell's pixels that must be confident.
     """
@@ -57,6 +58,7 @@ class RegionOptions:
     neighbours: str = ""
     cell: int = 0
     candidates: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
     max_early: int = 1
     theta_img: tuple[float, ...] = THETA_IMG
 
@@ -77,7 +79,7 @@ BY_TRAINING, WITHOUT = RegionOptions(), RegionOptions(NONE)
 def options_of_flags() -> RegionOptions:
     """What the flags of `arguments.define_region_flags` ask for."""
     values = flags.FLAGS
-    return RegionOptions(values.regions or "", values.region_cell or 0, tuple(values.region_heads))
+    return RegionOptions(values.regions or "", values.region_cell or 0, tuple(values.region_heads), tuple(values.region_dense))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,11 +132,16 @@ def plan(network: MultiExitNetwork, config: Config, options: RegionOptions) -> P
     candidates = sorted(candidates, key=network.candidates.index)
     exits = [name.partition(".")[0] for name in candidates]
     check(1 < len(exits) == len({*exits}), "region_heads", "of two exits or more, one each", ", ".join(candidates))
+    unknown = [name for name in options.dense if name not in exits[1:]]
+    check(not unknown, "region_dense", f"of the exits {', '.join(exits[1:])}", ", ".join(unknown))
     pairs, left_out, regions = [*itertools.combinations(candidates, 2)], {}, None
     for pair in reversed(pairs):  # the last ones end at the final exit
+        if pair[1].partition(".")[0] in options.dense:
+            left_out[pair] = f"{pair[1]}: shall be dense"
+            continue
         try:
             segment = segment_with_cells(network, pair, 1, size, options.cell, options.neighbours)
-            regions = Regions(options.neighbours, segment.grid, tuple(budgets(segment)))
+            regions = Regions(options.neighbours, segment.grid, tuple(budgets(segment)), options.dense)
             break
         except ValueError as error:
             left_out[pair] = str(error)
@@ -200,13 +207,13 @@ class _Computed:
     Attributes:
       tensors: features by name.
       logits: by candidate.
-      decided: mask, and with a threshold how sure each cell is, by candidate and theta_pix.
+      decided: mask, and with a threshold how sure each cell is, by candidate, theta_pix and whether the image decides.
       later: what a segment of the chain made of it, by candidate and cells.
     """
 
     def __init__(self, tensors: Mapping[str, tf.Tensor], logits: Mapping[str, np.ndarray]):
         self.tensors, self.logits = tensors, dict(logits)
-        self.decided: dict[tuple[str, float | None], dict[str, np.ndarray]] = {}
+        self.decided: dict[tuple[str, float | None, bool], dict[str, np.ndarray]] = {}
         self.later: dict[tuple[str, bytes], _Computed] = {}
 
 
@@ -261,12 +268,12 @@ class Outcomes:
         """
         if chain != self._chain:
             self._whole.later.clear()
-            made = self._decide(self._whole, chain[0], thetas[0][0])
+            made = self._decide(self._whole, chain, 0, thetas[0][0])
             nothing = Outcome(made[MASK][0], np.zeros(self._plan.regions.grid, int), (), self._whole)
             self._chain, self._outcomes = chain, {(): nothing}
         ran, outcome = (), self._outcomes[()]
         for index, (theta_pix, theta_img) in enumerate(thetas, 1):
-            sure = self._decide(outcome.computed, chain[index - 1], theta_pix)[SURE][0]
+            sure = self._decide(outcome.computed, chain, index - 1, theta_pix)[SURE][0]
             sure = np.where(outcome.exits == index - 1, sure, GONE)
             unsure = int((sure < theta_img - SURE_ROUNDING).sum())
             if not unsure:
@@ -288,7 +295,7 @@ class Outcomes:
         chosen = chosen.reshape(sure.shape)
         active = chosen & (sure < GONE)
         computed = self._ran(before.computed, chain, index, chosen, active)
-        mask = np.where(active[rows][:, columns], self._decide(computed, chain[index], theta_pix)[MASK][0], before.mask)
+        mask = np.where(active[rows][:, columns], self._decide(computed, chain, index, theta_pix)[MASK][0], before.mask)
         return Outcome(mask, np.where(active, index, before.exits), (*before.taken, budget), computed)
 
     def _ran(self, before: _Computed, chain: tuple[str, ...], index: int, chosen: np.ndarray, active: np.ndarray) -> _Computed:
@@ -322,29 +329,32 @@ class Outcomes:
             self._late[key] = tf.function(function, autograph=False)
         return self._late[key]
 
-    def _decide(self, computed: _Computed, candidate: str, theta_pix: float | None) -> dict[str, np.ndarray]:
-        """Mask and, with a threshold, how sure each cell is."""
-        key = (candidate, theta_pix)
+    def _decide(self, computed: _Computed, chain: tuple[str, ...], index: int, theta_pix: float | None) -> dict[str, np.ndarray]:
+        """Mask and, with a threshold, how sure each cell is, of an exit of a chain."""
+        candidate, segments = chain[index], self._plan.segments[chain]
+        whole = index < len(segments) and segments[index] is None
+        key = (candidate, theta_pix, whole)
         if key not in computed.decided:
             if candidate not in computed.logits:
                 features = {name: computed.tensors[name] for name in self._network.taps(candidate)}
                 computed.logits[candidate] = self._head_of(candidate, features).numpy()
             logits = computed.logits[candidate]
-            computed.decided[key] = self._decider(logits.shape, theta_pix)(logits=logits)
+            computed.decided[key] = self._decider(logits.shape, theta_pix, whole)(logits=logits)
         return computed.decided[key]
 
-    def _decider(self, shape: tuple[int, ...], theta_pix: float | None):
-        if (shape, theta_pix) not in self._deciders:
+    def _decider(self, shape: tuple[int, ...], theta_pix: float | None, whole: bool):
+        key = (shape, theta_pix, whole)
+        if key not in self._deciders:
 
             def function(logits: tf.Tensor) -> dict[str, tf.Tensor]:
                 if theta_pix is None:
                     return decide(logits, self.size, ())
-                return decide_by_cell(logits, self.size, (theta_pix, False), self._plan.cells)
+                return decide_by_cell(logits, self.size, (theta_pix, False), self._plan.cells, whole)
 
             content = flatbuffer.write({SIGNATURE: convert(function, {"logits": shape})})
             interpreter = Interpreter(model_content=content, num_threads=os.cpu_count())
-            self._deciders[shape, theta_pix] = interpreter.get_signature_runner(SIGNATURE)
-        return self._deciders[shape, theta_pix]
+            self._deciders[key] = interpreter.get_signature_runner(SIGNATURE)
+        return self._deciders[key]
 
 
 def _late(
@@ -358,21 +368,23 @@ def _late(
 def configurations(plan: Plan, theta_pix: Sequence[float], theta_img: Sequence[float]) -> list[tuple[tuple[str, ...], Thetas]]:
     """Chain and thresholds of each, chain by chain: of every early exit every pair of theta_pix and theta_img.
 
+    An exit that decides for the whole image has THETA_IMG_WHOLE instead of the latter.
+
     Raises:
       ValueError: there are more than MOST_CONFIGURATIONS.
     """
-    pairs = [*itertools.product(theta_pix, theta_img)]
-    early = Counter(len(chain) - 1 for chain in plan.chains)
-
-    def total(count: int) -> int:
-        return sum(chains * count**exits for exits, chains in early.items())
-
-    if total(len(pairs)) > MOST_CONFIGURATIONS:
-        most = next(count for count in range(len(pairs), -1, -1) if total(count) <= MOST_CONFIGURATIONS)
+    of_cells, of_image = ([*itertools.product(theta_pix, each)] for each in (theta_img, THETA_IMG_WHOLE))
+    found = [
+        (chain, thetas)
+        for chain, segments in plan.segments.items()
+        for thetas in itertools.product(*(of_cells if segment else of_image for segment in segments))
+    ]
+    if len(found) > MOST_CONFIGURATIONS:
+        early = Counter(len(chain) - 1 for chain in plan.chains)
         chains = ", ".join(f"{number} with {exits} early" for exits, number in sorted(early.items()))
-        required = f"at most {most} pairs (chains: {chains}), {MOST_CONFIGURATIONS} configurations, or fewer exits by region_heads"
-        raise ValueError(f"theta_pix, theta_img: must be {required}, got {len(pairs)} pairs, {total(len(pairs))} configurations")
-    return [(chain, thetas) for chain in plan.chains for thetas in itertools.product(pairs, repeat=len(chain) - 1)]
+        required = f"so few that there are at most {MOST_CONFIGURATIONS} configurations, or fewer exits by region_heads (chains: {chains})"
+        raise ValueError(f"theta_pix, theta_img: must be {required}, got {len(of_cells)} pairs, {len(found)} configurations")
+    return found
 
 
 def count(

@@ -31,7 +31,19 @@ from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import network_input
 from mess_tf.data.sources import open_split
 from mess_tf.export_tflite import run_candidates, run_deployment
-from mess_tf.files import Asked, Configuration, Deployment, ExitChoice, Objective, Original, RegionStats, Stats, best_weights, map_arrays
+from mess_tf.files import (
+    THETA_IMG_WHOLE,
+    Asked,
+    Configuration,
+    Deployment,
+    ExitChoice,
+    Objective,
+    Original,
+    RegionStats,
+    Stats,
+    best_weights,
+    map_arrays,
+)
 from mess_tf.graph.exporter import Exporter
 from mess_tf.graph.policy import decide, decide_by_cell
 from mess_tf.network.model import FINAL, MultiExitNetwork, build_network, convert
@@ -116,7 +128,7 @@ def by_hand(network: MultiExitNetwork, stats: RegionStats, number: int, image: n
         answer[alive] = index
         if choice.theta_pix is None:
             break
-        sure = np.where(alive, decide_by_cell(logits, SIZE, (choice.theta_pix, False), cells)["sure"], 2)
+        sure = np.where(alive, decide_by_cell(logits, SIZE, (choice.theta_pix, False), cells, segments[index] is None)["sure"], 2)
         unsure = int((sure < choice.theta_img - 1e-5).sum())
         if not unsure:
             break
@@ -138,8 +150,8 @@ def test_statistics_are_what_keras_does_image_by_image(made, stats):
     _, network, val = made
     assert stats.regions == Regions("nearest", (2, 2), (1, 2, 4))  # three of the cells, 3x3 of 4x6 positions, are more work than all
     assert stats.candidates == (f"exit1.{HEAD}", f"exit2.{HEAD}", FINAL)
-    pairs = 2 * len(THETA_IMG)
-    assert len(stats.chains) == 2 * pairs + pairs**2  # behind exit 2, which only runs densely, no cell leaves for itself
+    pairs, of_image = 2 * len(THETA_IMG), 2 * len(THETA_IMG_WHOLE)
+    assert len(stats.chains) == 2 * pairs + pairs * of_image  # behind exit 2, which only runs densely, no cell leaves for itself
     dense = stats.pairs.tolist().index([1, 2])
     budgets = set()
     for i, k in itertools.product(range(len(val)), range(len(stats.chains))):
@@ -199,13 +211,23 @@ def dense_start() -> tuple[MultiExitNetwork, Config, Examples]:
     return network, config, val
 
 
-@pytest.mark.parametrize("exits", [("exit1", "exit2", "final"), pytest.param(("exit2", "exit3", "final"), marks=pytest.mark.full)])
-def test_statistics_are_what_a_bundle_does(dense_start, tmp_path, exits):
-    """Of a chain that begins with a dense segment, and of one without; the first exit is looser or stricter than the second."""
+@pytest.mark.parametrize(
+    ("exits", "dense"),
+    [
+        (("exit1", "exit2", "final"), ()),
+        (("exit2", "exit3", "final"), ("exit3",)),
+        pytest.param(("exit2", "exit3", "final"), (), marks=pytest.mark.full),
+    ],
+)
+def test_statistics_are_what_a_bundle_does(dense_start, tmp_path, exits, dense):
+    """Of chains that begin with a segment that can only be, or shall be, dense, and of one without; thresholds of each exit differ.
+
+    In front of a dense segment the whole image leaves or none of it.
+    """
     network, config, val = dense_start
-    chains = plan(network, config, RegionOptions(max_early=2))
-    chain = tuple(name for name in chains.candidates if name.partition(".")[0] in exits)
-    assert [each is None for each in chains.segments[chain]] == [exits[0] == "exit1", False]
+    chains = plan(network, config, RegionOptions(max_early=2, dense=dense))
+    chain, decides = tuple(name for name in chains.candidates if name.partition(".")[0] in exits), exits[0] == "exit1" or bool(dense)
+    assert [each is None for each in chains.segments[chain]] == [decides, False]
     pix = confidences(network, val)[:: 1 if exits[0] == "exit1" else -1]
     every = [(chain, tuple(zip(pix, img, strict=True))) for img in ((0.2, 0.5), (0.5, 0.2), (0.5, 0.9), (0.9, 0.5))]
     counts = count(Outcomes(network, chains, SIZE), every, val, range(len(val)), "stretch")
@@ -227,10 +249,11 @@ def test_statistics_are_what_a_bundle_does(dense_start, tmp_path, exits):
             assert counts["taken"][k, i].tolist() == budgets + [0] * (2 - len(budgets))
             assert counts["cells"][k, i].tolist() == np.bincount(result.cells.ravel(), minlength=3).tolist()
             check_counts(counts["tp"][k, i], counts["fp"][k, i], result.mask, label)
+            assert not decides or not budgets or 0 not in result.cells
             seen.add(tuple(budgets))
     everything = chains.regions.cells
     assert any(budgets[-1] < everything for budgets in seen if len(budgets) == 2)
-    assert exits[0] == "exit2" or (() in seen and {budgets[0] for budgets in seen if budgets} == {everything})
+    assert not decides or (() in seen and {budgets[0] for budgets in seen if budgets} == {everything})
 
 
 def test_costs_of_a_dense_pair_have_one_budget(dense_start):
@@ -246,6 +269,8 @@ def test_costs_of_a_dense_pair_have_one_budget(dense_start):
     assert (macs[0, 1], parameters[0, 1]) == ([0] * (len(chains.regions.budgets) - 1) + [up], 4 * 32 * classes + classes)
     assert macs[0, 3][-1] == macs[1, 3][-1] and parameters[0, 3] == parameters[1, 3]  # the pooling is free
     assert of["chains"][-4:].tolist() == [[1, 2, 3]] * 4
+    whole = [*zip(of["chains"][:, 0].tolist(), of["chains"][:, 1].tolist(), of["theta_img"][:, 0].tolist(), strict=True)]
+    assert {img for first, second, img in whole if (first, second) == (0, 1)} == {*THETA_IMG_WHOLE}
     assert of["theta_img"][-4:].tolist() == [[0.5, 0.5], [0.5, 0.9], [0.9, 0.5], [0.9, 0.9]]
 
 
@@ -292,6 +317,7 @@ def random_stats(seed: int, images: int = 5, classes: int = 3) -> RegionStats:
         neighbours="stale",
         grid=np.array([2, 2]),
         budgets=np.array([1, 4]),
+        dense=(),
         candidates=names,
         chains=chains,
         theta_pix=theta_pix,
@@ -431,12 +457,16 @@ def test_what_cannot_be_planned(made):
         plan(network, config, RegionOptions(candidates=("exit1.other", FINAL)))
     with pytest.raises(ValueError, match="region_heads: must be of two exits or more, one each"):
         plan(network, config, RegionOptions(candidates=(FINAL,)))
+    with pytest.raises(ValueError, match="region_dense: must be of the exits exit2, final, got 'exit1'"):
+        plan(network, config, RegionOptions(dense=("exit1",)))
+    with pytest.raises(ValueError, match=r"regions: must be none with this network, got 'final.original: shall be dense; exit2.fcn"):
+        plan(network, config, RegionOptions(dense=("exit2", "final")))
     with pytest.raises(ValueError, match="theta_img: must be increasing shares"):
         RegionOptions(theta_img=(0.0, 0.5))
     chains = plan(network, config, RegionOptions(max_early=2))
-    message = r"theta_pix, theta_img: must be at most 69 pairs \(chains: 2 with 1 early, 1 with 2 early\), 5000 configurations, or .*"
-    with pytest.raises(ValueError, match=f"{message} got 70 pairs, 5040 configurations"):
-        configurations(chains, [*range(7)], [*range(10)])
+    message = r"theta_pix, theta_img: must be so few .* 5000 configurations, .* \(chains: 2 with 1 early, 1 with 2 early\)"
+    with pytest.raises(ValueError, match=f"{message}, got 110 pairs, 6270 configurations"):  # 2 * 110 + 110 * (11 * 5)
+        configurations(chains, [*range(11)], [*range(10)])
 
 
 def latency_file(folder: Path) -> Path:

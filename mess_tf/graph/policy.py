@@ -76,13 +76,14 @@ def decide(
 
 
 def decide_by_cell(
-    logits: tf.Tensor, size: tuple[int, int], threshold: tuple[float, bool], cells: tuple[np.ndarray, np.ndarray]
+    logits: tf.Tensor, size: tuple[int, int], threshold: tuple[float, bool], cells: tuple[np.ndarray, np.ndarray], whole: bool = False
 ) -> dict[str, tf.Tensor]:
     """What an exit returns for one image of which every cell decides for itself, computed at the size of the image.
 
     Args:
       logits, size, threshold: see `decide`.
       cells: int [H] and [W], the row and the column of cells that each row and column of the mask lies in, in rising order from 0.
+      whole: whether the image decides, and each cell has its share.
 
     Returns:
       `mask` uint8 [1, H, W], and `sure` float32 [1, rows, columns]: the share of each cell's pixels that are confident.
@@ -93,7 +94,7 @@ def decide_by_cell(
     shares = []
     for places in cells:
         inside = np.eye(places[-1] + 1, dtype=np.float32)[places]
-        shares.append(inside / inside.sum(0))
+        shares.append(np.full_like(inside, 1 / len(inside)) if whole else inside / inside.sum(0))
     first, second = shares[::-1] if threshold[1] else shares  # an edge-aware plane is transposed
     sure = tf.matmul(tf.transpose(tf.matmul(plane, second)), first)
     sure = sure if threshold[1] else tf.transpose(sure)

@@ -224,7 +224,7 @@ class RegionChain:
         """Compares what a file made at an exit with what Keras made there of the same features, and the mask before."""
         threshold, expected = self._thresholds[index], {}
         logits = tf.constant(made[LOGITS])
-        decided = decide_by_cell(logits, self._size, threshold, self._by_pixel) if threshold else decide(logits, self._size, ())
+        decided = self._decided(logits, index)
         changed = _of_pixels(active, self._by_pixel).numpy()
         mask = decided[bundles.MASK].numpy()
         if before is not None:
@@ -261,6 +261,12 @@ class RegionChain:
         outputs |= {name: joined.outputs[name] for name in handed} | ({ANSWER: joined.outputs[LOGITS]} if answers else {})
         return flatbuffer.cut(joined, joined.inputs, outputs)
 
+    def _decided(self, logits: tf.Tensor, index: int) -> dict[str, tf.Tensor]:
+        """An exit's mask, and of all but the last how sure its cells are."""
+        if not (threshold := self._thresholds[index]):
+            return decide(logits, self._size, ())
+        return decide_by_cell(logits, self._size, threshold, self._by_pixel, self.segments[index] is None)
+
     def _decision(self, logits: tuple[int, ...], index: int, budget: int | None) -> flatbuffer.Graph:
         """An exit's logits, and for a later one the cells, how sure they were and the mask before, to the mask and how sure they are."""
         threshold = self._thresholds[index]
@@ -275,7 +281,7 @@ class RegionChain:
                 size = logits.shape[1:3]
                 there = _of_pixels(active, tuple(segment.cells_of(side, axis) for axis, side in enumerate(size)))[..., None]
                 logits = tf.where(there, logits, resized(before[ANSWER], size))
-            made = decide_by_cell(logits, self._size, threshold, self._by_pixel) if threshold else decide(logits, self._size, ())
+            made = self._decided(logits, index)
             if budget is None:
                 return made
             if threshold:

@@ -425,7 +425,7 @@ def segment_with_cells(
 def segments_on_grid(
     network: MultiExitNetwork, candidates: Sequence[str], input_size: tuple[int, int], regions: Regions
 ) -> list[ActiveSegment | None]:
-    """The segments after the first, with the cells of a deployment; None for those that are always dense.
+    """The segments after the first, with the cells of a deployment; None for those that are always dense, or shall be (`regions.dense`).
 
     Raises:
       DenseSegmentError: all can only be dense.
@@ -434,6 +434,9 @@ def segments_on_grid(
     found: list[ActiveSegment | None] = []
     for index in range(1, len(candidates)):
         try:
+            exit_name = candidates[index].partition(".")[0]
+            if exit_name in regions.dense:
+                raise DenseSegmentError(f"{exit_name} shall be dense")
             segment = ActiveSegment(network, candidates, index, input_size, neighbours=regions.neighbours)
         except DenseSegmentError as error:
             if index + 1 == len(candidates) and not any(found):

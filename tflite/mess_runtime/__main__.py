@@ -163,7 +163,8 @@ def _describe(manifest: Manifest) -> str:
     if (regions := manifest.regions) is not None:
         rows, columns = regions.grid
         cells = f"{rows} x {columns} cells leave each for itself, segments work on {', '.join(map(str, regions.budgets))} of them"
-        lines.append(f"regions    {cells}; neighbours {regions.neighbours}")
+        whole = f"; the whole image goes on to {', '.join(regions.dense)}" if regions.dense else ""
+        lines.append(f"regions    {cells}; neighbours {regions.neighbours}{whole}")
     if predicted is not None:
         on = f" on {predicted.backend}" if predicted.backend else ""
         figures = f"mIoU {100 * predicted.miou:.2f} %, mean {predicted.cost.name} {predicted.cost.mean:.6g}{on}"

@@ -229,11 +229,14 @@ class Regions:
       neighbours: what segments see where cells have left, one of `NEIGHBOURS`.
       grid: (rows, columns) of cells.
       budgets: numbers of cells that the segments after the first can work on, rising; the last is all of them, the dense network.
+      dense: exits whose segments always work on all cells. An exit in front of a segment that does decides for the whole image: each of
+        its cells has the share of the image.
     """
 
     neighbours: Literal["stale", "nearest", "zeros"]
     grid: tuple[int, int]
     budgets: tuple[int, ...]
+    dense: tuple[str, ...] = ()
 
     def __post_init__(self):
         check(self.neighbours in NEIGHBOURS, "neighbours", f"one of {', '.join(NEIGHBOURS)}", self.neighbours)
