@@ -75,7 +75,7 @@ def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list
         "train_step": ["--steps=6", "--size=64x64", "--batch=2", "--exits=3"],
         "networks": [f"--output={output / 'networks'}", "--names=unet_xception"],
         "search_scaling": ["--rows=1_exit"],
-        "statistics_growth": [f"--output={output / 'statistics'}", "--rows=base"],
+        "statistics_growth": [f"--output={output / 'statistics'}", "--rows=base", "--counted=8"],
         "search_vs_peers": ["--seeds=1", "--max_early_exits=1", "--time_limit=20"],
         "fleet_plan": ["--sample=1", "--constraints=1", "--shared=3", "--heads=8", "--images=50"],
         "guarantee": ["--sets=3"],
