@@ -219,12 +219,14 @@ def search_regions(
         raise InfeasibleError(_nearest(stats, accuracy, values, objective, costs.name))
     predicted = predict_regions(stats, costs, best)
     reached = predicted.miou if objective.minimise is None else predicted.costs[objective.minimise]
+    exits = stats.exits(best)
+    dense = tuple(choice.exit for choice in exits[1:] if choice.exit in stats.dense)
     return Deployment(
         setting=INPUT_DEPENDENT,
         edge_aware=False,
-        exits=stats.exits(best),
+        exits=exits,
         horizon=None,
-        regions=stats.regions,
+        regions=dataclasses.replace(stats.regions, dense=dense),
         constraint=objective,
         predicted=predicted,
         original=reference,
