@@ -477,7 +477,7 @@ def test_held_latency_needs_something_to_hold(copy, images):
 # ---------------------------------------------------------------- manifest and graphs
 
 
-WITH_REGIONS = {"neighbours": "nearest", "grid": [3, 4], "budgets": [2, 6, 12]}
+WITH_REGIONS = {"neighbours": "nearest", "grid": [3, 4], "budgets": [2, 6, 12], "dense": []}
 
 
 def test_manifest_round_trip(folder):
