@@ -120,15 +120,14 @@ LogitsOf = Callable[[Sequence[np.ndarray]], Iterator[tuple[str, list[np.ndarray]
 
 
 def logits_of_keras(network: MultiExitNetwork) -> LogitsOf:
-    """Runs the network itself."""
+    """Runs the network itself, its heads without traced functions: hundreds of these take more than the weights do, and no less time."""
     features_of = tf.function(network.features(network.candidates), autograph=False)
-    head_of = tf.function(network.head_logits, autograph=False)
 
     def run(images):
         features = [features_of(image, training=False) for image in images]
         for candidate in reversed(network.candidates):
             taps = network.taps(candidate)
-            yield candidate, [head_of(candidate, {name: each[name] for name in taps}).numpy() for each in features]
+            yield candidate, [network.head_logits(candidate, {name: each[name] for name in taps}).numpy() for each in features]
 
     return run
 

@@ -528,6 +528,8 @@ def test_manifest_round_trip(folder):
         (("regions",), WITH_REGIONS | {"budgets": [4, 4, 12]}, r"regions\.budgets: must be positive, each larger"),
         (("regions",), WITH_REGIONS | {"budgets": [4]}, r"regions\.budgets: must be such that the last is all 12 cells"),
         (("regions",), WITH_REGIONS | {"grid": [33, 4], "budgets": [132]}, r"regions\.grid: must be of no more cells than 32 x 64 pixels"),
+        (("regions",), WITH_REGIONS | {"dense": ["exit1"]}, r"regions\.dense: must be different ones of exit2, final, got \('exit1',\)"),
+        (("regions",), WITH_REGIONS | {"dense": ["final", "final"]}, r"regions\.dense: must be different ones of exit2, final"),
     ],
 )
 def test_manifest_is_strict(copy, keys, received, message):

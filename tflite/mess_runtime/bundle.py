@@ -304,6 +304,9 @@ class Manifest:
             check_with_regions(self.setting, self.exits)
             fits = self.regions.grid[0] <= self.input.height and self.regions.grid[1] <= self.input.width
             check(fits, "regions.grid", f"of no more cells than {self.input.height} x {self.input.width} pixels", self.regions.grid)
+            later = self.exits[1:]
+            known = len(set(self.regions.dense)) == len(self.regions.dense) and set(self.regions.dense) <= set(later)
+            check(known, "regions.dense", f"different ones of {', '.join(later)}", self.regions.dense)
         if self.predicted is not None:
             rates = self.predicted.exit_rates
             check(len(rates) == len(self.segments), "predicted.exit_rates", f"{len(self.segments)} shares, one per segment", rates)
