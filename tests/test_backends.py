@@ -277,6 +277,23 @@ def test_verify_prints_a_table_and_a_json_line(bundle, images, backend, tmp_path
     assert set(report["mious"]) == {"exit1", "exit2", "final", "policy"} and any("DIFFERS" in line for line in lines) == wrong
 
 
+def test_verify_reads_labels_as_viewers_show_them(bundle, images, backend, tmp_path, monkeypatch, capsys):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    label = Image.fromarray(np.zeros(SIZE, np.uint8))
+    Image.fromarray(images[0]).save(tmp_path / "images" / "a.png", exif=turned)
+    label.save(tmp_path / "labels" / "a.png")
+    backend()
+    monkeypatch.setattr(sys, "argv", ["mess_runtime", "verify", str(bundle.folder), str(tmp_path / "images"), "--backend=gpu", "--runs=1"])
+    height, width = SIZE
+    message = f"a.png: must be as large as its image, {width}x{height}, got {height}x{width}; viewers turn the photo (EXIF orientation 6)"
+    assert main() == 2 and message in capsys.readouterr().err
+    label.save(tmp_path / "labels" / "a.png", exif=turned)
+    assert main() == 0
+
+
 def test_verify_records_a_proof(bundle, backend, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(bundle.folder, tmp_path / "copy")
     monkeypatch.setattr(sys, "argv", ["mess_runtime", "verify", str(folder), "--backend=gpu", "--runs=1", "--record"])

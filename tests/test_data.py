@@ -514,7 +514,11 @@ def test_labels_are_those_of_the_photo_as_it_is_shown(tmp_path):
     array = np.zeros((40, 60, 3), np.uint8)
     array[:, :20] = 255
     Image.fromarray(array).save(tmp_path / "train/images/1.jpg", exif=turned(6))
-    with pytest.raises(DataError, match=r"labels/1\.png: must be as large as its image, 60x40, got 40x60"):
+    turn = r"viewers turn the photo \(EXIF orientation 6\), the label is of it as it is stored: turn one like the other"
+    with pytest.raises(DataError, match=rf"labels/1\.png: must be as large as its image, 60x40, got 40x60; {turn}$"):
+        open_split(config, "train")
+    write_image(tmp_path / "train/labels/1.png", np.zeros((40, 61), np.uint8))
+    with pytest.raises(DataError, match=r"must be as large as its image, 60x40, got 40x61$"):
         open_split(config, "train")
     label = np.zeros((60, 40), np.uint8)
     label[:20] = 7  # after the turn, what was on the left is on top

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from mess_runtime.files import printable
-from mess_runtime.images import SUFFIXES, UnreadableError, files_in, photo_header, read_photo
+from mess_runtime.images import SUFFIXES, UnreadableError, check_label_size, files_in, photo_header, read_photo
 from mess_runtime.terminal import Bar, complain, first_few
 from mess_tf.configs import IGNORE, OWN_LABELS, DataConfig
 from mess_tf.data.examples import DataError, DatasetInfo, Examples
@@ -160,9 +160,9 @@ def open_pairs(config: DataConfig, classes: Sequence[str], pairs: Sequence[tuple
         path, label = pairs[index]
         try:
             image, pixels = read_photo(path), label.read()
+            check_label_size(label, pixels.shape, path, image.shape[:2])
         except UnreadableError as error:
             raise DataError(str(error)) from error
-        _check_sizes(image.shape[:2], pixels, label)
         return image, pixels
 
     def content(index: int) -> list[bytes]:
@@ -184,15 +184,10 @@ def _check_pair(path: pathlib.Path, label: Label, num_classes: int) -> tuple[np.
         if not path.is_file():
             raise DataError(f"{printable(str(path))}: not a readable image: missing{_nearly(path)}")
         size, orientation = photo_header(path)
-        _check_sizes(size, pixels, label)
+        check_label_size(label, pixels.shape, path, size)
         doubtful = orientation in range(2, 5) or (orientation > 4 and size[0] == size[1])
         if doubtful and isinstance(label, LabelFile):
             doubtful = photo_header(label.path)[1] == 1
         return np.bincount(pixels.ravel(), minlength=256)[:num_classes], doubtful
     except (DataError, UnreadableError) as error:
         return error
-
-
-def _check_sizes(size: tuple[int, int], pixels: np.ndarray, label: Label) -> None:
-    if pixels.shape != tuple(size):
-        raise DataError(f"{label}: must be as large as its image, {size[0]}x{size[1]}, got {pixels.shape[0]}x{pixels.shape[1]}")

@@ -115,7 +115,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     check(not arguments.record or not arguments.path.is_file(), "--record", "left out for a file without manifest", str(arguments.path))
     paths = expand(arguments.images, SUFFIXES)
-    images, labels = [read_photo(path) for path in paths], [read_label(path) for path in paths]
+    images = [read_photo(path) for path in paths]
+    labels = [read_label(path, image.shape[:2]) for path, image in zip(paths, images, strict=True)]
     try:
         report = verify.verify(arguments.path, arguments.backend, images, labels, arguments.runs, arguments.precision)
     except engines.AbsentError as error:

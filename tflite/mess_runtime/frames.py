@@ -10,7 +10,7 @@ from PIL import Image
 
 from mess_runtime.bundle import check
 from mess_runtime.files import printable, write_atomically
-from mess_runtime.images import SUFFIXES, UnreadableError, files_in, opened, read_photo
+from mess_runtime.images import SUFFIXES, UnreadableError, check_label_size, files_in, opened, read_photo, upright
 
 VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 CAMERA = "camera:"
@@ -58,13 +58,23 @@ def open_sources(sources: Sequence[str], limit: int | None = None) -> list[tuple
     return list(paths.values())
 
 
-def read_label(path: Path) -> np.ndarray | None:
-    """The label beside an image, if `path` is images/NAME.SUFFIX and there is labels/NAME.png: class indices uint8 [h, w]."""
+def read_label(path: Path, size: tuple[int, int]) -> np.ndarray | None:
+    """The label beside an image of a (height, width), if `path` is images/NAME.SUFFIX and there is labels/NAME.png.
+
+    Returns:
+      Class indices uint8 [h, w].
+
+    Raises:
+      UnreadableError: it is broken, or not as large as the image; both are as viewers show them.
+    """
     label = path.parent.parent / "labels" / f"{path.stem}.png"
     if path.parent.name != "images" or not label.exists():
         return None
     with opened(label, ("PNG",)) as image:
-        return np.asarray(image)
+        image.load()
+        pixels = np.array(upright(image, image))
+    check_label_size(label, pixels.shape[:2], path, size)
+    return pixels
 
 
 def _mask_name(source: Path, number: str) -> str:

@@ -136,6 +136,17 @@ def photo_header(path: str | Path) -> tuple[tuple[int, int], int]:
         return (width, height) if turned else (height, width), orientation
 
 
+def check_label_size(label: object, size: tuple[int, int], path: str | Path, photo_size: tuple[int, int]) -> None:
+    """Raises UnreadableError unless a label, called so and of (height, width), is as large as the photo of this path as viewers show it."""
+    if tuple(size) == tuple(photo_size):
+        return
+    hint, (_, orientation) = "", photo_header(path)
+    if orientation >= 5 and tuple(size) == tuple(reversed(photo_size)):
+        hint = f"; viewers turn the photo (EXIF orientation {orientation}), the label is of it as it is stored: turn one like the other"
+    required = f"must be as large as its image, {photo_size[0]}x{photo_size[1]}"
+    raise UnreadableError(f"{printable(str(label))}: {required}, got {size[0]}x{size[1]}{hint}")
+
+
 def _orientation(image: Image.Image, getexif=lambda image: image.getexif()) -> int:
     """1 to 8. `Image.Image.getexif` is one that decodes no pixels."""
     try:
