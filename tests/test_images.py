@@ -237,6 +237,17 @@ def test_photos_in_folders_beside_photos_are_said_to_be_left_out(tmp_path, photo
     assert line == f"{tmp_path}: files must lie in the folder itself, 2 in the folders below are left out, such as sub/b.png"
 
 
+def test_photos_in_linked_folders_are_said_to_be_left_out(tmp_path, photo, capsys):
+    for name in ("here/a.png", "there/b.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(photo).save(tmp_path / name)
+    (tmp_path / "here/link").symlink_to(tmp_path / "there", target_is_directory=True)
+    (tmp_path / "there/back").symlink_to(tmp_path / "here", target_is_directory=True)
+    assert len(files_in(tmp_path / "here", images.SUFFIXES)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(": files must lie in the folder itself, 1 in the folders below are left out, such as link/b.png")
+
+
 def test_a_folder_of_folders_is_explained(tmp_path, photo):
     (tmp_path / "aachen").mkdir()
     Image.fromarray(photo).save(tmp_path / "aachen" / "x.png")

@@ -79,8 +79,13 @@ def files_in(folder: Path, suffixes: set[str]) -> list[Path]:
 
 
 def _below(folder: Path, suffixes: set[str]) -> Iterator[Path]:
-    """The files of some suffixes in the folders of a folder, without hidden ones, as paths from it."""
-    for root, folders, names in os.walk(folder):
+    """The files of some suffixes in the folders of a folder, those that links lead to too, without hidden ones, as paths from it."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(root).relative_to(folder)
         if inside.parts:
