@@ -18,7 +18,7 @@ def check_flags() -> None:
     """Raises ValueError where flags do not go together, or ask for nothing."""
     values = flags.FLAGS
     terminal.check_left_out(not values.latency, "device threads backends precisions all_devices", "without --latency")
-    terminal.check_left_out(values.all_devices, "device threads", "with --all_devices")
+    terminal.check_left_out(values.all_devices, "device threads check_share max_risk", "with --all_devices")
     terminal.check_left_out(values.max_bundles is None, "fleet", "without --max_bundles")
     arguments.questions()
     check(os.path.isdir(values.workdir), "--workdir", "an existing folder", values.workdir)
@@ -393,7 +393,7 @@ def main() -> None:
     questions = [*itertools.chain(*devices.values())]
     if values.max_bundles is not None:
         check(values.all_devices, "max_bundles", "given with --all_devices", values.max_bundles)
-        terminal.check_left_out(True, "check_share max_risk minimise max_cost cost_share ray", "with --max_bundles")
+        terminal.check_left_out(True, "minimise max_cost cost_share ray", "with --max_bundles")
         check(len(questions) == len(devices), "constraint", "one with one value with --max_bundles", len(questions) // len(devices))
         check(values.setting != ANYTIME, "setting", f"{INPUT_DEPENDENT} or {BUDGETED} with --max_bundles", values.setting)
         check(values.decide in (None, IMAGE_DECIDES), "decide", f"{IMAGE_DECIDES} with --max_bundles", values.decide)
@@ -403,9 +403,8 @@ def main() -> None:
         print(run_fleet(values.workdir, asked, values.latency, values.max_bundles, values.fleet, folder))
         print(folder)
         return
-    if len(questions) > 1:
-        check(values.max_risk is None, "max_risk", "given for one device, without another constraint", [*devices])
-        terminal.check_left_out(True, "check_share", "where several constraints or devices make a table")
+    if values.all_devices or len(questions) > 1:
+        terminal.check_left_out(True, "check_share", "where several constraints make a table")
         folder = values.output or os.path.join(values.workdir, "deployments")
         check_writable("--output", folder, folder=True)
         print(overview(run_table(values.workdir, devices, values.latency, folder, values.ray)))

@@ -134,13 +134,33 @@ def test_what_cannot_be_reached_names_the_device():
         share(DEVICES, [variant_of(stats, 0)], 0, Objective(None, 0.0), "sum", **SPACE)
 
 
+def write_latencies(path, stats: Stats, factors: dict[str, float]) -> list[dict]:
+    """A latency.json of devices, each so many times slower than another; returns its rows."""
+    about = {"soc": "s", "os": "o", "runtime": "r", "runtime_version": "1", "p90_ms": None, "mean_ms": 9.0, "runs": 5}
+    about |= {"backend_obtained": "unknown", "temperature_c": None}
+    rows = [row for name, factor in factors.items() for row in latency_rows(stats, name, factor=factor)]
+    write_json(path, LatencyTable({}, tuple(LatencyRow(**row, **about) for row in rows)).to_json())
+    return rows
+
+
+def test_all_devices_are_a_table_also_where_there_is_one(tmp_path, command):
+    stats = make_stats(3)
+    stats.save(tmp_path / "stats.npz")
+    write_latencies(tmp_path / "latency.json", stats, {"only": 1.0})
+    words = [f"--workdir={tmp_path}", f"--latency={tmp_path / 'latency.json'}", "--max_drop_pp=1", "--all_devices"]
+    output = tmp_path / "table"
+    code, out, err = command("search", *words, f"--output={output}")
+    assert (code, err, out.splitlines()[-1]) == (0, "", str(output))
+    assert [path.name for path in output.iterdir()] == ["only-t1-max_drop_pp-1.json"]
+    refused = command("search", *words, f"--output={tmp_path / 'one.json'}")
+    assert refused[0] == 1 and "--output: must be a folder that can be written to, not a .json file" in refused[2]
+    assert not (tmp_path / "one.json").exists()
+
+
 def test_command(tmp_path, command):
     stats = make_stats(3)
     stats.save(tmp_path / "stats.npz")
-    about = {"soc": "s", "os": "o", "runtime": "r", "runtime_version": "1", "p90_ms": None, "mean_ms": 9.0, "runs": 5}
-    about |= {"backend_obtained": "unknown", "temperature_c": None}
-    rows = [row for factor, name in ((1.0, "fast"), (9.0, "slow"), (3.0, "third")) for row in latency_rows(stats, name, factor=factor)]
-    write_json(tmp_path / "latency.json", LatencyTable({}, tuple(LatencyRow(**row, **about) for row in rows)).to_json())
+    rows = write_latencies(tmp_path / "latency.json", stats, {"fast": 1.0, "slow": 9.0, "third": 3.0})
     words = [f"--workdir={tmp_path}", f"--latency={tmp_path / 'latency.json'}", "--max_drop_pp=1", "--all_devices", "--max_bundles=2"]
     code, out, err = command("search", *words, "--fleet=worst")
     assert (code, err) == (0, "")

@@ -368,13 +368,14 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("search", ["--max_cost=1", "--backends=gpu"], f"--backends: {LEFT_OUT} without --latency, got ['gpu']"),
         ("search", ["--max_cost=1", "--all_devices"], f"--all_devices: {LEFT_OUT} without --latency, got True"),
         ("search", ["--latency=L", "--all_devices", "--device=x"], f"--device: {LEFT_OUT} with --all_devices, got 'x'"),
+        ("search", ["--latency=L", "--all_devices", "--max_risk=0.1"], f"--max_risk: {LEFT_OUT} with --all_devices, got 0.1"),
         ("search", ["--max_cost=1", "--risk=final"], f"--risk: {LEFT_OUT} without --max_risk, got 'final'"),
         ("search", ["--max_risk=0.1", "--setting=budgeted"], f"--setting: {LEFT_OUT} with --max_risk, got 'budgeted'"),
         ("search", ["--max_cost=1", "--setting=budgeted", "--quantiles=9"], f"--quantiles: {LEFT_OUT} with --setting=budgeted, got 9"),
         (
             "search",
             ["--max_cost=1,2", "--check_share=0.5"],
-            f"--check_share: {LEFT_OUT} where several constraints or devices make a table, got 0.5",
+            f"--check_share: {LEFT_OUT} where several constraints make a table, got 0.5",
         ),
         (
             "search",
