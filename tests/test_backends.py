@@ -173,13 +173,28 @@ def test_weights_that_make_nothing_finite_fail_though_the_mask_is_the_same(image
     assert re.fullmatch(rf"{SIGNATURE}: \S+, inside: \d+ of \d+ values are not finite on the CPU", fault)
 
 
-def test_a_network_whose_values_are_not_finite_is_not_exported(network, tmp_path):
-    layer = next(each for each in network.submodel(["final.original"]).layers if isinstance(each, tf.keras.layers.Conv2D))
+def candidate(network) -> str:
+    return next(name for name in network.candidates if name.startswith("exit1."))
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("of_head", "export"),
+    [
+        (False, lambda exporter, folder: exporter.bundle(folder / "kept", configuration(), None, CLASSES)),
+        (False, lambda exporter, folder: exporter.prefix(folder, "exit1")),
+        (True, lambda exporter, folder: exporter.head(folder, candidate(exporter.network))),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_network_whose_values_are_not_finite_is_not_exported(network, tmp_path, weight, of_head, export, precision):
+    model = network.heads[candidate(network)] if of_head else network.submodel(["final.original"])
+    layer = next(each for each in model._flatten_layers() if isinstance(each, tf.keras.layers.Conv2D))
     before = layer.get_weights()
-    layer.set_weights([np.full_like(each, np.nan) for each in before])
+    layer.set_weights([np.full_like(each, weight) for each in before])
     try:
         with pytest.raises(ExportError, match=r"must be finite, but \d+ of \d+ values that Keras computes are not"):
-            Exporter(network, SIZE).bundle(tmp_path / "kept", configuration(), None, CLASSES)
+            export(Exporter(network, SIZE, precision=precision), tmp_path)
     finally:
         layer.set_weights(before)
     assert not list(tmp_path.iterdir())

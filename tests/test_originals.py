@@ -201,6 +201,15 @@ def test_weights_of_half_precision_are_an_error():
         convert(model, 2, SIZE)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_an_error(value, tmp_path):
+    image, x = trunk()
+    broken = LAYERS.Conv2D(CLASSES, 1, bias_initializer=keras.initializers.Constant(value), name="broken")
+    message = r"^backbone\.weights: .*: model: must have finite weights, those of these layers are not: \['broken'\]$"
+    with pytest.raises(ValueError, match=message):
+        from_file(keras.Model(image, broken(x)), tmp_path)
+
+
 # === Layers ===
 
 

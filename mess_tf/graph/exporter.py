@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -113,12 +114,18 @@ class Exporter:
 
     @functools.cached_property
     def samples(self) -> list[dict[str, np.ndarray]]:
-        """Each image and all tensors that heads read."""
-        features_of = tf.function(self.network.features(self.network.candidates), autograph=False)
-        return [
-            {bundles.IMAGE: image} | {name: tensor.numpy() for name, tensor in features_of(image, training=False).items()}
-            for image in self.images
-        ]
+        """Each image and all tensors that heads read.
+
+        Raises:
+          ExportError: one is not finite.
+        """
+        features_of, samples = tf.function(self.network.features(self.network.candidates), autograph=False), []
+        for image in self.images:
+            features = {name: tensor.numpy() for name, tensor in features_of(image, training=False).items()}
+            for name, value in features.items():
+                check_finite(name, value)
+            samples.append({bundles.IMAGE: image} | features)
+        return samples
 
     def converted(self, function: Function, names: Sequence[str], precision: str | None = None) -> flatbuffer.Graph:
         """Converts a function of the image or of tensors of the original network."""
@@ -133,42 +140,38 @@ class Exporter:
         """The file of some graphs."""
         return flatbuffer.write(signatures, self.precision != FP32)
 
-    def save(self, path: Path, graph: flatbuffer.Graph) -> bytes:
-        """Writes a graph as a file of its own."""
+    def save(self, path: Path, graph: flatbuffer.Graph, *compared: Any) -> None:
+        """Writes a graph as a file of its own, after a check if there is something to compare with, see `_check`."""
         content = self.content({bundles.SIGNATURE: graph})
+        if compared:
+            with _named(path.stem):
+                self._check(content, *compared)
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
-        return content
 
     def prefix(self, folder: Path, exit_name: str) -> flatbuffer.Graph:
         """Image, uint8, to every tensor that the heads of an exit read."""
         model = self.network.features([name for name in self.network.candidates if name.startswith(f"{exit_name}.")])
+        expected = {name: self.samples[0][name] for name in model.output}
         graph = self.converted(lambda image: model(image, training=False), [bundles.IMAGE])
         features = {name: flatbuffer.stored(graph, name) for name in graph.outputs if name not in self.network.taps(FINAL)}
         outputs = graph.outputs | features  # logits are handed on as float32
         graph = flatbuffer.Graph(graph.inputs, outputs, graph.operations)
         whole = flatbuffer.join(pixels(self.shapes[bundles.IMAGE]), graph, {bundles.IMAGE: bundles.IMAGE})
         graph = flatbuffer.cut(whole, whole.inputs, {name: whole.outputs[name] for name in outputs})
-        with _named(f"prefix.{exit_name}"):
-            content = self.save(folder / f"prefix.{exit_name}.tflite", graph)
-            if self.precision in TOLERANCE:
-                inputs = {bundles.IMAGE: self.images[0].astype(np.uint8)}
-                expected = {name: self.samples[0][name] for name in graph.outputs}
-                check_parity(content, inputs, expected, {}, TOLERANCE[self.precision])
+        compared = ({bundles.IMAGE: self.images[0].astype(np.uint8)}, {}, expected) if self.precision in TOLERANCE else ()
+        self.save(folder / f"prefix.{exit_name}.tflite", graph, *compared)
         return graph
 
     def head(self, folder: Path, candidate: str) -> flatbuffer.Graph:
         """The tensors that a candidate reads to its mask and its logits."""
-        names = self.network.taps(candidate)
-        graph = self.converted(lambda **features: {"logits": self.network.head_logits(candidate, features)}, names)
+        inputs = {name: self.samples[0][name] for name in self.network.taps(candidate)}
+        logits = self.network.head_logits(candidate, {name: tf.constant(value) for name, value in inputs.items()})
+        check_finite(candidate, logits)
+        graph = self.converted(lambda **features: {"logits": self.network.head_logits(candidate, features)}, [*inputs])
         graph = flatbuffer.cut(graph, {name: flatbuffer.taken(graph, name) for name in graph.inputs}, graph.outputs)
         graph = flatbuffer.join(graph, self.policy(*logits_size(candidate, self.shapes), ()), {"logits": "logits"})
-        name = head_name(candidate, self.fidelity)
-        with _named(name):
-            content = self.save(folder / f"{name}.tflite", graph)
-            if self.precision in TOLERANCE:
-                inputs = {name: self.samples[0][name] for name in names}
-                logits = self.network.head_logits(candidate, {name: tf.constant(value) for name, value in inputs.items()})
-                self._check(content, inputs, {bundles.MASK: (logits, ())}, {"logits": logits.numpy()})
+        compared = (inputs, {bundles.MASK: (logits, ())}, {"logits": logits.numpy()}) if self.precision in TOLERANCE else ()
+        self.save(folder / f"{head_name(candidate, self.fidelity)}.tflite", graph, *compared)
         return graph
 
     def policies(self, folder: Path) -> None:
@@ -176,10 +179,9 @@ class Exporter:
         for size, candidate in {logits_size(name, self.shapes): name for name in self.network.candidates}.items():
             example = np.random.default_rng(0).normal(0, 4, (1, *size, self.network.num_classes)).astype(np.float32)
             for mode, thresholds in (("mask", ()), ("plain", ((0.9, False),)), ("edge", ((0.9, True),))):
-                name = policy_name(candidate, self.shapes, mode, self.fidelity)
-                with _named(name):
-                    content = self.save(folder / f"{name}.tflite", self.policy(*size, thresholds))
-                    self._check(content, {"logits": example}, {bundles.MASK: (tf.constant(example), thresholds)}, {})
+                path = folder / f"{policy_name(candidate, self.shapes, mode, self.fidelity)}.tflite"
+                compared = {"logits": example}, {bundles.MASK: (tf.constant(example), thresholds)}, {}
+                self.save(path, self.policy(*size, thresholds), *compared)
 
     def region_chain(
         self,

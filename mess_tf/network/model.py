@@ -230,7 +230,7 @@ def convert(model: keras.Model, exits: int | Sequence[str], input_size: tuple[in
 
     Raises:
       ValueError: for a model that is not functional, has other inputs or outputs, layers that are channels_first or weights that are not
-        float32, was made for another size only, or has too few cut points; for fewer than 2 exits.
+        finite and float32, was made for another size only, or has too few cut points; for fewer than 2 exits.
     """
     original, renamed = plain_original(model, output)
     size = tuple(original.input.shape[1:3])

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 
 import keras
+import numpy as np
 from absl import flags
 
 from mess_runtime.bundle import check
@@ -142,6 +143,9 @@ def _check_layers(model: keras.Model) -> None:
     half = [layer.name for layer in _layers(model) if layer.quantization_mode or any(v.dtype in HALF for v in layer.weights)]
     if half:
         raise ValueError(f"model: must have float32 weights (it may compute in mixed precision), those of these layers are not: {half}")
+    wrong = [layer.name for layer in _layers(model) if not all(np.isfinite(value).all() for value in layer.get_weights())]
+    if wrong:
+        raise ValueError(f"model: must have finite weights, those of these layers are not: {wrong}")
 
 
 def _layers(model: keras.Model) -> list[keras.layers.Layer]:
