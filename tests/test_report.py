@@ -269,6 +269,7 @@ def test_backend_and_precision_that_were_chosen_are_named(searched):
 @pytest.mark.parametrize(
     ("constraint", "words"),
     [
+        ({"max_drop_pp": 0.0}, "Asked for the least macs with an mIoU at most 0 pp below the original's."),
         ({"max_drop_pp": 100.0}, "Asked for the least macs with an mIoU at most 100 pp below the original's."),
         ({"max_drop_pp": -0.5}, "Asked for the least macs with an mIoU at least 0.5 pp above the original's."),
         ({"min_miou": 0.0}, "Asked for the least macs with an mIoU of at least 0.00 %."),
