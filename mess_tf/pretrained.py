@@ -30,6 +30,7 @@ WHEELS = {
 }
 
 PHOTOS = 256
+LENGTH = 5.0  # of an unfolded filter: at 1, a rate of 0.02 turns filters faster than they learn (benchmarks/README.md)
 DEAD = 1e-4  # length of a filter that gives nothing, in that of the median one
 
 if __name__ == "__main__":
@@ -184,8 +185,8 @@ def unfold(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> An
     """MobileNetV2 with batch normalisation from one whose normalisation was folded into its convolutions, as quantised files have it.
 
     What a convolution gives on the photos becomes the moving statistics, and scale and offset undo them: the network computes what the
-    folded one does, in inference, and about that in training, where it can be trained on. Filters get length 1, and the scale their own:
-    behind a normalisation a step turns a filter by the learning rate over its length squared, and folded ones are 0.02 to 140 long. A
+    folded one does, in inference, and about that in training, where it can be trained on. All filters get one length, and the scale their
+    own: behind a normalisation a step turns a filter by the learning rate over its length squared, and folded ones are 0.02 to 140 long. A
     filter of zeros becomes a random one with scale 0.
 
     Args:
@@ -225,10 +226,11 @@ def unfold(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> An
         length = np.linalg.norm(filters, axis=0)
         dead = length < DEAD * np.median(length)
         filters[:, dead] = generator.normal(size=(len(filters), dead.sum()))
-        convolution.set_weights([(filters / np.linalg.norm(filters, axis=0)).reshape(shape)])
-        length[dead], mean[dead], variance[dead] = 1, 0, 1
-        scale = np.where(dead, 0, length * np.sqrt(variance / length**2 + norm.epsilon))
-        norm.set_weights([scale, mean + bias, mean / length, variance / length**2])
+        convolution.set_weights([(filters * (LENGTH / np.linalg.norm(filters, axis=0))).reshape(shape)])
+        length[dead], mean[dead], variance[dead] = LENGTH, 0, 1
+        own = length / LENGTH
+        scale = np.where(dead, 0, own * np.sqrt(variance / own**2 + norm.epsilon))
+        norm.set_weights([scale, mean + bias, mean / own, variance / own**2])
     return model
 
 

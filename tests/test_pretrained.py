@@ -214,7 +214,7 @@ def test_a_folded_mobilenet_gets_its_batch_normalisation_back():
     for layer in model.layers:
         if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D):
             filters = layer.kernel.numpy().reshape(-1, layer.kernel.shape[-2 if layer.kernel.shape[-1] == 1 else -1])
-            np.testing.assert_allclose(np.linalg.norm(filters, axis=0), 1, atol=1e-5)
+            np.testing.assert_allclose(np.linalg.norm(filters, axis=0), pretrained.LENGTH, rtol=1e-5)
     first = next(layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization))
     assert first.gamma[1] == 0 and np.all(np.delete(first.gamma, 1) > 0)
     with pytest.raises(ValueError, match=r"folded: must be the arrays \['00\.conv\.bias', .*, got \['bias'\]"):
