@@ -8,8 +8,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import types
-from collections.abc import Mapping
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,19 +29,18 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _command(module: str, words: list[str], stdout: str, stderr: str, environment: Mapping[str, str]) -> None:
+def _command(module: str, words: list[str], stdout: str, stderr: str) -> None:
     """What a forked process does, as `python -m module words` would."""
     gc.freeze()
-    os.environ.update(environment)
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = ["-m", *words]  # as long as Python looks for the module
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def start(module: str, *words, stdout: Path, stderr: Path, environment: Mapping[str, str] = types.MappingProxyType({})) -> BaseProcess:
+def start(module: str, *words, stdout: Path, stderr: Path) -> BaseProcess:
     """Starts a command, which appends what it writes to files."""
-    process = server().Process(target=_command, args=(module, [*map(str, words)], str(stdout), str(stderr), dict(environment)))
+    process = server().Process(target=_command, args=(module, [*map(str, words)], str(stdout), str(stderr)))
     process.start()
     return process
 
