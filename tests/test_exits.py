@@ -8,7 +8,7 @@ import tensorflow as tf
 from mess_tf.configs import HEAD_SPACE, BackboneConfig, Config, DataConfig, ExitsConfig, HeadSpec
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.costs import graph_nodes, model_cost, with_input_size
-from mess_tf.network.exits import TAP, ExitPoint, Tap, build_head, build_rest, copy_rest, final_point, find_exit_points
+from mess_tf.network.exits import REST_DETAIL, TAP, ExitPoint, Tap, build_head, build_rest, copy_rest, final_point, find_exit_points
 from mess_tf.network.layers import BatchNormalization
 from mess_tf.network.model import build_network
 
@@ -275,7 +275,7 @@ def test_rest_computes_at_half_resolution_what_the_original_computes():
     tail = [LAYERS.Conv2D(8, 3, padding="same", dilation_rate=2), BatchNormalization(), LAYERS.Activation("relu6")]
     tail += [LAYERS.DepthwiseConv2D(3, padding="same", dilation_rate=4)]
     original = dilated_network(tail)
-    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)))
+    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)), 0.9)
     coarse = np.random.default_rng(0).normal(size=(2, 6, 8, 6)).astype(np.float32)
     fine = coarse.repeat(2, axis=1).repeat(2, axis=2)
     expected = keras.Model(original.get_layer("tap").output, original.output)(fine)[:, ::2, ::2]
@@ -285,7 +285,7 @@ def test_rest_computes_at_half_resolution_what_the_original_computes():
 
 def test_rest_starts_from_the_weights_that_the_original_has_and_shares_none():
     original = dilated_network([LAYERS.Conv2D(8, 3, padding="same")])
-    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)))
+    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)), 0.9)
     for variable in original.trainable_variables:
         variable.assign(variable + 1)
     before = [array.copy() for array in rest.get_weights()]
@@ -295,11 +295,30 @@ def test_rest_starts_from_the_weights_that_the_original_has_and_shares_none():
         np.testing.assert_allclose(new, old + 1, rtol=1e-6)
 
 
+def test_rest_gets_its_resolution_back_from_the_tap_and_learns_from_zero():
+    original = dilated_network([LAYERS.Conv2D(8, 3, padding="same", dilation_rate=2, name="deep")])
+    point = ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1))
+    features = np.random.default_rng(0).normal(size=(2, 16, 32, 6)).astype(np.float32)
+    coarse = build_rest(original, point, 0.9)([features])  # its size is not known, and the logits are as small as they are
+    rest = build_rest(original, point, 0.9, (32, 64))
+    assert rest.inputs[0].shape[-1] == 6 and len(rest.inputs) == 1
+    np.testing.assert_allclose(rest([features]), keras.ops.image.resize(coarse, (16, 32)), rtol=1e-5, atol=1e-5)
+    correction = rest.get_layer(REST_DETAIL + "correction")
+    correction.kernel.assign(np.random.default_rng(0).normal(size=correction.kernel.shape))
+    kept = correction.get_weights()
+    shared = original.get_layer("deep")
+    shared.kernel.assign(2 * shared.kernel)
+    copy_rest(original, rest)
+    np.testing.assert_array_equal(rest.get_layer("deep").kernel, shared.kernel)
+    np.testing.assert_array_equal(correction.get_weights()[0], kept[0])
+    assert np.ptp(rest([features]) - keras.ops.image.resize(build_rest(original, point, 0.9)([features]), (16, 32))) > 0.1
+
+
 def test_rest_of_a_decoder_keeps_its_resolution():
     exits = ExitsConfig(layers=("block4c_add", "block5c_add"))
     network = build_network(Config(data=DataConfig(input_size=SIZE), backbone=BackboneConfig("efficientnet_lite0"), exits=exits), CLASSES)
     for point in network.exit_points:
-        rest = build_rest(network.original, point)
+        rest = build_rest(network.original, point, 0.9)
         deep, shallow = rest.inputs
         sizes = {deep.name: (2, 4), shallow.name: (4, 8)}  # strides 16 and 8
         assert deep.name == TAP + point.tap.name
@@ -315,7 +334,7 @@ def test_rest_of_a_network_that_joins_maps_of_fixed_sizes_is_half_as_large_throu
     context = LAYERS.UpSampling2D((16, 32))(LAYERS.AveragePooling2D((16, 32))(y))
     resized = keras.ops.image.resize(LAYERS.Concatenate()([x, y, bins, context]), (32, 64))
     original = keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(LAYERS.Concatenate()([resized, LAYERS.Conv2D(2, 1)(image)])))
-    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)), (32, 64))
+    rest = build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)), 0.9, (32, 64))
     assert rest.output.shape == (None, 16, 32, CLASSES)
     constants = [np.random.normal(size=(1, 1, 1, x.shape[-1])).astype(np.float32) * np.ones((1, *x.shape[1:3], 1)) for x in rest.inputs]
     sources = [original.get_layer(tensor.name.removeprefix(TAP)).output for tensor in rest.inputs]
@@ -334,9 +353,9 @@ def unet(size: tuple[int | None, int | None]) -> keras.Model:
 
 def test_rest_of_a_unet_fits_or_says_which_sizes_would():
     point = ExitPoint("exit1", Tap("third", 4, 8, 1), Tap("third", 4, 8, 1))
-    assert build_rest(unet((None, None)), point, (16, 24)).name == "exit1.rest"
+    assert build_rest(unet((None, None)), point, 0.9, (16, 24)).name == "exit1.rest"
     with pytest.raises(ValueError, match=r"rest does not fit exit1, .*; it does with sides .* divisible by 8, such as \(24, 24\): "):
-        build_rest(unet((None, None)), point, (20, 24))
+        build_rest(unet((None, None)), point, 0.9, (20, 24))
 
 
 def test_rest_of_layers_that_depend_on_their_size_is_an_error():
@@ -345,4 +364,4 @@ def test_rest_of_layers_that_depend_on_their_size_is_an_error():
     weights_per_place = LAYERS.Dense(CLASSES)(LAYERS.Flatten()(x))
     original = keras.Model(image, LAYERS.Conv2D(CLASSES, 1)(x) + LAYERS.Reshape((1, 1, CLASSES))(weights_per_place))
     with pytest.raises(ValueError, match="rest does not fit exit1"):
-        build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)))
+        build_rest(original, ExitPoint("exit1", Tap("tap", 2, 6, 1), Tap("tap", 2, 6, 1)), 0.9)

@@ -171,12 +171,15 @@ def test_the_bias_of_the_logits_moves_them():
     layers = {"plain": LAYERS.Conv2D(CLASSES, 1), "softmax": LAYERS.Conv2D(CLASSES, 1, activation="softmax")}
     layers |= {"resized": LAYERS.Conv2D(CLASSES, 1), "none": LAYERS.Conv2D(CLASSES, 1, use_bias=False)}
     layers |= {"relu": LAYERS.Conv2D(CLASSES, 1, activation="relu"), "normalised": LAYERS.Conv2D(CLASSES, 1)}
+    layers |= {"sum": LAYERS.Conv2D(CLASSES, 1)}
     shift, x = np.array([1, -2, 0, 3, 0.5], np.float32), image()
     for name, layer in layers.items():
         model = plain_network()
         logits = layer(model.layers[-2].output)
         if name == "resized":
             logits = LAYERS.UpSampling2D(2, interpolation="bilinear")(logits)
+        elif name == "sum":
+            logits = LAYERS.Add()([logits, LAYERS.Conv2D(CLASSES, 1, use_bias=False)(model.layers[-2].output)])
         elif name == "normalised":
             logits = LAYERS.BatchNormalization()(logits)
         network = convert(keras.Model(model.input, logits), 2, SIZE)

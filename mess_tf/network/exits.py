@@ -20,6 +20,7 @@ ASPP_RATES = (2, 4, 8)  # at stride 16, scaled with the resolution elsewhere
 MIN_WIDTH, MAX_WIDTH = 64, 256
 TRUNK_SHARE = 0.01  # of the work: what is done on coarser maps than those is a side branch, such as pooled context
 BRANCH_SHARE = 0.1  # of the work: a path that runs beside the trunk and does as much is a branch of its own
+REST_DETAIL = "rest_detail."  # before the names of a rest's layers that the original does not have
 TAP = "tap."  # before the name of the layer that a head's input comes from: the head's own layers may have the same name
 
 
@@ -350,17 +351,19 @@ def _unfit(nodes: Sequence[Node]) -> str:
     return ""
 
 
-def build_rest(original: keras.Model, exit_point: ExitPoint, input_size: tuple[int, int] | None = None) -> keras.Model:
+def build_rest(original: keras.Model, exit_point: ExitPoint, momentum: float, input_size: tuple[int, int] | None = None) -> keras.Model:
     """Builds the head that is the rest of the original network at half the resolution, starting from the original's weights.
 
     The tap is averaged over 2x2 pixels and every dilation behind it is halved: where all of them are even, the layers see the same
     neighbourhood of the image as in the original, at a quarter of the work. A decoder gets its resolution back from the shallower tap;
     where sizes do not fit then, as in a U-Net, all that the rest reads is averaged, and sizes that layers behind the tap have are halved.
+    Where its logits are coarser than the tap, the tap's detail corrects them at its own resolution, by nothing before training.
     Departure: the paper's heads all start from random weights.
 
     Args:
       original: functional model, image to logits, with the weights to start from.
       exit_point: the tap it reads, beside whatever else of the original the layers behind the tap read.
+      momentum: of batch normalisation in the layers that the original does not have.
       input_size: (height, width) in pixels of the image for which it must fit; None if the original has a size of its own.
 
     Returns:
@@ -373,9 +376,9 @@ def build_rest(original: keras.Model, exit_point: ExitPoint, input_size: tuple[i
 
     def attempt(size: tuple[int, int] | None) -> keras.Model:
         try:
-            return _rest(original, exit_point, size, False, name)
+            return _rest(original, exit_point, momentum, size, False, name)
         except Exception:  # whatever the layers raise where sizes do not fit
-            return _rest(original, exit_point, size, True, name)
+            return _rest(original, exit_point, momentum, size, True, name)
 
     try:
         return attempt(input_size)
@@ -398,7 +401,9 @@ def _fits(attempt: Callable[[tuple[int, int]], keras.Model], size: tuple[int, in
     return True
 
 
-def _rest(original: keras.Model, exit_point: ExitPoint, size: tuple[int, int] | None, everything: bool, name: str) -> keras.Model:
+def _rest(
+    original: keras.Model, exit_point: ExitPoint, momentum: float, size: tuple[int, int] | None, everything: bool, name: str
+) -> keras.Model:
     """Clones what is behind a tap, with the tap, or everything that is read, at half the resolution."""
     nodes = graph_nodes(original)
     tensors = {node.name: node.output for node in nodes}
@@ -425,11 +430,34 @@ def _rest(original: keras.Model, exit_point: ExitPoint, size: tuple[int, int] | 
 
     rest = keras.Model([tensors[tap] for tap in taps], original.output, name=name)
     head = keras.models.clone_model(rest, input_tensors=inputs, clone_function=clone, call_function=call)
+    nodes = nodes if size is None else graph_nodes(with_input_size(original, size))
+    shapes = {node.name: node.output.shape for node in nodes}
+    # TensorFlow checks what Keras leaves open for sizes unknown.
+    logits = tf.function(head, autograph=False).get_concrete_function([tf.TensorSpec(shapes[tap]) for tap in taps]).outputs[0]
+    if (logits.shape[1] or math.inf) < (shapes[taps[0]][1] or 0):
+        head = keras.Model(inputs, _with_detail(head.output, inputs[0], momentum), name=name)
     copy_rest(original, head)
-    if size is not None:  # TensorFlow checks what Keras leaves open for sizes unknown
-        shapes = {node.name: node.output.shape for node in graph_nodes(with_input_size(original, size))}
-        tf.function(head, autograph=False).get_concrete_function([tf.TensorSpec(shapes[tap]) for tap in taps])
     return head
+
+
+def _with_detail(logits: keras.KerasTensor, tap: keras.KerasTensor, momentum: float) -> keras.KerasTensor:
+    """Logits at the tap's resolution, corrected by what the tap and they tell together; the correction starts at zero."""
+
+    def named(part: str, layer: type, *args, **kwargs) -> keras.layers.Layer:
+        return layer(*args, **kwargs, name=REST_DETAIL + part)
+
+    def normalised(part: str, x: keras.KerasTensor) -> keras.KerasTensor:
+        x = named(f"{part}_norm", BatchNormalization, momentum=momentum)(x)
+        return named(f"{part}_relu6", keras.layers.Activation, "relu6")(x)
+
+    width = MIN_WIDTH // 2
+    logits = named("logits", ResizeLike)([logits, tap])
+    x = normalised("tap", named("tap", keras.layers.Conv2D, width, 1, use_bias=False)(tap))
+    x = named("join", keras.layers.Concatenate)([x, logits])
+    x = normalised("around", named("around", keras.layers.DepthwiseConv2D, 3, padding="same", use_bias=False)(x))
+    x = normalised("mix", named("mix", keras.layers.Conv2D, width, 1, use_bias=False)(x))
+    x = named("correction", keras.layers.Conv2D, logits.shape[-1], 1, kernel_initializer="zeros", dtype="float32")(x)
+    return named("sum", keras.layers.Add, dtype="float32")([x, logits])
 
 
 def _halved_sizes(nodes: list[Node], behind: set[str]) -> dict[str, dict]:
@@ -470,7 +498,7 @@ def _halved_sizes(nodes: list[Node], behind: set[str]) -> dict[str, dict]:
 def copy_rest(original: keras.Model, head: keras.Model) -> None:
     """Gives a head of `build_rest` the weights that the original has now."""
     for layer in head.layers:
-        if layer.weights:
+        if layer.weights and not layer.name.startswith(REST_DETAIL):
             layer.set_weights(original.get_layer(layer.name).get_weights())
 
 

@@ -71,7 +71,7 @@ class MultiExitNetwork:
             if name in self.heads:
                 heads[name] = self.heads[name]
             elif spec.kind == "rest":
-                heads[name] = build_rest(self.original, point, self.input_size)
+                heads[name] = build_rest(self.original, point, momentum, self.input_size)
             else:
                 heads[name] = build_head(spec, point, self.num_classes, momentum)
         return heads
@@ -158,7 +158,8 @@ class MultiExitNetwork:
         """The bias, float32 [C], by which a candidate's logits can be moved; None if the layer that makes them has none."""
         nodes = {node.name: node for node in graph_nodes(self.original if candidate == FINAL else self.heads[candidate])}
         *_, node = nodes.values()
-        while not getattr(node.operation, "weights", ()) and len(node.inputs) == 1:  # such as resizing or a softmax
+        while not getattr(node.operation, "weights", ()) and (len(node.inputs) == 1 or isinstance(node.operation, keras.layers.Add)):
+            # such as resizing, a softmax, or a sum, which any of its terms can move
             node = nodes[node.inputs[0]]
         bias, activation = (getattr(node.operation, name, None) for name in ("bias", "activation"))
         moves = activation in (None, keras.activations.linear, keras.activations.softmax)
