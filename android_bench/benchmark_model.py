@@ -18,7 +18,7 @@ from pathlib import Path
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from mess_runtime.bundle import check, file_sha256, write_json
-from mess_runtime.files import write_atomically
+from mess_runtime.files import locked, write_atomically
 
 TFLITE, LITERT = "tflite", "litert"
 XNNPACK, CPU, GPU, NNAPI, NPU, UNKNOWN = "xnnpack", "cpu", "gpu", "nnapi", "npu", "unknown"
@@ -397,15 +397,16 @@ def fetch(kind: str, abis: Sequence[str], cache: Path) -> Path:
         )
     path, url = cache / f"{kind}-{abi}", DOWNLOADS[kind, abi]
     record = path.with_suffix(".json")
-    if not (path.exists() and record.exists()):
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as response:
-                content = response.read()
-        except (urllib.error.URLError, OSError) as error:
-            raise BenchmarkError(f"cannot fetch {url} ({error}): download it elsewhere and give the file as --tool") from error
-        write_atomically(path, lambda temporary: temporary.write_bytes(content))
-        write_json(record, {"url": url, "sha256": file_sha256(path)})
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(path):  # several phones may need it at once
+        if not (path.exists() and record.exists()):
+            try:
+                with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as response:
+                    content = response.read()
+            except (urllib.error.URLError, OSError) as error:
+                raise BenchmarkError(f"cannot fetch {url} ({error}): download it elsewhere and give the file as --tool") from error
+            write_atomically(path, lambda temporary: temporary.write_bytes(content))
+            write_json(record, {"url": url, "sha256": file_sha256(path)})
     try:
         recorded = json.loads(record.read_text())["sha256"]
     except (ValueError, KeyError, TypeError):

@@ -204,6 +204,11 @@ class Store:
             if (row.device, row.threads, row.backend_requested) == (device, conditions.settings.threads, conditions.settings.backend):
                 theirs = {name: getattr(row, name) for name in ours}
                 check(theirs == ours, f"{self.path}: rows of {device}", f"measured with {ours}, or in another --output", theirs)
+        asked = conditions.settings
+        for settings in (run.conditions.settings for run in self._log.runs if run.device == device):
+            if (settings.threads, settings.backend) == (asked.threads, asked.backend):
+                ours, theirs = ({"cpus": each.cpus, "flags": each.extra} for each in (asked, settings))
+                check(theirs == ours, f"{self.runs_path}: runs of {device}", f"measured with {ours}, or in another --output", theirs)
 
     def add(self, runs: Iterable[Run] = (), details: Iterable[Details] = (), rows: Iterable[LatencyRow] = ()) -> None:
         """Adds to both files."""
@@ -271,6 +276,8 @@ class Binary:
         self.path = benchmark_model.fetch(options.tool, phone.abis, options.cache) if fetched else Path(options.tool)
         check(self.path.is_file(), "tool", f"{benchmark_model.TFLITE}, {benchmark_model.LITERT} or an existing file", options.tool)
         self.device = device
+        told = options.settings.cpus != "big" or phone.big_cpus() is not None
+        check(told, "cpus", f"all or a mask with {phone.name}, which tells no slowest kind of CPU", "big")
         self.cpus = {"all": None, "big": phone.big_cpus()}.get(options.settings.cpus, options.settings.cpus)
         self.files = {PROGRAM: self.path} | {path.name: path for path in options.libraries}
 

@@ -31,7 +31,7 @@ from common import most_accurate
 from headline import BLOCK
 
 from mess_runtime.benchmark import LatencyRow, benchmark_files
-from mess_runtime.bundle import ALONE, ANYTIME, BUDGETED, Bundle
+from mess_runtime.bundle import ALONE, ANYTIME, BUDGETED, Bundle, InputSpec
 from mess_runtime.runner import Result, Runner
 from mess_tf import configs, metrics
 from mess_tf.data.examples import Examples
@@ -97,13 +97,14 @@ def main(argv) -> None:
     folder = workdir / "closed_loop"
     exits_alone = most_accurate(stats)
     all_exits = Configuration(ANYTIME, False, tuple(exits_alone), 1.0)
-    exporter.bundle(folder / "exits", all_exits, None, examples.info.classes, extra_signatures=(ALONE,))
+    spec = InputSpec(*config.data.input_size, resize=config.data.resize)
+    exporter.bundle(folder / "exits", all_exits, None, examples.info.classes, spec, extra_signatures=(ALONE,))
     deployments = []
     for target in targets:
         objective = resolve_objective(original(stats, costs), costs, "input-dependent", max_drop_pp=target)
         deployment = search(stats, costs, objective, max_early_exits=FLAGS.max_early_exits)
         print(table(deployment))
-        exporter.bundle(folder / f"{target:g}pp", deployment, deployment.predicted.in_manifest(), examples.info.classes)
+        exporter.bundle(folder / f"{target:g}pp", deployment, deployment.predicted.in_manifest(), examples.info.classes, spec)
         deployments.append(deployment)
 
     runners = [Runner(Bundle.load(folder / name), FLAGS.threads) for name in ("exits", *(f"{target:g}pp" for target in targets))]

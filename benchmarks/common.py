@@ -60,7 +60,7 @@ class Trained:
         if theta:
             early = [ExitChoice(choice.exit, choice.head, *theta) for choice in early]
         configuration = Configuration(*((INPUT_DEPENDENT, True, (*early, last), None) if theta else (ANYTIME, False, (*early, last), 1.0)))
-        spec = InputSpec(*self.size, input_type)
+        spec = InputSpec(*self.size, input_type, self.config.data.resize)
         exporter.bundle(folder, configuration, None, self.examples.info.classes, spec, self.examples if measure else None, EXTRA_SIGNATURES)
         return Bundle.load(folder)
 

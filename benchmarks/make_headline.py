@@ -33,10 +33,10 @@ from common import most_accurate, searched
 from headline import BY_REGION, DROPS_PP, EQUAL_LATENCY, EXITS, ORIGINAL, ROWS
 
 from mess_runtime.benchmark import LatencyTable
-from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, Predicted, read_json
+from mess_runtime.bundle import ANYTIME, BUDGETED, INPUT_DEPENDENT, Bundle, InputSpec, Predicted, read_json
 from mess_tf import configs
 from mess_tf.data.sources import open_split
-from mess_tf.export_tflite import calibration_images
+from mess_tf.export_tflite import WEIGHTS, calibration_images
 from mess_tf.files import CANDIDATES, Configuration, Deployment, ExitChoice, Stats
 from mess_tf.graph.conversion import FP32, INT8, PRECISIONS
 from mess_tf.graph.exporter import Exporter
@@ -68,7 +68,7 @@ def prepare(precision: str, scale: float) -> Path:
         regions = (f"--regions={FLAGS.regions}", f"--region_cell={FLAGS.region_cell}", f"--region_heads={heads}")
         regions += (f"--region_dense={','.join(FLAGS.region_dense)}",)
         chains = (f"--max_early={FLAGS.max_early}",)
-    if not (folder / CANDIDATES).exists():
+    if not (folder / CANDIDATES / WEIGHTS).exists():
         command("mess_tf.export_tflite", *common, *regions, "--candidates", f"--precision={precision}")
     if not (folder / "stats.npz").exists():
         command("mess_tf.calibrate", *common, *regions, *chains)
@@ -109,7 +109,9 @@ def main(argv) -> None:
     config, plain = (configs.with_data_dir(configs.load_config(folder), FLAGS.data_dir) for folder in (FLAGS.workdir, FLAGS.original))
     examples = open_split(config.data, config.data.val_split)
     classes, size = examples.info.classes, config.data.input_size
-    scales = [float(scale) for scale in FLAGS.scales]
+    scales, spec = [float(scale) for scale in FLAGS.scales], InputSpec(*size, resize=config.data.resize)
+    for row in FLAGS.rows:
+        constraint(row, 1.0, 1.0)
     network, original = (load_network(path, each, len(classes)) for path, each in ((FLAGS.workdir, config), (FLAGS.original, plain)))
     shapes = [[weight.shape for weight in each.original.weights] for each in (network, original)]
     if shapes[0] != shapes[1] or plain.data.input_size != size:
@@ -128,7 +130,7 @@ def main(argv) -> None:
         output.mkdir(parents=True)
 
         def export(name: str, configuration: Configuration, predicted: Predicted | None, exporter: Exporter, output=output) -> Bundle:
-            exporter.bundle(output / name, configuration, predicted, classes, examples=examples)
+            exporter.bundle(output / name, configuration, predicted, classes, spec, examples)
             print(output / name, flush=True)
             return Bundle.load(output / name)
 

@@ -341,6 +341,10 @@ def main(argv) -> None:
     trained = Trained()
     if trained.config.data.resize != "stretch":
         raise app.UsageError("data.resize: must be stretch, cells of a letterbox are not counted")
+    early = [name.split(".")[0] for name in trained.candidates[:-1]]
+    for flag, values, known in (("active", FLAGS.active, early), ("theta", [*map(float, FLAGS.theta)], THETA)):
+        if not {*values} <= {*known}:
+            raise app.UsageError(f"--{flag}: must be of {', '.join(map(str, known))}, got {values}")
     sides = [0, *map(int, FLAGS.cells)]
     collected = collect(trained, sides)
     costs = Costs(trained)

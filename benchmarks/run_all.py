@@ -118,9 +118,8 @@ def prepared(output: Path) -> tuple[Path, configs.Config]:
         for folder in (work, data):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(FLAGS.workdir, work, ignore=shutil.ignore_patterns("ckpt-*", "config.json"))
-        if config.data.source == "folder":
-            subset(config, data, FLAGS.images)
-            config = configs.with_data_dir(config, str(data.resolve()))
+        subset(config, data, FLAGS.images)
+        config = configs.with_data_dir(config, str(data.resolve()))
         write_atomically(work / "config.json", lambda temporary: temporary.write_text(configs.to_json(config)))
     for command in ("export_tflite", "calibrate"):
         words = ["--candidates"] if command == "export_tflite" else []
@@ -130,6 +129,8 @@ def prepared(output: Path) -> tuple[Path, configs.Config]:
 
 def main(argv) -> None:
     del argv
+    if configs.load_config(FLAGS.workdir).data.source != "folder":
+        raise app.UsageError("--workdir: must be of a training on --data=folder, whose first images are taken")
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     work, config = prepared(output)

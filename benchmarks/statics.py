@@ -18,7 +18,7 @@ from pathlib import Path
 import keras
 from absl import app, flags
 
-from mess_runtime.bundle import BUDGETED
+from mess_runtime.bundle import BUDGETED, InputSpec
 from mess_runtime.files import write_atomically
 from mess_tf import configs
 from mess_tf.configs import Config, HeadSpec
@@ -94,7 +94,8 @@ def main(argv) -> None:
         for precision in FLAGS.precisions:
             samples = calibration_images(config) if precision == INT8 else ()
             exporter = Exporter(network, config.data.input_size, precision=precision, samples=samples)
-            exporter.bundle(output / precision / name, alone, None, classes, examples=examples)
+            spec = InputSpec(*config.data.input_size, resize=config.data.resize)
+            exporter.bundle(output / precision / name, alone, None, classes, spec, examples)
             print(output / precision / name, flush=True)
     print(output)
 

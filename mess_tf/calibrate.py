@@ -175,7 +175,9 @@ class Calibration:
         weights, of_network, self.precision = self.folder / WEIGHTS, network.weights_sha256(), FP32
         self.shapes = tensor_shapes(network, size)
         self.hashes = {"prefix": ("",) * len(self.exits)} | dict.fromkeys(("head", "mask", "plain", "edge"), ("",) * len(heads))
-        if exported := weights.exists():
+        exported = weights.exists()
+        check(exported or not self.folder.exists(), str(weights), f"there, as the last file of an export; {EXPORT_AGAIN}", "no such file")
+        if exported:
             of_files, self.precision, *_ = (*weights.read_text().split(" "), "")
             check(of_files == of_network, str(weights), f"{of_network}, as of this network; {EXPORT_AGAIN}", of_files)
             there = all(path.exists() for path in heads.values())

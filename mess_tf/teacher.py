@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from mess_tf.configs import DataConfig
 from mess_tf.data.examples import Examples
 from mess_tf.data.pipelines import SOFT_STRIDE, network_input
 from mess_tf.data.sources import open_split
+from mess_tf.files import MAX_ARRAYS_BYTES
 from mess_tf.learning.soft_targets import SoftTargets
 from mess_tf.network.model import load_network
 from mess_tf.network.originals import allow_flags
@@ -89,6 +91,8 @@ def run(workdirs: Sequence[str], output: str, data_dir: str = "", scales: Sequen
     check_writable("output", output)
     data = configs.with_data_dir(configs.load_config(workdirs[0]), data_dir).data
     examples = open_split(data, data.train_split)
+    size = 2 * len(examples) * examples.info.num_classes * math.prod(side // SOFT_STRIDE for side in data.input_size)
+    check(size <= MAX_ARRAYS_BYTES, "workdirs", f"of data whose soft targets take at most {MAX_ARRAYS_BYTES} bytes", size)
     networks = load_teachers(workdirs, scales, data, examples.info.num_classes)
     soft_targets(networks, examples, data.input_size, data.resize).save(output)
     return Path(output)

@@ -83,7 +83,7 @@ def _parse(words: list[str]) -> None:
     try:
         others = flags.FLAGS(words)[1:]
     except flags.UnrecognizedFlagError as error:
-        (word,) = (word for word in words[1:] if word.startswith("-") and word.lstrip("-").partition("=")[0] == error.flagname)
+        word = next(word for word in words[1:] if word.startswith("-") and word.lstrip("-").partition("=")[0] == error.flagname)
         raise ValueError(terminal.unknown_flag(word, names)) from error
     except (flags.Error, ValueError) as error:
         raise ValueError(_message(str(error).splitlines()[0], own)) from error

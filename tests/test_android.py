@@ -23,7 +23,7 @@ from mess_tf.configs import DataConfig, HeadSpec
 from mess_tf.data.sources import open_split
 from mess_tf.files import Configuration, ExitChoice
 from mess_tf.graph.exporter import Exporter
-from mess_tf.network.model import convert
+from mess_tf.network.model import MultiExitNetwork, convert
 from mess_tf.targets import android
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,9 +49,13 @@ def photos():
 
 @pytest.fixture(scope="module")
 def network(photos):
-    """Random weights, and the statistics of batch normalisation that belong to them."""
     tf.keras.utils.set_random_seed(0)
-    network = convert(small_network(5), 3, SIZE)
+    return trained(small_network(5), 3, photos)
+
+
+def trained(model: tf.keras.Model, exits: int | list[str], photos: list[np.ndarray]) -> MultiExitNetwork:
+    """Random weights, and the statistics of batch normalisation that belong to them."""
+    network = convert(model, exits, SIZE)
     network.add_heads([HeadSpec.parse(HEAD)], 0.9)
     run = tf.function(network.submodel(network.candidates), autograph=False)
     images = np.stack([fit(photo, SIZE, "letterbox") for photo in photos]).astype(np.float32)
@@ -392,8 +396,11 @@ def test_the_runner_on_a_jvm_decides_like_the_python_runner(classes, folder, pho
 
 
 @pytest.mark.full
-def test_on_a_jvm_cells_leave_as_in_python(classes, network, photos, tmp_path, under_one_clock):
+@pytest.mark.parametrize("two_strides", [False, True])
+def test_on_a_jvm_cells_leave_as_in_python(classes, network, photos, tmp_path, under_one_clock, two_strides):
     """Budgets, active cells, masks and times; every second time under a deadline, which takes a smaller budget where there is one."""
+    if two_strides:  # the answers of the exits differ in size
+        network = trained(small_network(5, ((24, 2), (32, 2), (32, 1), (96, 2), (96, 1), (96, 1))), ["block_2_add", "block_4_add"], photos)
     choices = [ExitChoice(name, HEAD, 0.34, theta) for name, theta in (("exit1", 0.3), ("exit2", 0.2))]
     regions = Regions("nearest", (2, 4), (2, 8))
     configuration = Configuration("input-dependent", False, (*choices, ExitChoice("final", "original")), None, regions=regions)

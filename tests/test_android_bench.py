@@ -388,6 +388,23 @@ def test_big_cpus_and_other_flags(bench, canned, workdir, tool):
     assert code == 1 and "does not know --gpu_backend" in err
 
 
+def test_rows_of_other_cpus_or_flags_do_not_stand_side_by_side(bench, canned, workdir, tool):
+    canned()
+    assert measure(bench, workdir, tool, "--cpus=big")[0] == 0
+    before = rows_of(workdir)
+    for words in ([], ["--cpus=big", "--flag=--use_nnapi=false"]):
+        code, _, err = measure(bench, workdir, tool, *words)
+        assert code == 1 and "must be measured with" in err and "or in another --output, got" in err
+    assert rows_of(workdir) == before
+
+
+def test_big_needs_a_phone_that_tells_its_slowest_cpus(bench, canned, workdir, tool, monkeypatch):
+    canned()
+    monkeypatch.setattr(adb.Phone, "big_cpus", lambda self: None)
+    code, _, err = measure(bench, workdir, tool, "--cpus=big")
+    assert code == 1 and "cpus: must be all or a mask" in err and "got 'big'" in err
+
+
 def test_kept_files_are_not_copied_again(bench, canned, workdir, tool, tmp_path):
     phone = canned()
     library = tmp_path / "lib it's.so"

@@ -23,7 +23,10 @@ from small_network import small_network
 from mess_runtime import engines, verify
 from mess_runtime.__main__ import main
 from mess_runtime.bundle import FULL, INT8, MANIFEST, MODEL, SIGNATURE, Bundle, InputSpec, Verification, sha256, write_manifest
+from mess_runtime.frames import read_label
+from mess_runtime.images import UnreadableError
 from mess_runtime.runner import Runner
+from mess_tf import metrics
 from mess_tf.configs import HeadSpec
 from mess_tf.files import Configuration, ExitChoice
 from mess_tf.graph import flatbuffer
@@ -256,6 +259,32 @@ def test_labels_give_the_miou_of_both_sides(bundle, images, backend):
     assert report.mious["final"] == (1.0, 1.0) and report.mious["exit1"][0] < 1
 
 
+def test_the_miou_is_of_the_classes_that_the_labels_hold(bundle, images):
+    """As in training's evaluations: a pixel of a class that no label holds is a miss of the class that it should have, no class more."""
+    label = Runner(bundle).run(images[0], "budgeted").mask
+    held = label == np.bincount(label.ravel()).argmax()
+    one = np.where(held | (np.arange(label.size).reshape(label.shape) % 50 == 0), label[held][0], 255).astype(np.uint8)
+    expected = metrics.miou(*metrics.class_counts(metrics.confusion_matrix(one, label, len(bundle.manifest.classes))))
+    assert 0.5 < expected < 1
+    report = verify.verify(bundle.folder, "cpu", images[:1], [one], runs=1)
+    assert report.mious["final"] == (pytest.approx(expected), pytest.approx(expected))
+    nothing = verify.verify(bundle.folder, "cpu", images[:1], [np.full_like(label, 255)], runs=1)
+    assert nothing.mious["final"] == (0.0, 0.0)
+
+
+def test_a_label_that_holds_no_classes_is_named(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    path = tmp_path / "images" / "a.jpg"
+    Image.new("RGB", (8, 6)).save(path)
+    for mode, value in (("RGB", (1, 2, 3)), ("LA", (1, 2)), ("I;16", 7)):
+        Image.new(mode, (8, 6), value).save(tmp_path / "labels" / "a.png")
+        with pytest.raises(UnreadableError, match=r"a\.png: must have one channel of at most 8 bits, or a palette, got mode "):
+            read_label(path, (6, 8))
+    Image.new("1", (8, 6), 1).save(tmp_path / "labels" / "a.png")
+    np.testing.assert_array_equal(read_label(path, (6, 8)), np.ones((6, 8), np.uint8))
+
+
 def fake_process(monkeypatch, code: int, stderr: str) -> None:
     done = subprocess.CompletedProcess([], code, "", stderr)
     monkeypatch.setattr(verify, "subprocess", type("module", (), {"run": lambda *_, **__: done, "DEVNULL": None}))
@@ -327,7 +356,7 @@ def test_export_records_the_proof_and_keeps_no_file_that_differs(network, backen
     backend(accelerated=0.5)
     exporter.bundle(tmp_path / "kept", configuration(), None, CLASSES, backends=("gpu",))
     manifest = Bundle.load(tmp_path / "kept").manifest
-    runtime = f"{engines.RUNTIME} {verify._version()}"
+    runtime = f"{engines.RUNTIME} {engines.runtime_version()}"
     assert manifest.verified == (Verification("gpu", runtime, "gpu", 0.5, 2, 5, 0.0),)
     before = (tmp_path / "kept" / MANIFEST).read_bytes()
     backend(lambda turn, outputs: outputs["segment.final"]["mask"].fill(4))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -236,7 +237,15 @@ def test_no_heads_means_all_heads():
         (lambda: StageConfig(alpha=1.1), "alpha"),
         (lambda: StageConfig(label_smoothing=-0.1), "label_smoothing"),
         (lambda: StageConfig(temperature=0.0), "temperature"),
-        (lambda: StageConfig(learning_rate=0.0), "learning_rate"),
+        *((lambda value=value: StageConfig(learning_rate=value), "learning_rate") for value in (0.0, math.inf, math.nan)),
+        *(
+            (lambda field=field, value=value: StageConfig(**{field: value}), field)
+            for field in ("momentum", "weight_decay", "final_learning_rate", "power")
+            for value in (-1.0, math.nan, math.inf)
+        ),
+        *((lambda build=build, seed=seed: build(seed=seed), "seed") for build in (DataConfig, StageConfig) for seed in (-1, 2**32)),
+        (lambda: DataConfig(input_size=(2048, 4096)), "input_size"),
+        (lambda: DataConfig(scale_range=(1.0, math.inf)), "scale_range"),
         (lambda: StageConfig(trains="heads", distillation="x"), "distillation"),
     ],
 )

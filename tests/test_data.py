@@ -224,6 +224,9 @@ def test_bad_settings_are_refused(tmp_path):
     config = folder_config(tmp_path)
     with pytest.raises(DataError, match=r"data\.ignore_value: must be above the 8 classes .* got 3"):
         open_split(dataclasses.replace(config, ignore_value=3), "train")
+    for value in (-1, 2**16):
+        with pytest.raises(DataError, match=rf"data\.ignore_value: must be a value of a label, 0 to 65535, got {value}"):
+            open_split(dataclasses.replace(config, label_values={"0": 0, "1": 1}, ignore_value=value), "train")
     with pytest.raises(DataError, match=r"data\.data_dir: must be the root folder of the 'folder' source"):
         open_split(dataclasses.replace(config, data_dir=""), "train")
     with pytest.raises(DataError, match=r"nearest: folder.*got 'foldr'"):
@@ -814,16 +817,14 @@ def test_a_truncated_photo_is_known_before_training(tmp_path):
         open_training(config)
 
 
-def test_the_fingerprint_is_of_contents_and_classes(tmp_path):
+def test_digests_are_of_contents(tmp_path):
     config = folder_config(tmp_path)
-    found = [open_split(config, "train").fingerprint for _ in range(2)]
+    found = [open_split(config, "train").digests for _ in range(2)]
     for name, array in (("images/1.jpg", np.zeros((40, 60, 3), np.uint8)), ("labels/1.png", np.zeros((40, 60), np.uint8))):
         write_image(tmp_path / "train" / name, array)
-        found.append(open_split(config, "train").fingerprint)
-    (tmp_path / "classes.txt").write_text("".join(f"other{i}\n" for i in range(8)))
-    found.append(open_split(config, "train").fingerprint)
-    assert found[0] == found[1] and len(set(found)) == 4
-    drawn = [open_split(dataclasses.replace(SMALL, seed=seed), "train").fingerprint for seed in (0, 0, 1)]
+        found.append(open_split(config, "train").digests)
+    assert found[0] == found[1] and len({tuple(each.items()) for each in found}) == 3
+    drawn = [open_split(dataclasses.replace(SMALL, seed=seed), "train").digests for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 

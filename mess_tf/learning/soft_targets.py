@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mess_runtime.files import write_atomically
 from mess_tf.data.examples import Examples
-from mess_tf.files import read_arrays
+from mess_tf.files import read_arrays, write_arrays
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,9 +41,4 @@ class SoftTargets:
 
     def save(self, path: str) -> None:
         """Writes the file atomically."""
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez(file, names=np.array(self.names), log_probability=self.log_probability)
-
-        write_atomically(path, write)
+        write_arrays(path, names=np.array(self.names), log_probability=self.log_probability)

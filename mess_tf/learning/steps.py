@@ -43,7 +43,7 @@ def make_optimizer(stage: StageConfig, variables: list[keras.Variable]) -> keras
 
 def sampled_pixels(stage: StageConfig, size: tuple[int, int], step: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the full-resolution output on which the loss of a step is taken, int32 [R] and [S]."""
-    stride = stage.pixel_stride
+    stride = min(stage.pixel_stride, *size)
     first = np.random.default_rng([stage.seed, step]).integers(stride, size=2).tolist()
     rows, columns = (np.arange(side // stride, dtype=np.int32) * stride + start for side, start in zip(size, first, strict=True))
     return rows, columns

@@ -4,14 +4,12 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import keras
 import numpy as np
 
-from mess_runtime.files import write_atomically
 from mess_tf.configs import Config, HeadSpec, with_own_original
-from mess_tf.files import best_weights, read_arrays, trained_weights
+from mess_tf.files import best_weights, read_arrays, trained_weights, write_arrays
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.costs import graph_nodes
 from mess_tf.network.exits import TAP, ExitPoint, build_head, build_rest, copy_rest, final_point, find_exit_points
@@ -87,13 +85,7 @@ class MultiExitNetwork:
     def save_weights(self, path: str, dtype: str = "float32", original: bool = True) -> None:
         """Writes all weights of the original, or not, and the heads to one .npz file, atomically; `dtype` float16 halves it."""
         kept = [(name, each) for name, each in self._variables() if original or not name.startswith(f"{FINAL}/")]
-        arrays = {name: variable.numpy().astype(dtype) for name, variable in kept}
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-
-        write_atomically(path, write)
+        write_arrays(path, **{name: variable.numpy().astype(dtype) for name, variable in kept})
 
     def load_weights(self, path: str, other_heads: bool = False) -> None:
         """Reads a file of `save_weights` into a network of the same candidates.

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import math
 import os
@@ -18,7 +17,7 @@ import numpy as np
 import mess_runtime
 from mess_runtime import terminal
 from mess_runtime.bundle import FORMAT, check, check_sha256, decode_versioned, file_sha256, read_json, write_json
-from mess_runtime.engines import MAX_THREADS, RUNTIME, Interpreter, open_interpreter
+from mess_runtime.engines import MAX_THREADS, RUNTIME, Interpreter, open_interpreter, runtime_version
 from mess_runtime.files import locked
 
 BACKEND = "xnnpack"
@@ -176,23 +175,6 @@ def device_name() -> str:
     return platform.node() or "unknown"
 
 
-def benchmark_file(path: str | os.PathLike, threads: int = 1, warmup: int = WARMUP, runs: int = 50, min_seconds: float = 0.5) -> LatencyRow:
-    """Measures one .tflite on random inputs: at least `runs` invocations and at least `min_seconds` of them.
-
-    Args:
-      path: a file with a single signature.
-      threads: of the interpreter.
-      warmup: invocations that are not counted.
-      runs: least number of samples.
-      min_seconds: least total time of the samples.
-
-    Raises:
-      ValueError: the file cannot be loaded, or has several signatures.
-    """
-    (row,) = benchmark_files([path], threads, warmup, runs, min_seconds, rounds=1)
-    return row
-
-
 def benchmark_files(
     paths: Sequence[str | os.PathLike],
     threads: int = 1,
@@ -245,7 +227,7 @@ def benchmark_files(
         "soc": _soc(),
         "os": f"{platform.system()} {platform.release()}",
         "runtime": RUNTIME,
-        "runtime_version": _runtime_version(),
+        "runtime_version": runtime_version(),
     }
     return [
         LatencyRow(
@@ -294,13 +276,6 @@ def _backend(interpreter: Interpreter) -> str:
     except AttributeError:
         return "unknown"
     return BACKEND if any(operation["op_name"] == "DELEGATE" for operation in operations) else "cpu"
-
-
-def _runtime_version() -> str:
-    try:
-        return importlib.metadata.version(RUNTIME)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _soc() -> str:

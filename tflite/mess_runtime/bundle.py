@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import types
 import typing
@@ -464,7 +465,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         check(isinstance(value, dict), where, "a JSON object", value)
         return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     elif kind is float:
-        check(type(value) in (int, float) and math.isfinite(value), where, "a finite number", value)
+        finite = (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) <= sys.float_info.max)
+        check(finite, where, "a finite number", value)
         return float(value)
     else:
         check(type(value) is kind, where, f"of type {kind.__name__}", value)

@@ -1,6 +1,7 @@
 """What runs a .tflite with several signatures: LiteRT's CompiledModel, or an Interpreter of one of three packages."""
 
 import dataclasses
+import importlib.metadata
 import math
 import os
 from collections.abc import Mapping
@@ -43,6 +44,16 @@ _REFUSALS = (ValueError, RuntimeError, MemoryError)  # of a runtime that cannot 
 
 class AbsentError(ValueError):
     """The machine does not have a backend, or it does not take the file."""
+
+
+def runtime_version() -> str:
+    """The version of the interpreter's package, a nightly one too; `unknown` where it tells none."""
+    for name in (RUNTIME, f"{RUNTIME}-nightly"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 def not_finite(value: np.ndarray) -> int:

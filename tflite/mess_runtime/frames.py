@@ -73,6 +73,9 @@ def read_label(path: Path, size: tuple[int, int]) -> np.ndarray | None:
     with opened(label, ("PNG",)) as image:
         image.load()
         pixels = np.array(upright(image, image))
+        if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.bool_):
+            raise UnreadableError(f"{label}: must have one channel of at most 8 bits, or a palette, got mode {image.mode}")
+        pixels = pixels.astype(np.uint8)
     check_label_size(label, pixels.shape[:2], path, size)
     return pixels
 

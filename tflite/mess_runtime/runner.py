@@ -266,10 +266,10 @@ class Runner:
 
     def _in_turn(self, image: np.ndarray, setting: str, deadline_ms: float | None) -> Result:
         """Runs segment after segment until the setting says stop."""
+        self._take(image)
         if self._going_on is not None:
             self._credit = [min(had + share, HELD_IMAGES * share) for had, share in zip(self._credit, self._going_on, strict=True)]
 
-        self._take(image)
         trace, spent_ms, stands, active = [], 0.0, "", self._regions.cells if self._regions else 0
         for index, forms in enumerate(self._forms):
             able = forms

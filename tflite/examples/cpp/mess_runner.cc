@@ -319,6 +319,7 @@ int main(int argc, char** argv) {
   Bundle bundle(argv[2], backend == "gpu", exits, budgets);
   for (int i = 4; i < argc; i += 2) {
     std::ifstream file(argv[i], std::ios::binary);
+    if (!file) Fail(std::string(argv[i]) + " cannot be read");
     bundle.Take(std::vector<char>(std::istreambuf_iterator<char>(file), {}));
     std::vector<char> mask;
     std::string left;

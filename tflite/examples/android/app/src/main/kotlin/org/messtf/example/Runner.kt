@@ -80,7 +80,14 @@ class Runner<T>(val description: Description, private val engine: Engine<T>, pri
         }
         repeat(2) { // the first run touches the memory, the second has a typical latency
             write(IntArray(pixels))
-            forms.forEachIndexed { index, each -> for (form in each) step(index, form, null, 0) }
+            forms.forEachIndexed { index, each ->
+                val before = HashMap(latest) // all budgets of a segment read what the segments before it made
+                for (form in each) {
+                    latest.clear()
+                    latest.putAll(before)
+                    step(index, form, null, 0)
+                }
+            }
         }
     }
 
@@ -123,6 +130,8 @@ class Runner<T>(val description: Description, private val engine: Engine<T>, pri
             if (made.leaves) break
         }
         val mask = read ?: engine.readBytes(stands.outputs.getValue("mask"))
+        val top = mask.fold(0) { most, value -> maxOf(most, value.toInt() and 0xff) } // of values that are not finite there may be no class
+        check(top < description.classes.size) { "the mask of $exit must be of classes 0 to ${description.classes.size - 1}, got $top" }
         val rows = description.height
         val columns = description.width
         val fitted = if (height == rows && width == columns) mask else Fit.maskAt(mask, rows, columns, height, width, description.letterbox)
