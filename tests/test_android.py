@@ -401,7 +401,8 @@ def test_on_a_jvm_cells_leave_as_in_python(classes, network, photos, tmp_path, u
     """Budgets, active cells, masks and times; every second time under a deadline, which takes a smaller budget where there is one."""
     if two_strides:  # the answers of the exits differ in size
         network = trained(small_network(5, ((24, 2), (32, 2), (32, 1), (96, 2), (96, 1), (96, 1))), ["block_2_add", "block_4_add"], photos)
-    choices = [ExitChoice(name, HEAD, 0.34, theta) for name, theta in (("exit1", 0.3), ("exit2", 0.2))]
+    pixels = (0.32, 0.45) if two_strides else (0.34, 0.34)
+    choices = [ExitChoice(name, HEAD, *theta) for name, theta in zip(EXITS, zip(pixels, (0.3, 0.2), strict=True), strict=False)]
     regions = Regions("nearest", (2, 4), (2, 8))
     configuration = Configuration("input-dependent", False, (*choices, ExitChoice("final", "original")), None, regions=regions)
     Exporter(network, SIZE).bundle(tmp_path / "bundle", configuration, None, list("abcde"), InputSpec(*SIZE, "uint8", "letterbox"))
