@@ -4,7 +4,7 @@ version, each version in an environment of its own (`.ci/run` makes them in .ven
 The last line of the output is JSON: `wrong`, how many pairs of bundle and runtime differ beyond the file's precision or do not run, and
 `rows`, a report of `mess_runtime verify` for each.
 
-    python benchmarks/backends.py --bundles=models/camvid_lite0/int8/original --images=photo.jpg --pythons=.venv/bin/python
+    python benchmarks/backends.py --bundles=models/camvid_lite0/int8/minus_1pp.input-dependent --images=photo.jpg --pythons=.venv/bin/python
 """
 
 import json

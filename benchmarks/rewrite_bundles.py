@@ -3,7 +3,7 @@
 For bundles whose working folder is gone. What a file computes on the CPU stays the same bit by bit, or nothing is written: every output of
 every segment is compared on the images. The last line of the output is JSON: bytes before and after, by bundle.
 
-    python benchmarks/rewrite_bundles.py --bundles=models/camvid_lite0/int8/original --images=photos
+    python benchmarks/rewrite_bundles.py --bundles=models/camvid_lite0/int8/minus_1pp.input-dependent --images=photos
 """
 
 import dataclasses
