@@ -68,10 +68,14 @@ def check_strategy(name: str) -> None:
     """
     _check(name in STRATEGIES, "--strategy", f"one of {', '.join(STRATEGIES)}", name)
     if name == "multi_worker":
-        required = '{"cluster":{"worker":["HOST:PORT",...]},"task":{"type":"worker","index":0}} with --strategy=multi_worker'
+        required = '{"cluster":{"worker":["HOST:PORT",...]},"task":{"type":"worker","index":0}}, with at least two workers and the place '
+        required += "of this one among them, with --strategy=multi_worker"
         text = os.environ.get("TF_CONFIG", "")
         try:
-            named = len(json.loads(text)["cluster"]["worker"]) > 1 and json.loads(text)["task"]["type"] == "worker"
+            workers, task = json.loads(text)["cluster"]["worker"], json.loads(text)["task"]
+            listed = isinstance(workers, list) and all(re.fullmatch(r".+:\d+", worker) for worker in workers)
+            named = listed and len(workers) > 1 and task["type"] == "worker" and type(task["index"]) is int
+            named = named and 0 <= task["index"] < len(workers)
         except (ValueError, KeyError, TypeError):
             named = False
         _check(named, "TF_CONFIG", required, text)

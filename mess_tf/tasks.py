@@ -152,7 +152,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     before = signal.getsignal(signal.SIGTERM)  # Ray sets one that ends the process without a word
     try:
-        with terminal.reading("--ray", "local, auto or the address of a cluster"):
+        with terminal.reading(f"--ray={address}", "local, auto or the address of a cluster that answers"):
             if address not in (LOCAL, "auto") and "://" not in address:  # where nobody answers, Ray tries for minutes
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), CONNECT_S).close()

@@ -232,7 +232,11 @@ def test_two_processes_train_as_one_does(folder):
 
 
 def test_what_there_is_no_device_for_is_refused(monkeypatch, tmp_path):
-    for text in ("", "{}", '{"cluster":{"worker":["localhost:1"]},"task":{"type":"worker","index":0}}', "[1]"):
+    two = '{"cluster":{"worker":["localhost:1","localhost:2"]},"task":{"type":"worker","index":%s}}'
+    others = [two % index for index in ("2", "-1", '"x"', "true")] + [(two % 0).replace(":2", ""), (two % 0).replace(',"index":0', "")]
+    others += ['{"cluster":{"worker":["localhost:1"]},"task":{"type":"worker","index":0}}']
+    others += ['{"cluster":{"worker":"localhost:1"},"task":{"type":"worker","index":0}}']
+    for text in ("", "{}", "[1]", *others):
         monkeypatch.setenv("TF_CONFIG", text)
         with pytest.raises(ValueError, match=r'^TF_CONFIG: must be \{"cluster":\{"worker":\["HOST:PORT",\.\.\.\]\}.*, got '):
             open_strategy("multi_worker")

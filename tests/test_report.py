@@ -248,7 +248,7 @@ def test_costs_are_those_of_the_device_that_was_searched(searched):
         costs_where_the_original_takes(5.0)
     table = LatencyTable({}, (part, *rows))
     assert set(costs_where_the_original_takes(6.0).prefix) == {3.0}
-    with pytest.raises(ValueError, match=r"latency\.json: must have a row for every submodel"):
+    with pytest.raises(ValueError, match=r"latency\.json: must have a row .*for every submodel"):
         costs_where_the_original_takes(5.0)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.machinery
 import os
+import re
 import signal
 import sys
 import threading
@@ -100,7 +101,9 @@ def test_a_task_that_wants_a_gpu_gets_one_where_there_is_any(ray, tmp_path):
 @pytest.mark.usefixtures("ray")
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "first"])
 def test_an_address_where_nobody_answers_is_said(tmp_path, address):
-    with pytest.raises(ValueError, match=r"^--ray: must be local, auto or the address of a cluster, got "):
+    with pytest.raises(
+        ValueError, match=rf"^--ray={re.escape(address)}: must be local, auto or the address of a cluster that answers, got "
+    ):
         tasks.run(task_for_ray.tasks_in(tmp_path, 1), "test", "task", address)
 
 

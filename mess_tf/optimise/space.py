@@ -144,7 +144,8 @@ def measured(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str], sourc
     if problems:
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         missing = f"{', '.join(problems[:NAMED])}{more}"
-        raise ValueError(f"latency.json: must have a row for every submodel of {source}, missing are {missing}")
+        device = f" of {rows[0]['device']}" if rows else ""
+        raise ValueError(f"latency.json: must have a row{device} for every submodel of {source}, missing are {missing}")
     for submodel, sha256 in wanted.items():
         latency = by_sha256[sha256]["p50_ms"]
         check(math.isfinite(latency) and latency > 0, f"latency.json: {submodel}: p50_ms", "above 0", latency)
