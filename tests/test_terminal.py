@@ -426,7 +426,11 @@ NO_FOLDER = "must be a file in a folder that exists and can be written to, got '
         ("export_tflite", ["--candidates", "--precisions=fp8"], "--precisions: must be of fp32, fp16, int8, got 'fp8'"),
         ("calibrate", ["--theta_pix=0.9,0.5"], "--theta_pix: must be increasing numbers above 0 and at most 1, got [0.9, 0.5]"),
         ("calibrate", ["--theta_pix=0,0.5"], "--theta_pix: must be increasing numbers above 0 and at most 1, got [0.0, 0.5]"),
-        ("calibrate", ["--theta_pics=0.5", "--theta_pics=0.6"], "--theta_pics: unknown flag"),
+        (
+            "calibrate",
+            ["--theta_pics=0.5", "--theta_pics=0.6"],
+            "--theta_pics: must be a flag of this command, nearest --theta_pix, --theta_img, --data_dir, got '--theta_pics=0.5'",
+        ),
         ("calibrate", ["--theta_pix=high"], "--theta_pix: must be numbers with commas between, got 'high'"),
         ("evaluate", ["--data_dir=D"], f"--data_dir: {LEFT_OUT} with synthetic data, got 'D'"),
         ("evaluate", [], "--workdir: must hold trained weights, which `python -m mess_tf.train` makes, got 'W'"),
