@@ -176,7 +176,8 @@ class Calibration:
         self.shapes = tensor_shapes(network, size)
         self.hashes = {"prefix": ("",) * len(self.exits)} | dict.fromkeys(("head", "mask", "plain", "edge"), ("",) * len(heads))
         exported = weights.exists()
-        check(exported or not self.folder.exists(), str(weights), f"there, as the last file of an export; {EXPORT_AGAIN}", "no such file")
+        begun = any(path.exists() for path in (*prefixes.values(), *heads.values()))
+        check(exported or not begun, str(weights), f"there, as the last file of an export; {EXPORT_AGAIN}", "no such file")
         if exported:
             of_files, self.precision, *_ = (*weights.read_text().split(" "), "")
             check(of_files == of_network, str(weights), f"{of_network}, as of this network; {EXPORT_AGAIN}", of_files)
