@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from mess_runtime.bundle import RESIZES
+from mess_runtime.bundle import RESIZES, check
 from mess_runtime.files import parse_json
 
 FORMAT = 1
@@ -51,13 +51,8 @@ LABEL_VALUES = {
 MAX_PIXELS = 2**22
 
 
-def _check(ok: bool, argument: str, required: str, received: Any) -> None:
-    if not ok:
-        raise ValueError(f"{argument}: must be {required}, got {received!r}")
-
-
 def _check_seed(seed: int) -> None:
-    _check(0 <= seed < 2**32, "seed", f"0 to {2**32 - 1}", seed)
+    check(0 <= seed < 2**32, "seed", f"0 to {2**32 - 1}", seed)
 
 
 def check_strategy(name: str) -> None:
@@ -66,7 +61,7 @@ def check_strategy(name: str) -> None:
     Raises:
       ValueError: there is no such one, or this machine has nothing of the kind.
     """
-    _check(name in STRATEGIES, "--strategy", f"one of {', '.join(STRATEGIES)}", name)
+    check(name in STRATEGIES, "--strategy", f"one of {', '.join(STRATEGIES)}", name)
     if name == "multi_worker":
         required = '{"cluster":{"worker":["HOST:PORT",...]},"task":{"type":"worker","index":0}}, with at least two workers and the place '
         required += "of this one among them, with --strategy=multi_worker"
@@ -78,10 +73,10 @@ def check_strategy(name: str) -> None:
             named = named and 0 <= task["index"] < len(workers)
         except (ValueError, KeyError, TypeError):
             named = False
-        _check(named, "TF_CONFIG", required, text)
+        check(named, "TF_CONFIG", required, text)
     if name == "tpu":
         there = any(path.read_text().strip() == GOOGLE for path in pathlib.Path(PCI).glob("*/vendor"))
-        _check(there, "--strategy", "none or mirrored on a machine without a TPU", name)
+        check(there, "--strategy", "none or mirrored on a machine without a TPU", name)
 
 
 def parse_label_values(label_values: str | Mapping[str, int]) -> dict[int | tuple[int, int, int], int]:
@@ -92,23 +87,23 @@ def parse_label_values(label_values: str | Mapping[str, int]) -> dict[int | tupl
     """
     where = "label_values"
     if isinstance(label_values, str):
-        _check(label_values in ("", *LABEL_VALUES), where, f"a table or one of {', '.join(LABEL_VALUES)}", label_values)
+        check(label_values in ("", *LABEL_VALUES), where, f"a table or one of {', '.join(LABEL_VALUES)}", label_values)
         label_values = LABEL_VALUES.get(label_values, {})
-    _check(isinstance(label_values, Mapping), where, "a table or the name of one", label_values)
+    check(isinstance(label_values, Mapping), where, "a table or the name of one", label_values)
     parsed: dict[int | tuple[int, int, int], int] = {}
     for key, value in label_values.items():
-        _check(isinstance(key, str), where, 'with keys like "7" (a value), "#804080" or "128,64,128" (a colour), as text', key)
+        check(isinstance(key, str), where, 'with keys like "7" (a value), "#804080" or "128,64,128" (a colour), as text', key)
         if re.fullmatch(r"#[0-9A-Fa-f]{6}", key):
             stored = tuple(bytes.fromhex(key[1:]))
         else:
             numbers = [int(part) for part in key.split(",")] if re.fullmatch(r"\d{1,5}|\d{1,3}(,\s*\d{1,3}){2}", key) else [-1]
             known = numbers != [-1] and max(numbers) <= (255 if len(numbers) == 3 else 65535)
-            _check(known, where, "with keys like 7 (a value), #804080 or 128,64,128 (a colour)", key)
+            check(known, where, "with keys like 7 (a value), #804080 or 128,64,128 (a colour)", key)
             stored = tuple(numbers) if len(numbers) == 3 else numbers[0]
-        _check(type(value) is int and 0 <= value <= IGNORE, where, f"with classes from 0 on, {IGNORE} for none", value)
-        _check(stored not in parsed, where, "without a value or colour twice", key)
+        check(type(value) is int and 0 <= value <= IGNORE, where, f"with classes from 0 on, {IGNORE} for none", value)
+        check(stored not in parsed, where, "without a value or colour twice", key)
         parsed[stored] = value
-    _check(len({type(stored) for stored in parsed}) < 2, where, "of values or of colours, not of both", label_values)
+    check(len({type(stored) for stored in parsed}) < 2, where, "of values or of colours, not of both", label_values)
     return parsed
 
 
@@ -157,19 +152,19 @@ class DataConfig:
     label_values: str | dict[str, int] = ""
 
     def __post_init__(self):
-        _check(all(side >= 16 for side in self.input_size), "input_size", "two sides of at least 16 pixels", self.input_size)
-        _check(math.prod(self.input_size) <= MAX_PIXELS, "input_size", f"of at most {MAX_PIXELS} pixels in all", self.input_size)
+        check(all(side >= 16 for side in self.input_size), "input_size", "two sides of at least 16 pixels", self.input_size)
+        check(math.prod(self.input_size) <= MAX_PIXELS, "input_size", f"of at most {MAX_PIXELS} pixels in all", self.input_size)
         crop_ok = self.crop_size == (0, 0) or all(side >= 16 for side in self.crop_size)
-        _check(crop_ok, "crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
-        _check(self.resize in RESIZES, "resize", f"one of {RESIZES}", self.resize)
+        check(crop_ok, "crop_size", "two sides of at least 16 pixels, or (0, 0)", self.crop_size)
+        check(self.resize in RESIZES, "resize", f"one of {RESIZES}", self.resize)
         parse_label_values(self.label_values)
         explained = self.source in OWN_LABELS or not self.label_values
-        _check(explained, "label_values", f"left out unless data.source is {' or '.join(OWN_LABELS)}", self.label_values)
+        check(explained, "label_values", f"left out unless data.source is {' or '.join(OWN_LABELS)}", self.label_values)
         low, high = self.scale_range
-        _check(0 < low <= high < math.inf, "scale_range", "two positive factors, the smaller first", self.scale_range)
+        check(0 < low <= high < math.inf, "scale_range", "two positive factors, the smaller first", self.scale_range)
         for name in ("brightness", "contrast", "saturation"):
-            _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _check(0 <= self.synthetic_hard <= 1, "synthetic_hard", "a share in [0, 1]", self.synthetic_hard)
+            check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        check(0 <= self.synthetic_hard <= 1, "synthetic_hard", "a share in [0, 1]", self.synthetic_hard)
         _check_seed(self.seed)
 
     @property
@@ -205,19 +200,19 @@ class BackboneConfig:
 
     def __post_init__(self):
         names = (*BACKBONES, "keras_file")
-        _check(self.name in names, "name", f"one of {names}", self.name)
+        check(self.name in names, "name", f"one of {names}", self.name)
         is_file = self.name != "keras_file" or self.weights.endswith(".keras")
-        _check(is_file, "weights", "a .keras file with backbone.name=keras_file", self.weights)
-        _check(self.output_stride in (8, 16, 32), "output_stride", "8, 16 or 32", self.output_stride)
-        _check(
+        check(is_file, "weights", "a .keras file with backbone.name=keras_file", self.weights)
+        check(self.output_stride in (8, 16, 32), "output_stride", "8, 16 or 32", self.output_stride)
+        check(
             self.width > 0 and (self.width == 1 or self.name in WIDE),
             "width",
             f"positive, and 1 unless one of {WIDE}",
             self.width,
         )
-        _check(0 < self.batch_norm_momentum < 1, "batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
-        _check(0 < self.input_scale <= 4, "input_scale", "in (0, 4]", self.input_scale)
-        _check(not self.output or self.name == "keras_file", "output", "empty unless backbone.name=keras_file", self.output)
+        check(0 < self.batch_norm_momentum < 1, "batch_norm_momentum", "in (0, 1)", self.batch_norm_momentum)
+        check(0 < self.input_scale <= 4, "input_scale", "in (0, 4]", self.input_scale)
+        check(not self.output or self.name == "keras_file", "output", "empty unless backbone.name=keras_file", self.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,12 +233,12 @@ class HeadSpec:
     dilation: int = 1
 
     def __post_init__(self):
-        _check(self.kind in ("fcn", "deeplab", "decoder", "rest"), "kind", "fcn, deeplab, decoder or rest", self.kind)
-        _check(self.reduction in (1, 2, 4, 8), "reduction", "1, 2, 4 or 8", self.reduction)
-        _check(self.blocks in (0, 1, 2, 3), "blocks", "0, 1, 2 or 3", self.blocks)
-        _check(self.dilation in ((1, 2, 4) if self.blocks else (1,)), "dilation", "1, 2 or 4, and 1 without blocks", self.dilation)
+        check(self.kind in ("fcn", "deeplab", "decoder", "rest"), "kind", "fcn, deeplab, decoder or rest", self.kind)
+        check(self.reduction in (1, 2, 4, 8), "reduction", "1, 2, 4 or 8", self.reduction)
+        check(self.blocks in (0, 1, 2, 3), "blocks", "0, 1, 2 or 3", self.blocks)
+        check(self.dilation in ((1, 2, 4) if self.blocks else (1,)), "dilation", "1, 2 or 4, and 1 without blocks", self.dilation)
         plain = self.kind != "rest" or (self.reduction, self.blocks) == (1, 0)
-        _check(plain, "head", "without reduction and blocks if its kind is rest", (self.reduction, self.blocks))
+        check(plain, "head", "without reduction and blocks if its kind is rest", (self.reduction, self.blocks))
 
     @property
     def name(self) -> str:
@@ -291,12 +286,12 @@ class ExitsConfig:
     heads: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _check(self.count >= 2, "count", "at least 2", self.count)
+        check(self.count >= 2, "count", "at least 2", self.count)
         HeadSpec.parse(self.final_head, "final_head")
         HeadSpec.parse(self.plain_head, "plain_head")
         for name in self.heads:
             HeadSpec.parse(name, "heads")
-        _check(self.final_head != "rest", "final_head", "a head with weights of its own", self.final_head)
+        check(self.final_head != "rest", "final_head", "a head with weights of its own", self.final_head)
 
     @property
     def head_specs(self) -> tuple[HeadSpec, ...]:
@@ -375,20 +370,20 @@ class StageConfig:
             ("class_weights", ("none", "sqrt_median_frequency")),
             ("precision", ("float32", "mixed_bfloat16", "mixed_float16")),
         ):
-            _check(getattr(self, name) in options, name, f"one of {options}", getattr(self, name))
-        _check(not self.teacher or self.distillation != "none", "teacher", "empty without distillation", self.teacher)
-        _check(self.epochs >= 0, "epochs", "at least 0", self.epochs)
-        _check(self.region_warmup >= 0, "region_warmup", "at least 0", self.region_warmup)
+            check(getattr(self, name) in options, name, f"one of {options}", getattr(self, name))
+        check(not self.teacher or self.distillation != "none", "teacher", "empty without distillation", self.teacher)
+        check(self.epochs >= 0, "epochs", "at least 0", self.epochs)
+        check(self.region_warmup >= 0, "region_warmup", "at least 0", self.region_warmup)
         early = self.trains == "network" and self.exits != "none"
-        _check(self.regions == "none" or early, "regions", "none where no network is trained with early exits", self.regions)
+        check(self.regions == "none" or early, "regions", "none where no network is trained with early exits", self.regions)
         for name in ("batch_size", "pixel_stride", "group_size", "eval_epochs", "checkpoint_steps", "region_cell"):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("alpha", "label_smoothing", "momentum"):
-            _check(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+            check(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         for name in ("temperature", "learning_rate"):
-            _check(0 < getattr(self, name) < math.inf, name, "positive and finite", getattr(self, name))
+            check(0 < getattr(self, name) < math.inf, name, "positive and finite", getattr(self, name))
         for name in ("final_learning_rate", "power", "weight_decay"):
-            _check(0 <= getattr(self, name) < math.inf, name, "finite and at least 0", getattr(self, name))
+            check(0 <= getattr(self, name) < math.inf, name, "finite and at least 0", getattr(self, name))
         _check_seed(self.seed)
 
 
@@ -547,7 +542,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     for override in overrides:
         path, separator, text = override.partition("=")
         section, _, field = path.partition(".")
-        _check(bool(separator and field), "--set", "section.field=value", override)
+        check(bool(separator and field), "--set", "section.field=value", override)
         _known(section, documents, "--set")
         _known(field, documents[section], f"--set {section}")
         try:
@@ -582,7 +577,7 @@ def with_data_dir(config: Config, data_dir: str) -> Config:
     Raises:
       ValueError: the data are made up, and are nowhere.
     """
-    _check(not data_dir or config.data.source != "synthetic", "--data_dir", "left out with synthetic data", data_dir)
+    check(not data_dir or config.data.source != "synthetic", "--data_dir", "left out with synthetic data", data_dir)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir)) if data_dir else config
 
 
@@ -610,9 +605,9 @@ def from_json(text: str | bytes) -> Config:
         document = parse_json(text)
     except ValueError as error:
         raise ValueError(f"config.json: must be JSON, got {error}") from error
-    _check(isinstance(document, dict), "config.json", "an object", document)
+    check(isinstance(document, dict), "config.json", "an object", document)
     received = document.pop("format", None)
-    _check(received == FORMAT, "config.json: format", str(FORMAT), received)
+    check(received == FORMAT, "config.json: format", str(FORMAT), received)
     if isinstance(document.get("data"), dict):
         document["data"] = _ADDED_TO_DATA | document["data"]
     for name in ("stage1", "stage2"):
@@ -642,12 +637,12 @@ def _known(name: str, names: Mapping[str, Any], where: str) -> None:
 
 def _from_dict(cls: type, document: Any, where: str) -> Any:
     """Builds a dataclass from parsed JSON, checking names and types."""
-    _check(isinstance(document, dict), where, "an object", document)
+    check(isinstance(document, dict), where, "an object", document)
     hints = typing.get_type_hints(cls)
     for name in document:
         _known(name, hints, where)
     missing = sorted(set(hints) - set(document))
-    _check(not missing, where, "complete", f"nothing for {missing}")
+    check(not missing, where, "complete", f"nothing for {missing}")
     values = {name: _value(hints[name], document[name], f"{where}.{name}") for name in hints}
     try:
         return cls(**values)
@@ -666,19 +661,19 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         kind = next((kind for kind in arguments if isinstance(value, typing.get_origin(kind) or kind)), arguments[0])
         return _value(kind, value, where)
     if origin is dict:
-        _check(isinstance(value, dict), where, "an object", value)
+        check(isinstance(value, dict), where, "an object", value)
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal:
-        _check(value in arguments, where, f"one of {arguments}", value)
+        check(value in arguments, where, f"one of {arguments}", value)
         return value
     if origin is tuple:
         example = "[1,2]" if arguments[0] in (int, float) else '["a","b"]'
-        _check(isinstance(value, list | tuple), where, f"a list, written like {example}", value)
+        check(isinstance(value, list | tuple), where, f"a list, written like {example}", value)
         variadic = arguments[-1] is Ellipsis
-        _check(variadic or len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
+        check(variadic or len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
         kinds = (arguments[0],) * len(value) if variadic else arguments
         return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     if hint is float and type(value) is int:
         value = float(value)
-    _check(type(value) is hint, where, _KINDS[hint], value)
+    check(type(value) is hint, where, _KINDS[hint], value)
     return value

@@ -25,7 +25,7 @@ from mess_tf.files import best_weights
 from mess_tf.learning import parts, steps
 from mess_tf.learning.losses import class_weights
 from mess_tf.learning.stage import LOGIT_SHARES
-from mess_tf.learning.steps import gradients, safe_convolutions
+from mess_tf.learning.steps import gradients, safe_convolutions, sampled_pixels
 from mess_tf.metrics import class_counts, confusion_matrix, miou
 from mess_tf.network.evaluation import Accuracy, accuracies, confusion_matrices, keras_predictor
 from mess_tf.network.exits import REST_DETAIL
@@ -480,6 +480,12 @@ def test_what_stage_2_needs_is_checked_before_stage_1(tmp_path, monkeypatch, sta
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         train.train(config, "run")
     assert not Path("run", "checkpoints").exists() and not Path("run", "logs").exists()
+
+
+def test_a_stride_above_the_image_still_samples_a_pixel():
+    for step in range(20):
+        rows, columns = sampled_pixels(StageConfig(pixel_stride=200), (24, 32), step)
+        assert rows.size >= 1 and columns.size >= 1 and rows.max() < 24 and columns.max() < 32
 
 
 def test_weights_of_a_network_with_other_heads(tmp_path):
