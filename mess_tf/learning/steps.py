@@ -187,7 +187,7 @@ def network_step(
     """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names.
 
     With regions, the final exit's loss counts once more: of the cells that an early exit is not sure of, where the layers behind it work
-    at these cells only. Batch normalisation keeps its moving statistics then, everywhere: a batch has none of a few cells, and weights
+    at these cells only; they learn from the final exit that saw everything as the early exits do. Batch normalisation keeps its moving statistics then, everywhere: a batch has none of a few cells, and weights
     that learn from both kinds of statistics at once ruin what the moving ones give.
 
     Departures: exits may learn from the final one or from a teacher here too (the paper distils in stage 2 only); the paper has no regions.
@@ -219,7 +219,7 @@ def network_step(
                     late = behind[name].answer(tf.stop_gradient(answer), behind[name].masked(features, cells)["logits"], cells)
                     late = losses.upsample_at(late, size, rows, columns)
                     there = behind[name].merged(tf.fill(tf.shape(target), IGNORE), tf.cast(target, tf.int32), cells)
-                    values[f"{FINAL} behind {name}"] = losses.cross_entropy(late, there, weights, stage.label_smoothing)
+                    values[f"{FINAL} behind {name}"] = exit_loss(stage, late, teacher, there, weights)
             if soft:
                 values[FINAL] = exit_loss(stage, final, teacher, target, weights)
             else:
