@@ -27,14 +27,12 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from common import searched
+from common import best_evaluation, run, searched
 
 from mess_runtime.bundle import check
 from mess_tf import configs
@@ -61,24 +59,11 @@ Accuracies = dict[str, float]
 # === Training ===
 
 
-def run(module: str, *words: str) -> None:
-    """Runs one of the project's commands in a process of its own."""
-    subprocess.run([sys.executable, "-m", module, *words], check=True)
-
-
 def train(workdir: Path, seed: int, overrides: list[str]) -> None:
     """Trains both stages, from the last checkpoint if there is one."""
     seeds = [f"stage1.seed={seed}", f"stage2.seed={seed}"]
     words = [f"--set={override}" for override in [*FLAGS.set, *seeds, *overrides]]
     run("mess_tf.train", f"--workdir={workdir}", f"--recipe={FLAGS.recipe}", f"--data_dir={FLAGS.data_dir}", *words)
-
-
-def best_evaluation(workdir: Path, stage: str) -> Accuracies:
-    """mIoU % of every candidate in the evaluation whose weights were kept."""
-    lines = (workdir / "logs" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    evaluations = [row["miou"] for row in map(json.loads, lines) if "miou" in row]
-    best = max(evaluations, key=lambda miou: np.mean(list(miou.values())))
-    return {name: 100 * value for name, value in best.items()}
 
 
 def accuracy(workdir: Path) -> Accuracies:

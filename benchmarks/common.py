@@ -1,5 +1,6 @@
-"""What the benchmarks share: interleaved timing, bundles of a trained network, and calls of the search."""
+"""What the benchmarks share: interleaved timing, bundles of a trained network, and calls of the commands."""
 
+import json
 import subprocess
 import sys
 import time
@@ -103,6 +104,19 @@ def invocation(content: bytes, threads: int, inputs: Mapping[str, np.ndarray] | 
         value = generator.uniform(0, 127, each["shape"]).astype(each["dtype"]) if inputs is None else inputs[name]
         interpreter.set_tensor(each["index"], value)
     return interpreter.invoke
+
+
+def run(module: str, *words: str) -> None:
+    """Runs one of the project's commands in a process of its own."""
+    subprocess.run([sys.executable, "-m", module, *words], check=True)
+
+
+def best_evaluation(workdir: Path, stage: str) -> dict[str, float]:
+    """mIoU % of every candidate in the evaluation whose weights were kept."""
+    lines = (workdir / "logs" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluations = [row["miou"] for row in map(json.loads, lines) if "miou" in row]
+    best = max(evaluations, key=lambda miou: np.mean(list(miou.values())))
+    return {name: 100 * value for name, value in best.items()}
 
 
 def searched(workdir: Path, output: Path, *words: str) -> Deployment | None:

@@ -17,7 +17,8 @@ Thresholds are chosen and judged on the same images. 95 % intervals are of --res
 
 Then `--active EXIT ...` runs the layers behind an exit as a phone does that skips them (`mess_tf.network.regions`, what neighbours see of
 cells that have left by `--neighbours`), at the thetas of `--theta`: what it costs in MACs that are really left out, and what
-mIoU it has, against all layers everywhere and masks merged afterwards. The last line is one JSON object.
+mIoU it has, against all layers everywhere and masks merged afterwards. With `--margins`, so many cells around those that go on are worked
+on as well, for what the others see; their answers do not count. The last line is one JSON object.
 """
 
 import dataclasses
@@ -295,8 +296,10 @@ def intervals(
     return {"speedup_95": np.quantile(speed, [0.025, 0.975]).tolist(), "difference_pp_95": np.quantile(difference, [0.025, 0.975]).tolist()}
 
 
-def active(trained: Trained, costs: Costs, k: int, side: int, neighbours: str, theta: Sequence[float]) -> list[dict[str, object]]:
-    """Exit k, then the final one at active cells only: a row for each theta."""
+def active(
+    trained: Trained, costs: Costs, k: int, side: int, neighbours: str, margin: int, theta: Sequence[float]
+) -> list[dict[str, object]]:
+    """Exit k, then the final one at active cells and a margin of cells around them only: a row for each theta."""
     network, names = trained.network, [trained.candidates[k], FINAL]
     first, _ = network.segments(names)
     segment = segment_with_cells(network, names, 1, trained.size, side, neighbours)
@@ -313,25 +316,27 @@ def active(trained: Trained, costs: Costs, k: int, side: int, neighbours: str, t
     @tf.function(autograph=False)
     def late(tensors, answer, classes, confidence, least):
         cells = segment.sure(confidence >= least) < SURE_SHARE
-        logits = segment.answer(answer, segment.masked(tensors, cells)["logits"], cells)
+        around = tf.nn.max_pool2d(tf.cast(cells, tf.float32)[..., None], 2 * margin + 1, 1, "SAME")[..., 0]
+        logits = segment.answer(answer, segment.masked(tensors, around > 0)["logits"], cells)
         merged = segment.merged(classes, tf.argmax(full(logits), -1), cells)
-        return tf.cast(merged, tf.uint8), tf.reduce_mean(tf.cast(cells, tf.float32))
+        return tf.cast(merged, tf.uint8), tf.reduce_mean(tf.cast(cells, tf.float32)), tf.reduce_mean(around)
 
     num_classes = trained.examples.info.num_classes
-    matrices, on = np.zeros((len(theta), num_classes, num_classes), np.int64), np.zeros(len(theta))
+    matrices = np.zeros((len(theta), num_classes, num_classes), np.int64)
+    shares = np.zeros((2, len(theta)))  # of the cells: those that go on, those that are worked on
     for image, label in progress(evaluation_batches(trained.examples), f"active {names[0]}", "image"):
         outputs, classes, confidence = early(network_input(image.numpy(), trained.size, "stretch"))
         tensors = {name: outputs[name] for name in segment.inputs}
         for t, least in enumerate(theta):
-            mask, share = late(tensors, outputs["logits"], classes, confidence, tf.constant(least))
+            mask, *share = late(tensors, outputs["logits"], classes, confidence, tf.constant(least))
             matrices[t] += metrics.confusion_matrix(label.numpy(), mask_at(mask.numpy(), label.shape[1:], "stretch"), num_classes)
-            on[t] += float(share) / len(trained.examples)
+            shares[:, t] += np.array(share) / len(trained.examples)
     dense, skipped = (value * (costs.reach[-1] + costs.head[-1] - costs.reach[k]) for value in segment.shares_of_macs())
     rows = []
-    for t, least in enumerate(theta):
-        cost = costs.reach[k] + costs.head[k] + dense + skipped * on[t]
+    for t, (least, on, worked) in enumerate(zip(theta, *shares, strict=True)):
+        cost = costs.reach[k] + costs.head[k] + dense + skipped * worked
         accuracy = float(metrics.miou(*metrics.class_counts(matrices[t])))
-        rows.append({"exit": names[0], "cell": side, "neighbours": neighbours, "theta": least, "goes_on": on[t]})
+        rows.append({"exit": names[0], "cell": side, "neighbours": neighbours, "margin": margin, "theta": least, "goes_on": on})
         rows[-1] |= {"speedup": 1 / cost, "miou": accuracy}
     return rows
 
@@ -391,15 +396,16 @@ def main(argv) -> None:
             low_high = "({:.2f} to {:.2f})".format(*row["speedup_95"]) if "speedup_95" in row else ""
             where = ", ".join(row.get("stages", []))
             print(f"-{drop:g} pp  {way:<20} {row['speedup']:.2f}x {low_high} {row['difference_pp']:+.2f} pp  {where}")
-    for k, side, neighbours in itertools.product(range(final), sides[1:], FLAGS.neighbours):
+    for k, side, neighbours, margin in itertools.product(range(final), sides[1:], FLAGS.neighbours, map(int, FLAGS.margins)):
         if trained.candidates[k].split(".")[0] not in FLAGS.active:
             continue
-        for row in active(trained, costs, k, side, neighbours, list(map(float, FLAGS.theta))):
+        for row in active(trained, costs, k, side, neighbours, margin, list(map(float, FLAGS.theta))):
             merged = next(each for each in figures["rows"] if all(each[name] == row[name] for name in ("exit", "cell", "theta")))
             row["difference_pp"] = 100 * (row["miou"] - best)
             figures["active"].append(row)
             print(
-                f"{row['exit']}, then final at active cells of {side}, {neighbours}, theta {row['theta']:g}: {row['goes_on']:.0%} go on, "
+                f"{row['exit']}, then final at active cells of {side}, {neighbours}, margin {margin}, theta {row['theta']:g}: "
+                f"{row['goes_on']:.0%} go on, "
                 f"{row['speedup']:.2f}x {row['difference_pp']:+.2f} pp (ideal {merged['speedup']:.2f}x {merged['difference_pp']:+.2f} pp)"
             )
     print(json.dumps(figures))
@@ -412,6 +418,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("drops", ["0", "0.25", "1"], "largest losses of mIoU in percentage points")
     flags.DEFINE_list("active", [], "exits behind which layers run at active cells only")
     flags.DEFINE_multi_enum("neighbours", [STALE], NEIGHBOURS, "what they see of cells that have left")
+    flags.DEFINE_list("margins", ["0"], "cells around those that go on that are worked on as well")
     flags.DEFINE_list("theta", ["0.8", "0.9", "0.95"], "of --active")
     flags.DEFINE_integer("exits", 3, "early exits of a chain at most", lower_bound=1)
     flags.DEFINE_integer("resamples", 1000, "of the images", lower_bound=1)

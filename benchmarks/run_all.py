@@ -70,6 +70,7 @@ def commands(work: Path, output: Path, config: configs.Config) -> dict[str, list
         "rewrite_bundles": [f"--bundles={bundles}/fp32/original", f"--images={photos}"],
         "statics": [workdir, f"--output={output / 'statics'}", "--names=scale0.5", "--epochs=1", "--precisions=fp32"],
         "ablations": [f"--workdir={output / 'ablations'}", "--recipe=smoke", "--seeds=1", "--fewer=2"],
+        "seeds": [f"--workdir={output / 'seeds'}", "--recipe=smoke", "--seeds=1"],
         "input_pipeline": ["--recipe=smoke", "--steps=3", "--rounds=1"],
         "strategies": ["--rounds=3", "--size=64x64", "--batch=2", "--exits=2"],
         "train_step": ["--steps=6", "--size=64x64", "--batch=2", "--exits=3"],
