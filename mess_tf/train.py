@@ -150,7 +150,7 @@ def check_stage2(config: Config, network: MultiExitNetwork, train_examples: Exam
     """
     # Heads are many, and all kinds but this one fit every network.
     specs = [spec for spec in config.exits.head_specs if config.stage2.initial or spec.kind == "rest"]
-    trial = MultiExitNetwork(network.original, network.exit_points)
+    trial = MultiExitNetwork(network.original, network.exit_points, input_size=network.input_size)
     trial.add_heads(specs, config.backbone.batch_norm_momentum)
     check_start("stage2", config.stage2, trial, train_examples, workdir)
 

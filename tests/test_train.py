@@ -456,6 +456,15 @@ def test_a_stage_starts_from_the_weights_that_it_is_given(tmp_path):
         run_stage(tmp_path / "other", make_network(), epochs=1, initial=str(tmp_path / "gone.npz"))
 
 
+def test_stage_2_goes_on_from_rest_heads_of_another_run(tmp_path):
+    overrides = ["exits.count=2", "exits.plain_head=rest", 'exits.heads=["rest"]', "exits.final_head=fcn-r1-b0", "stage1.epochs=0"]
+    config = configs.apply_overrides(configs.RECIPES["smoke"], overrides)
+    network, _ = train.prepare(config, str(tmp_path / "one"), "stage1")
+    network.save_weights(str(tmp_path / "trained.npz"))
+    assert any(layer.name.startswith(REST_DETAIL) for layer in network.heads["exit1.rest"].layers)
+    train.prepare(configs.apply_overrides(config, [f"stage2.initial={tmp_path / 'trained.npz'}"]), str(tmp_path / "other"), "both")
+
+
 @pytest.mark.parametrize(
     ("stage2", "heads", "message"),
     [
