@@ -187,8 +187,9 @@ def network_step(
     """Makes the step of stage 1: the whole network, the final exit and the early exits that the schedule names.
 
     With regions, the final exit's loss counts once more: of the cells that an early exit is not sure of, where the layers behind it work
-    at these cells only; they learn from the final exit that saw everything as the early exits do. Batch normalisation keeps its moving statistics then, everywhere: a batch has none of a few cells, and weights
-    that learn from both kinds of statistics at once ruin what the moving ones give.
+    at these cells only; they learn from the final exit that saw everything as the early exits do. Batch normalisation keeps its moving
+    statistics then, everywhere: a batch has none of a few cells, and weights that learn from both kinds of statistics at once ruin what
+    the moving ones give.
 
     Departures: exits may learn from the final one or from a teacher here too (the paper distils in stage 2 only); the paper has no regions.
     """

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ try:
 except ModuleNotFoundError:
     CompiledModel = None
 
+# XNNPACK packs weights for each signature anew otherwise; in memory it can only share them where the system has memfd_create.
+SHARED_WEIGHTS = ":memory:" if sys.platform == "linux" else ""
 MAX_THREADS = 256  # runtimes crash where the system has no more
 COMPILED, INTERPRETER = ENGINES = ("compiled", "interpreter")
 CPU, GPU = BACKENDS = ("cpu", "gpu")
@@ -144,7 +147,8 @@ class CompiledEngine:
     def __init__(self, path: str | os.PathLike, threads: int, backend: str = CPU):
         verify(path)
         accelerators = HardwareAccelerator.CPU if backend == CPU else HardwareAccelerator.GPU | HardwareAccelerator.CPU
-        options = Options(hardware_accelerators=accelerators, cpu_options=CpuOptions(num_threads=threads))
+        cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=SHARED_WEIGHTS)
+        options = Options(hardware_accelerators=accelerators, cpu_options=cpu)
         try:
             self._model = CompiledModel.from_file(os.fspath(path), options=options)
         except _REFUSALS as error:
