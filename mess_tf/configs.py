@@ -440,7 +440,7 @@ RECIPES = {
         stage2=StageConfig(trains="heads", distillation="filtered", epochs=3, learning_rate=0.1, pixel_stride=4, eval_epochs=3),
     ),
     # Photographs of objects, EfficientNet-Lite0 from ImageNet:
-    # `--recipe=photos_lite0 --data_dir=DATA --set backbone.weights=FILE`. An hour or two on 2 cores with 2,700 photos.
+    # `--recipe=photos_lite0 --data_dir=DATA --set backbone.weights=FILE`.
     "photos_lite0": Config(
         data=DataConfig(source="folder", input_size=(256, 256), crop_size=(192, 192), scale_range=(0.5, 1.3), contrast=0.3, saturation=0.3),
         backbone=BackboneConfig(name="efficientnet_lite0"),
