@@ -39,10 +39,9 @@ def of_seed(folder: Path, seed: int) -> dict[str, float]:
         name = f"{choice.exit}.{choice.head}"
         accuracy = metrics.miou(*(counts.sum(0) for counts in stats.counts(stats.candidates.index(name))))
         result[f"{choice.exit}, mIoU %"] = 100 * float(accuracy)
-    whole = stats.prefix_macs[-1] + stats.head_macs[-1]
     for row, drop in ROWS.items():
         chosen = searched(work, folder / "chosen.json", f"--min_miou={original - drop}", "--decide=image")
-        result[f"{row}, speed-up in MACs"] = float(whole) / chosen.predicted.cost_mean if chosen else 1.0
+        result[f"{row}, speed-up in MACs"] = chosen.original.cost / chosen.predicted.cost_mean if chosen else 1.0
     chosen = searched(work, folder / "chosen.json", "--cost_share=1", "--decide=image")
     result["equal cost, gain in pp"] = 100 * (chosen.predicted.miou - original) if chosen else 0.0
     return result
