@@ -1243,3 +1243,39 @@ def test_importing_the_device_side_needs_no_tensorflow():
     environment = os.environ | {"PYTHONPATH": str(Path(bundle.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not engines.SHARED_WEIGHTS, reason="weights are shared on Linux only")
+def test_signatures_keep_one_copy_of_their_packed_weights(tmp_path):
+    """Of four signatures with the same weights: those of the file and one packed copy, where each would pack its own otherwise."""
+    mib, channels = 2**20, 2048
+    weights = tf.Variable(np.random.default_rng(0).normal(size=(1, 1, channels, channels)).astype(np.float32))
+
+    def signature(side):
+        shape = {f"image{side}": (1, side, side, channels)}
+        return convert(lambda **image: {"features": tf.nn.conv2d(*image.values(), weights, 1, "SAME")}, shape)
+
+    path = tmp_path / MODEL
+    path.write_bytes(flatbuffer.write({f"side{side}": signature(side) for side in range(1, 5)}))
+    code = """
+import sys
+import numpy as np
+from mess_runtime import engines
+
+def kept():  # beside the file itself
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+
+before = kept()
+engine = engines.open_engine(sys.argv[1], 1, "compiled")
+for name in engine.inputs:
+    engine.prepare(name)
+    images = {key: np.ones(tensor.shape, tensor.dtype) for key, tensor in engine.inputs[name].items()}
+    engine.run(name, {key: engine.put(name, key, image) for key, image in images.items()})
+print(kept() - before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(bundle.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=environment, check=True)
+    kept = int(done.stdout.split()[-1]) / 1024
+    packed = weights.numpy().nbytes / mib
+    assert kept < 3 * packed, f"{kept:.0f} MiB for {packed:.0f} MiB of weights"
