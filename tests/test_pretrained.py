@@ -13,7 +13,9 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks import originals
 from mess_tf import pretrained
 
 MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
@@ -173,6 +175,33 @@ def test_real_package_holds_the_expected_arrays(lite0_weights, tmp_path):
     assert list(arrays) == expected.files
     for name in arrays:
         np.testing.assert_array_equal(arrays[name], expected[name], strict=True)
+
+
+@pytest.mark.slow
+def test_the_resnet_of_a_package_computes_what_its_file_does(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        wheel = pretrained.download(originals.PACKAGE, tmp_path)
+    except OSError:
+        pytest.skip(f"pip could not fetch {originals.PACKAGE}")
+    content = pretrained.file_in_wheel(wheel, originals.WHEEL, ".onnx")
+    photo = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    trunk = originals.resnet(originals.onnx_filters(content), tmp_path)
+
+    model = onnx.load_from_string(content)
+    (end,) = (node.input[0] for node in model.graph.node if "stage3_block0_branch2a" in node.name)
+    behind = next(index for index, node in enumerate(model.graph.node) if end in node.output) + 1
+    del model.graph.node[behind:], model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None))
+    image = np.float32(photo)[None, :, :, ::-1] - np.float32(originals.MEANS[::-1])
+    (expected,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: image})
+    features = keras.Model(trunk.input, trunk.get_layer("stage2_block5").output)  # what is dilated comes behind it
+    given = features(np.float32(photo)[None]).numpy()
+    np.testing.assert_allclose(given, expected.transpose(0, 2, 3, 1), atol=1e-4 * expected.max())
+    assert trunk.output.shape[-1] == 1024 and trunk(np.float32(photo)[None]).shape == (1, 14, 14, 1024)
 
 
 def test_a_folded_mobilenet_gets_its_batch_normalisation_back():
