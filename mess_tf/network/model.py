@@ -13,6 +13,7 @@ from mess_tf.files import best_weights, read_arrays, trained_weights, write_arra
 from mess_tf.network.backbones import build_backbone
 from mess_tf.network.costs import graph_nodes
 from mess_tf.network.exits import TAP, ExitPoint, build_head, build_rest, copy_rest, final_point, find_exit_points
+from mess_tf.network.layers import dilate_directly
 from mess_tf.network.originals import load_original, plain_original
 
 FINAL = "final.original"
@@ -35,6 +36,10 @@ class MultiExitNetwork:
     heads: dict[str, keras.Model] = dataclasses.field(default_factory=dict)
     input_size: tuple[int, int] | None = None
     always: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for model in (self.original, *self.heads.values()):
+            dilate_directly(model)
 
     @property
     def num_classes(self) -> int:
@@ -72,6 +77,7 @@ class MultiExitNetwork:
                 heads[name] = build_rest(self.original, point, momentum, self.input_size)
             else:
                 heads[name] = build_head(spec, point, self.num_classes, momentum)
+            dilate_directly(heads[name])
         return heads
 
     def taps(self, candidate: str) -> tuple[str, ...]:
