@@ -16,6 +16,7 @@ is fitted on other images than it is judged by (--folds). Printed for each exit 
 `--drops`, at the best share for it. The last line is one JSON object.
 """
 
+import mess_tf  # noqa: F401  # isort: skip  # before TensorFlow, which then uses oneDNN
 import json
 import os
 from collections.abc import Iterator

@@ -6,6 +6,7 @@ decoded images that are kept, the step on one batch again and again, and the ste
 share the cores. The last line is one JSON object: medians over the rounds, and the range of what keeping decoded images gains.
 """
 
+import mess_tf  # noqa: F401  # isort: skip  # before TensorFlow, which then uses oneDNN
 import collections
 import json
 import math

@@ -21,6 +21,7 @@ mIoU it has, against all layers everywhere and masks merged afterwards. With `--
 on as well, for what the others see; their answers do not count. The last line is one JSON object.
 """
 
+import mess_tf  # noqa: F401  # isort: skip  # before TensorFlow, which then uses oneDNN
 import dataclasses
 import functools
 import itertools

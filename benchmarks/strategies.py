@@ -7,6 +7,7 @@ is better judged by --cpu_time. The last line is one JSON object: medians of mil
 `none` within a round.
 """
 
+import mess_tf  # noqa: F401  # isort: skip  # before TensorFlow, which then uses oneDNN
 import dataclasses
 import json
 import time
@@ -19,7 +20,7 @@ from absl import app, flags
 from common import interleaved, ratio
 from train_step import make_step
 
-from mess_tf.configs import BackboneConfig, StageConfig
+from mess_tf.configs import BackboneConfig, ExitsConfig, StageConfig
 from mess_tf.learning.steps import fix_summation_order
 from mess_tf.network.replicas import open_strategy
 
@@ -36,7 +37,7 @@ def make_side(name: str, stage: StageConfig, size: tuple[int, int]) -> Callable[
     """Makes a function that does one step of a variant."""
     keras.mixed_precision.set_global_policy(stage.precision)
     with open_strategy("mirrored" if name == "mirrored" else "none").scope():
-        step = make_step(BackboneConfig(FLAGS.backbone), FLAGS.exits, stage, size)
+        step = make_step(BackboneConfig(FLAGS.backbone), ExitsConfig(count=FLAGS.exits), stage, size)
 
     def call() -> None:
         keras.mixed_precision.set_global_policy(stage.precision)  # the first call builds the graph

@@ -23,8 +23,8 @@ def _learns_dilated() -> bool:
 def dilate_directly(model: keras.Model) -> None:
     """Makes a model's dilated convolutions run as such, where TensorFlow can.
 
-    Keras moves every rate-th row and column to a map of its own, convolves these and moves the results back: with the gradients, 3 times as
-    long at a rate of 3, and 10 times at 9, on a map of 8x8 with 1024 channels (benchmarks/train_step.py).
+    Keras moves every rate-th row and column to a map of its own, convolves these and moves the results back: on the small maps of training
+    crops most of it is padding. With gradients that takes 3 times as long at a rate of 3, and 10 times at 9, of 1024 channels on 8x8.
     """
     for layer in model._flatten_layers(include_self=False):
         plain = type(layer) is keras.layers.Conv2D and layer.groups == 1 and layer.data_format == "channels_last"
