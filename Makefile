@@ -22,7 +22,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -m "not device and not notebook" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(FULL)
 
 notebooks: $(READY)
-	$(BIN)/python -m pytest -q -m notebook
+	$(BIN)/python -m pytest -q -m notebook --numprocesses 2 --dist loadfile
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py --workdir=models/voc_lite0 --data_dir=$(DATA_DIR) --output=runs/bench
