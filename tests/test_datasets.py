@@ -56,13 +56,13 @@ def make_ade20k(root: Path) -> None:
     (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n")
 
 
-def make_cityscapes(root: Path) -> None:
+def make_cityscapes(root: Path, shape: tuple[int, int] = (1024, 2048)) -> None:
     for split, cities in (("train", ("aachen", "zurich")), ("val", ("munster",)), ("test", ("berlin",))):
         for city in cities:
             name = f"{city}_000000_000019"
-            write(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", np.zeros((1024, 2048, 3), np.uint8))
+            write(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", np.zeros((*shape, 3), np.uint8))
             labels = root / f"gtFine/{split}/{city}"
-            ids = filled((1024, 2048), *((0, 4, 7, 8, 33) if split != "test" else (0, 1, 2, 3)))  # those of test are kept back
+            ids = filled(shape, *((0, 4, 7, 8, 33) if split != "test" else (0, 1, 2, 3)))  # those of test are kept back
             write(labels / f"{name}_gtFine_labelIds.png", ids)
             write(labels / f"{name}_gtFine_instanceIds.png", ids.astype(np.uint16) * 1000)
             (labels / f"{name}_gtFine_polygons.json").write_text("{}")

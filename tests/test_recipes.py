@@ -1,5 +1,6 @@
 """The recipes for data of others, each from its data set in its own layout to a deployment, small."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def make_photos(root: Path) -> None:
 DATA: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "voc_mobilenet_v2": (make_voc, ("exits.count=2", "backbone.width=0.35")),
     "coco21_resnet50": (make_coco, ("exits.count=2",)),
-    "cityscapes_lite0": (make_cityscapes, ()),
+    "cityscapes_lite0": (functools.partial(make_cityscapes, shape=(128, 256)), ()),
     "ade20k_mobilenet_v3": (make_ade20k, ("exits.count=2",)),
     "photos_lite0": (make_photos, ()),
 }
