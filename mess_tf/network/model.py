@@ -38,8 +38,7 @@ class MultiExitNetwork:
     always: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for model in (self.original, *self.heads.values()):
-            dilate_directly(model)
+        dilate_directly(self.original)
 
     @property
     def num_classes(self) -> int:
