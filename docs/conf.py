@@ -5,7 +5,7 @@ Docstrings are read as reStructuredText. A name of this project in backticks bec
 
 project = "mess_tf"
 extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
