@@ -281,7 +281,7 @@ class RegionCalibration:
         """Looks at what will be run.
 
         Args:
-          calibration: of the same images; not in int8, since the masked segments run in float. The files of regions among its candidates
+          calibration: of the same images; not in int8, since its segments run in float. The files of regions among its candidates
             are named; if there are none, the search knows MACs only.
           chains: what is to be run.
           theta_img: grid.
@@ -458,7 +458,7 @@ def run(
             print(f"regions: {len(regional.chains.chains)} chains, {len(regional.every)} configurations")
             todo[precision, True] = shard_tasks(opened, workdir, precision, shard, regions=True)
         elif regions.of(configs.load_config(workdir)).neighbours != NONE:
-            print(f"regions: left out in {INT8}, which their masked segments do not run in")
+            print(f"regions: left out in {INT8}, which their segments do not run in")
     tasks.run([*itertools.chain(*todo.values())], "calibrate", "shard", ray)
     for precision, calibration in opened.value.items():
         shards, of_regions = ([task.output for task in todo.get((precision, regional), ())] for regional in (False, True))

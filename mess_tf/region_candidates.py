@@ -2,13 +2,14 @@
 
 A configuration is a chain of candidates, shallow to deep, with theta_pix and theta_img of each early exit. What it does to an image depends
 on theta_img only through the budgets that are taken. So the network runs once for an image; then each segment of a chain runs once for
-every theta_pix and budget that occur before it, on the cells that are least sure: all of them are the network itself. The masked segments
-of `mess_tf.network.regions` run, in float32; what decides is the .tflite that devices run.
+every theta_pix and budget that occur before it, on the cells that are least sure: all of them are the network itself. The gathered
+segments of `mess_tf.network.regions` run, in float32; what decides is the .tflite that devices run.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -309,22 +310,23 @@ class Outcomes:
             inputs = {name: before.tensors[name] for name in reads}
             if segment:
                 early = before.logits[chain[index - 1]]
-                made = self._function(chain, index)(inputs, early, tf.constant(chosen[None]), tf.constant(active[None]))
+                cells = tf.constant(np.flatnonzero(chosen), tf.int32)
+                made = self._function(chain, index, len(cells))(inputs, early, cells, tf.constant(active[None]))
             else:
                 made = self._function(chain, index)(inputs)
             logits = {chain[index]: made.pop("logits").numpy()}
             before.later[key] = _Computed(before.tensors | made, logits)
         return before.later[key]
 
-    def _function(self, chain: tuple[str, ...], index: int):
-        """What runs a segment; of chains that share one, it is traced once."""
+    def _function(self, chain: tuple[str, ...], index: int, budget: int | None = None):
+        """What runs a segment, at so many cells if it can leave cells out; of chains that share one, it is traced once."""
         segment = self._plan.segments[chain][index - 1]
         if segment:
             key, function = (segment.inputs, segment.outputs), functools.partial(_late, segment)
         else:
             model = self._dense[chain][index]
             key, function = (model.input, model.output), functools.partial(model, training=False)
-        key = (*chain[index - 1 : index + 1], *map(tuple, key))
+        key = (*chain[index - 1 : index + 1], budget, *map(tuple, key))
         if key not in self._late:
             self._late[key] = tf.function(function, autograph=False)
         return self._late[key]
@@ -358,10 +360,10 @@ class Outcomes:
 
 
 def _late(
-    segment: ActiveSegment, tensors: Mapping[str, tf.Tensor], early: tf.Tensor, computed: tf.Tensor, active: tf.Tensor
+    segment: ActiveSegment, tensors: Mapping[str, tf.Tensor], early: tf.Tensor, cells: tf.Tensor, active: tf.Tensor
 ) -> dict[str, tf.Tensor]:
-    """A segment at the cells that are computed, with the logits of an earlier exit where no cell is active."""
-    made = segment.masked(tensors, computed)
+    """A segment at the cells that are computed, int32 [n], with the logits of an earlier exit where no cell is active."""
+    made = segment.gathered(tensors, cells) if cells.shape[0] < math.prod(segment.grid) else segment.dense(tensors)
     return made | {"logits": segment.answer(early, made["logits"], active)}
 
 
