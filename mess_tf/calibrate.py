@@ -102,6 +102,7 @@ from mess_tf.region_candidates import (
     Plan,
     RegionOptions,
     configurations,
+    needed,
     options_of_flags,
     plan,
     submodels,
@@ -114,6 +115,8 @@ SHARDS, REGION_SHARDS = "shards", "region_shards"  # in a work folder
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())  # of an interpreter; Ray sets it to the CPUs of a task
 
 EXPORT_AGAIN = "`python -m mess_tf.export_tflite --candidates` makes them anew"
+REGION_FLAGS = "regions, region_cell, region_dense"
+REGIONS_AGAIN = "`python -m mess_tf.export_tflite --candidates`, with the same flags of regions, makes them anew"
 
 # Images [1, H, W, 3] of whole values in float32 to each candidate's name and logits float32 [1, h, w, C], the final exit's first.
 LogitsOf = Callable[[Sequence[np.ndarray]], Iterator[tuple[str, list[np.ndarray]]]]
@@ -287,14 +290,16 @@ class RegionCalibration:
           theta_img: grid.
 
         Raises:
-          ValueError: the candidates were exported for other regions, or there are too many configurations.
+          ValueError: the candidates were exported for other regions or heads, or there are too many configurations.
         """
         check(calibration.precision != INT8, "precision", f"none of {INT8} with regions", calibration.precision)
         check(calibration.fidelity == policy.EXACT, "fidelity", f"{policy.EXACT} with regions", calibration.fidelity)
         of_files = calibration.folder / REGIONS_OF_FILES
         if of_files.exists():
             read = read_json(of_files, lambda value: decode(Regions, value, "regions"))
-            check(read == chains.regions, str(of_files), f"{chains.regions}; {EXPORT_AGAIN}", read)
+            check(read == chains.regions, REGION_FLAGS, f"those of {of_files} ({read}); {REGIONS_AGAIN}", str(chains.regions))
+            missing = [name for name in needed(chains) if not (calibration.folder / f"{name}.tflite").exists()]
+            check(not missing, "region_heads", f"of exported candidates, without {', '.join(missing)}; {REGIONS_AGAIN}", chains.candidates)
 
         def sha256(name: str) -> str:
             path = calibration.folder / f"{name}.tflite"
@@ -455,7 +460,7 @@ def run(
     for precision, calibration in opened.value.items():
         todo[precision, False] = shard_tasks(opened, workdir, precision, shard)
         if regional := calibration.regional:
-            print(f"regions: {len(regional.chains.chains)} chains, {len(regional.every)} configurations")
+            print(f"regions: {len(regional.chains.chains)} chains, {len(regional.every)} configurations, {regional.chains.regions}")
             todo[precision, True] = shard_tasks(opened, workdir, precision, shard, regions=True)
         elif regions.of(configs.load_config(workdir)).neighbours != NONE:
             print(f"regions: left out in {INT8}, which their segments do not run in")

@@ -315,7 +315,7 @@ class StageConfig:
         exit is not sure of, and what they see of the others: `none` (they do not), or one of `network.regions.NEIGHBOURS`. The threshold of
         the confidence and the largest share of the cells are drawn for each batch. Batch normalisation keeps its moving statistics, so
         this goes on from a trained network (`initial`, or `region_warmup`), with a small learning rate.
-      region_cell: side of a cell in pixels.
+      region_cell: side of a cell in pixels, rounded to whole positions of the map that the layers behind the exit work on.
       region_warmup: steps without regions at the start.
       alpha: weight of distillation against cross-entropy.
       temperature: of both softmaxes in distillation.

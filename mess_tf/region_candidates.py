@@ -135,6 +135,8 @@ def plan(network: MultiExitNetwork, config: Config, options: RegionOptions) -> P
     check(1 < len(exits) == len({*exits}), "region_heads", "of two exits or more, one each", ", ".join(candidates))
     unknown = [name for name in options.dense if name not in exits[1:]]
     check(not unknown, "region_dense", f"of the exits {', '.join(exits[1:])}", ", ".join(unknown))
+    some = {*exits[1:]} > {*options.dense}
+    check(some, "region_dense", f"fewer than all exits behind the first ({', '.join(exits[1:])})", ", ".join(options.dense))
     pairs, left_out, regions = [*itertools.combinations(candidates, 2)], {}, None
     for pair in reversed(pairs):  # the last ones end at the final exit
         if pair[1].partition(".")[0] in options.dense:
@@ -200,6 +202,14 @@ def submodels(plan: Plan) -> tuple[list[str], list[str]]:
     """
     pairs = [f"region.{first}.{second}.{budget}" for first, second in plan.pairs for budget in plan.regions.budgets]
     return [f"region.{candidate}" for candidate in plan.candidates], pairs
+
+
+def needed(plan: Plan) -> list[str]:
+    """Names of the files without which a chain has no latency: those of `submodels` that the network has, at the largest budget."""
+    largest = plan.regions.budgets[-1]
+    return [f"region.{name}" for name in sorted({chain[0] for chain in plan.chains})] + [
+        f"region.{first}.{second}.{largest}" for first, second in plan.pairs
+    ]
 
 
 class _Computed:

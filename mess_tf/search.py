@@ -99,8 +99,7 @@ def table(deployment: Deployment, compiled_s: float = 0.0) -> str:
     predicted, reference = deployment.predicted, deployment.original
     name, scale = unit(predicted.cost_name)
     if each := deployment.regions:
-        cells = f"cells of {each.grid[0]}x{each.grid[1]} leave, budgets {', '.join(map(str, each.budgets))}, neighbours {each.neighbours}"
-        cells += f"; the whole image goes on to {', '.join(each.dense)}" if each.dense else ""
+        cells = f"regions: {each}"
     lines += [
         f"{deployment.setting}, {confidence} confidence{f', {cells}' if each else ''}",
         f"{'':<12}{'mIoU %':>10}{'mean ' + name:>14}{'p90 ' + name:>14}",

@@ -417,6 +417,17 @@ def test_signatures_share_weights():
     assert len(flatbuffer.write({"one": one, "two": two})) < 1.3 * len(flatbuffer.write({"one": one}))
 
 
+def test_a_file_does_not_depend_on_what_was_made_before(made, exporter, tmp_path):
+    """Latencies are of a file's hash: a counter in the names of its tensors would make them void."""
+    contents = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        exporter.prefix(tmp_path / name, "exit2")
+        contents.append((tmp_path / name / "prefix.exit2.tflite").read_bytes())
+        made[0].segments([f"exit1.{HEADS[0]}", f"exit2.{HEADS[1]}", FINAL])
+    assert contents[0] == contents[1]
+
+
 def test_a_backbone_with_dilation_is_exported(tmp_path):
     """Of dilated convolutions, which TensorFlow runs between SPACE_TO_BATCH_ND and its inverse, builtin ones come."""
     backbone = build_backbone(BackboneConfig(width=0.35, output_stride=8, batch_norm_momentum=0.01))

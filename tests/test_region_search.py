@@ -461,8 +461,10 @@ def test_what_cannot_be_planned(made):
         plan(network, config, RegionOptions(candidates=(FINAL,)))
     with pytest.raises(ValueError, match="region_dense: must be of the exits exit2, final, got 'exit1'"):
         plan(network, config, RegionOptions(dense=("exit1",)))
-    with pytest.raises(ValueError, match=r"regions: must be none with this network, got 'final.original: shall be dense; exit2.fcn"):
+    with pytest.raises(ValueError, match=r"region_dense: must be fewer than all .* the first \(exit2, final\), got 'exit2, final'"):
         plan(network, config, RegionOptions(dense=("exit2", "final")))
+    with pytest.raises(ValueError, match="region_cell: must be less than the image's 64 x 96 pixels, got 500"):
+        plan(network, config, RegionOptions(cell=500))
     with pytest.raises(ValueError, match="theta_img: must be increasing shares"):
         RegionOptions(theta_img=(0.0, 0.5))
     chains = plan(network, config, RegionOptions(max_early=2))
@@ -509,7 +511,7 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
         lines = search.table(best).splitlines()
         assert [line.split()[-1] == "chosen" for line in lines[1:3]] == [not row.reason for row in best.combinations]
         assert "decides" in lines[0] and {"image", "regions"} == {line.split()[2] for line in lines[1:3]}
-        assert "cells of 2x2 leave, budgets 1, 2, 4, neighbours nearest" in search.table(found["regions"])
+        assert "plain confidence, regions: 2 x 2 cells, nearest, budgets of 1, 2, 4" in search.table(found["regions"])
     assert set(found["regions"].predicted.costs) == {"latency_ms", "latency_p90_ms", "macs", "macs_p90", "parameters"}
     number = configuration_of(stats, found["regions"].exits)
     expected = []
@@ -533,6 +535,19 @@ def test_search_of_a_work_folder(made, stats, tmp_path):
         _, chosen, left_out, *_ = search.table(without).splitlines()
         assert chosen.split()[2] == "image"
         assert re.fullmatch(r"xnnpack +fp32 +regions +- +-  latency\.json: must have a row .*for every submodel .* \.\.\.", left_out)
+
+
+def test_regions_that_were_not_exported_are_an_error(made, tmp_path):
+    """Flags that `calibrate` has and `export_tflite --candidates` had not; what was calibrated before stays."""
+    shutil.copytree(made[0], tmp_path / "work")
+    before = (tmp_path / "work" / "regions.npz").read_bytes()
+    message = r"region_dense: must be those of .* \(2 x 2 cells, nearest, .*same flags.* got '4 x 6 cells, nearest, budgets of 3, "
+    with pytest.raises(ValueError, match=message):
+        calibrate.run(tmp_path / "work", regions=RegionOptions(cell=16))
+    (tmp_path / "work" / "candidates" / f"region.exit1.{HEAD}.exit2.{HEAD}.4.tflite").unlink()
+    with pytest.raises(ValueError, match=f"region_heads: must be of exported candidates, without region.exit1.{HEAD}.exit2.{HEAD}.4;"):
+        calibrate.run(tmp_path / "work")
+    assert (tmp_path / "work" / "regions.npz").read_bytes() == before
 
 
 def test_pipeline_knows_what_regions_need(made, tmp_path):

@@ -144,7 +144,7 @@ class MultiExitNetwork:
         """Image to a dict of every tensor that these candidates read, and others, by layer name. Computes nothing deeper than they need."""
         names = dict.fromkeys([*self.always, *(name for candidate in candidates for name in self.taps(candidate)), *others])
         tensors = {node.name: node.output for node in graph_nodes(self.original)}
-        return keras.Model(self.original.input, {name: tensors[name] for name in names})
+        return keras.Model(self.original.input, {name: tensors[name] for name in names}, name="features")
 
     def head_logits(self, candidate: str, features: dict, training: bool = False):
         """Applies one candidate to features (see `features`): raw logits float32 [B, h, w, C] at the head's own resolution."""
@@ -165,7 +165,7 @@ class MultiExitNetwork:
     def submodel(self, candidates: Sequence[str]) -> keras.Model:
         """Image to a dict of the raw logits of some candidates: the full model, or the sub-model of one exit."""
         features = self.features(candidates)
-        return keras.Model(features.input, {name: self.head_logits(name, features.output) for name in candidates})
+        return keras.Model(features.input, {name: self.head_logits(name, features.output) for name in candidates}, name="submodel")
 
     def segments(self, candidates: Sequence[str]) -> list[keras.Model]:
         """Splits the network into one segment per chosen candidate; chained, they compute what `submodel(candidates)` computes.
@@ -200,7 +200,7 @@ class MultiExitNetwork:
                 name: keras.Input(batch_shape=nodes[name].output.shape, dtype=nodes[name].output.dtype, name=name) for name in read[k]
             }
             wanted = dict.fromkeys([*self.taps(candidate), *handed])
-            inner = keras.Model([nodes[n].output for n in read[k]], [nodes[n].output for n in wanted if n in owned[k]])
+            inner = keras.Model([nodes[n].output for n in read[k]], [nodes[n].output for n in wanted if n in owned[k]], name="features")
             made = dict(zip([n for n in wanted if n in owned[k]], keras.tree.flatten(inner([inputs[n] for n in read[k]])), strict=True))
             logits = self.head_logits(candidate, inputs | made)
             segments.append(keras.Model(inputs, {"logits": logits} | {name: made[name] for name in handed}, name=candidate))

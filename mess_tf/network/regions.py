@@ -417,9 +417,15 @@ def _call(node: Node, tensors: Mapping[str, tf.Tensor]) -> tf.Tensor:
 def segment_with_cells(
     network: MultiExitNetwork, candidates: Sequence[str], index: int, input_size: tuple[int, int], pixels: int, neighbours: str
 ) -> ActiveSegment:
-    """A segment whose cells have so many pixels of the image to a side, as nearly as its positions allow; see `ActiveSegment`."""
+    """A segment whose cells have so many pixels of the image to a side, as nearly as its positions allow; see `ActiveSegment`.
+
+    Raises:
+      ValueError: all of the image is one cell.
+    """
     segment = ActiveSegment(network, candidates, index, input_size, neighbours=neighbours)
-    return segment.with_cell(max(1, round(pixels * segment.size[0] / input_size[0])))
+    segment = segment.with_cell(max(1, round(pixels * segment.size[0] / input_size[0])))
+    check(math.prod(segment.grid) > 1, "region_cell", f"less than the image's {' x '.join(map(str, input_size))} pixels", pixels)
+    return segment
 
 
 def segments_on_grid(

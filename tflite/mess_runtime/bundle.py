@@ -246,6 +246,10 @@ class Regions:
         check(rising, "budgets", "positive, each larger than the one before", self.budgets)
         check(self.budgets[-1:] == (self.cells,), "budgets", f"such that the last is all {self.cells} cells", self.budgets)
 
+    def __str__(self) -> str:
+        dense = f", {', '.join(self.dense)} dense" if self.dense else ""
+        return f"{self.grid[0]} x {self.grid[1]} cells, {self.neighbours}, budgets of {', '.join(map(str, self.budgets))}{dense}"
+
     @property
     def cells(self) -> int:
         """Number of cells."""
